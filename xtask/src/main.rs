@@ -1,2 +1,54 @@
-//! To be written.
-fn main() {}
+//! `cargo xtask`: everything a developer or CI does, in one place.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
+
+mod command;
+mod run;
+mod setup;
+mod tidy;
+
+use clap::{Parser, Subcommand};
+
+/// Sets up, builds, tests and shows Culvert.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Installs what building and testing need: Debian packages and bpf-linker.
+    Setup,
+    /// Shows two nodes, pods and real programs talking through the mesh, step by step with proofs.
+    Demo {
+        /// Leave the demo running and print commands to try; end it with `cargo xtask demo --stop`.
+        #[arg(long)]
+        keep: bool,
+        /// Take down a demo that was left running.
+        #[arg(long, conflicts_with = "keep")]
+        stop: bool,
+    },
+    /// Runs every test; needs root, because capture is tested with real eBPF in real namespaces.
+    Test {
+        /// Only test targets whose name contains this text.
+        filter: Option<String>,
+    },
+    /// Builds the eBPF object alone.
+    Ebpf,
+    /// Checks what the compiler cannot: crate edges, file sizes, stray paths.
+    Tidy,
+    /// What CI runs before a merge: format, lints, tidy, documentation, every test.
+    Ci,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().verb {
+        Verb::Setup => setup::ensure(),
+        Verb::Demo { keep, stop } => run::demo(keep, stop),
+        Verb::Test { filter } => run::test(filter.as_deref()),
+        Verb::Ebpf => run::ebpf(),
+        Verb::Tidy => tidy::run(),
+        Verb::Ci => run::ci(),
+    }
+}

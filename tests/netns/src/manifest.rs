@@ -1,0 +1,78 @@
+//! Manifests as a cluster would hold them, for the controller's directory source.
+
+use std::net::IpAddr;
+
+use serde_json::{Value, json};
+
+/// A Namespace with labels.
+#[must_use]
+pub fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
+    let labels: serde_json::Map<String, Value> =
+        labels.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+    json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name, "labels": labels } })
+}
+
+/// A Node with its addresses.
+#[must_use]
+pub fn node(name: &str, addresses: &[IpAddr]) -> Value {
+    let addresses: Vec<Value> = addresses
+        .iter()
+        .map(|address| json!({ "type": "InternalIP", "address": address.to_string() }))
+        .collect();
+    json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": { "name": name, "labels": { "topology.kubernetes.io/region": "lab", "topology.kubernetes.io/zone": name } },
+        "status": { "addresses": addresses },
+    })
+}
+
+/// A ServiceAccount.
+#[must_use]
+pub fn service_account(namespace: &str, name: &str) -> Value {
+    json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": name, "namespace": namespace } })
+}
+
+/// A ClusterIP Service that selects `app: <app>`.
+#[must_use]
+pub fn service(
+    namespace: &str,
+    name: &str,
+    app: &str,
+    cluster_ips: &[IpAddr],
+    ports: &[(&str, u16, u16)],
+) -> Value {
+    let ips: Vec<String> = cluster_ips.iter().map(ToString::to_string).collect();
+    let ports: Vec<Value> = ports
+        .iter()
+        .map(|(name, port, target)| {
+            json!({ "name": name, "port": port, "targetPort": target, "protocol": "TCP" })
+        })
+        .collect();
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": name, "namespace": namespace },
+        "spec": {
+            "selector": { "app": app }, "ports": ports,
+            "clusterIP": ips.first(), "clusterIPs": ips,
+            "ipFamilyPolicy": "PreferDualStack",
+        },
+    })
+}
+
+/// An AuthorizationPolicy from its `spec`.
+#[must_use]
+pub fn authorization_policy(namespace: &str, name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": name, "namespace": namespace }, "spec": spec,
+    })
+}
+
+/// A PeerAuthentication from its `spec`.
+#[must_use]
+pub fn peer_authentication(namespace: &str, name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
+        "metadata": { "name": name, "namespace": namespace }, "spec": spec,
+    })
+}

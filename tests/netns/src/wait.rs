@@ -1,0 +1,35 @@
+//! Waiting for conditions, never for time.
+
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+
+/// How long most things of the lab may take before they count as broken. Longer under emulation.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Calls `condition` until it gives `Some`, at most `limit` long.
+///
+/// # Errors
+/// When the time is up; `what` names what was waited for, and the last error is part of the message.
+pub fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut condition: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let started = Instant::now();
+    let mut pause = Duration::from_millis(5);
+    loop {
+        let outcome = condition();
+        if let Ok(Some(value)) = outcome {
+            return Ok(value);
+        }
+        if started.elapsed() >= limit {
+            match outcome {
+                Ok(_) => bail!("not within {limit:?}: {what}"),
+                Err(error) => bail!("not within {limit:?}: {what}: {error:#}"),
+            }
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(100));
+    }
+}
