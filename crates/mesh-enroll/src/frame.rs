@@ -101,9 +101,10 @@ pub fn read_frame(stream: &mut impl Read) -> Result<Vec<u8>, FrameError> {
 }
 
 fn read_error(error: io::Error) -> FrameError {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => FrameError::Truncated,
-        _other => FrameError::Io(error),
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        FrameError::Truncated
+    } else {
+        FrameError::Io(error)
     }
 }
 

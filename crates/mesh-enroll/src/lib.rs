@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cni;
 pub mod frame;
 pub mod names;
 pub mod reply;
