@@ -14,6 +14,7 @@ pub mod node;
 pub mod peer;
 pub mod pod;
 pub mod process;
+pub mod servers;
 pub mod sniff;
 pub mod wait;
 
