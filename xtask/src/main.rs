@@ -34,6 +34,12 @@ enum Verb {
         /// Only test targets whose name contains this text.
         filter: Option<String>,
     },
+    /// Measures Culvert side by side with plain connections and a stock relay; needs root.
+    Bench {
+        /// Passed on, see `cargo xtask bench -- --help`.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Builds the eBPF object alone.
     Ebpf,
     /// Checks what the compiler cannot: crate edges, file sizes, stray paths.
@@ -47,6 +53,7 @@ fn main() -> anyhow::Result<()> {
         Verb::Setup => setup::ensure(),
         Verb::Demo { keep, stop } => run::demo(keep, stop),
         Verb::Test { filter } => run::test(filter.as_deref()),
+        Verb::Bench { arguments } => run::bench(&arguments),
         Verb::Ebpf => run::ebpf(),
         Verb::Tidy => tidy::run(),
         Verb::Ci => run::ci(),

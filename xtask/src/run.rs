@@ -52,6 +52,18 @@ pub(crate) fn test(filter: Option<&str>) -> anyhow::Result<()> {
     Ok(())
 }
 
+pub(crate) fn bench(arguments: &[String]) -> anyhow::Result<()> {
+    require_root("the bench makes network namespaces and loads eBPF programs")?;
+    setup::ensure()?;
+    let mut build = command("cargo", &["build", "--release", "--bins", "--package", "mesh-bench"]);
+    for program in PROGRAMS {
+        build.args(["--package", program]);
+    }
+    run(&mut build)?;
+    let program = target_dir()?.join("release/culvert-bench");
+    run(command(&program.to_string_lossy(), &["run"]).args(arguments))
+}
+
 pub(crate) fn ci() -> anyhow::Result<()> {
     setup::ensure()?;
     run(&mut command("cargo", &["fmt", "--all", "--check"]))?;

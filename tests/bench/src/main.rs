@@ -1,2 +1,81 @@
-//! To be written.
-fn main() {}
+//! `culvert-bench`: the numbers of this project, side by side in one run.
+//!
+//! `run` builds a lab, and measures every row plain, through the stock relay and through Culvert, in interleaved
+//! rounds; the other verbs are its parts, each a process of its own.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
+
+mod cpu;
+mod floor;
+mod load;
+mod report;
+mod run;
+mod stock;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Measure everything; needs root.
+    Run {
+        /// Rounds; each measures every variant once, medians are reported.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Milliseconds of one measurement.
+        #[arg(long, default_value_t = 1500)]
+        duration_ms: u64,
+        /// Folder for results.json and results.svg.
+        #[arg(long, default_value = "target/bench")]
+        output: PathBuf,
+        /// Only rows whose name contains this text.
+        #[arg(long)]
+        only: Option<String>,
+    },
+    /// Serve the load.
+    Serve { port: u16 },
+    /// Make the load and print its result as JSON.
+    Load {
+        kind: load::Kind,
+        target: SocketAddr,
+        /// Concurrent connections.
+        #[arg(long, default_value_t = 1)]
+        concurrency: usize,
+        #[arg(long, default_value_t = 1500)]
+        duration_ms: u64,
+    },
+    /// One end of the stock relay (tokio, tokio-rustls, h2): `client` takes TCP, `server` takes the tunnel.
+    Stock { side: stock::Side, listen: SocketAddr, next: SocketAddr, certificates: PathBuf },
+    /// A plain TCP relay on the same runtime, the floor's first part.
+    Plain { listen: SocketAddr, next: SocketAddr },
+    /// CPU seconds per GB of one seal and one open, the floor's second part.
+    Aead,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().verb {
+        Verb::Run { rounds, duration_ms, output, only } => {
+            run::run(&run::Settings { rounds, duration_ms, output, only })
+        }
+        Verb::Serve { port } => load::serve(port),
+        Verb::Load { kind, target, concurrency, duration_ms } => {
+            println!("{}", load::measure(kind, target, concurrency, duration_ms)?);
+            Ok(())
+        }
+        Verb::Stock { side, listen, next, certificates } => {
+            stock::relay(side, listen, next, &certificates)
+        }
+        Verb::Plain { listen, next } => floor::plain_relay(listen, next),
+        Verb::Aead => {
+            println!("{}", floor::aead_seconds_per_gb());
+            Ok(())
+        }
+    }
+}
