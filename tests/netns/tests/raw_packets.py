@@ -1,0 +1,99 @@
+"""Sends, from inside a pod with every network capability, what only a guard outside the pod can stop.
+
+Arguments: pod IPv4, target IPv4, pod IPv6, target IPv6, gateway IPv4. Each packet carries the same marker.
+"""
+
+import socket
+import struct
+import subprocess
+import sys
+
+MARKER = b"LEAKED-BY-RAW"
+source4, target4, source6, target6, gateway = sys.argv[1:6]
+
+
+def checksum(data):
+    if len(data) % 2:
+        data += b"\0"
+    total = sum(struct.unpack("!%dH" % (len(data) // 2), data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def tcp(source, target, family, sport, dport, flags=0x18):
+    header = struct.pack("!HHIIBBHHH", sport, dport, 1, 1, 0x50, flags, 65535, 0, 0)
+    packed = socket.inet_pton(family, source) + socket.inet_pton(family, target)
+    length = len(header) + len(MARKER)
+    if family == socket.AF_INET:
+        pseudo = packed + struct.pack("!BBH", 0, 6, length)
+    else:
+        pseudo = packed + struct.pack("!IHBB", length, 0, 0, 6)
+    value = checksum(pseudo + header + MARKER)
+    return header[:16] + struct.pack("!H", value) + header[18:] + MARKER
+
+
+def ipv4(payload, protocol=6, source=source4, fragment=0, options=b""):
+    words = 5 + len(options) // 4
+    total = words * 4 + len(payload)
+    header = struct.pack("!BBHHHBBH4s4s", 0x40 | words, 0, total, 7, fragment, 64, protocol, 0,
+                         socket.inet_aton(source), socket.inet_aton(target4)) + options
+    return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + payload
+
+
+def ipv6(payload, next_header=6, source=source6):
+    return struct.pack("!IHBB16s16s", 0x60000000, len(payload), next_header, 64,
+                       socket.inet_pton(socket.AF_INET6, source),
+                       socket.inet_pton(socket.AF_INET6, target6)) + payload
+
+
+def neighbour(address):
+    subprocess.run(["ping", "-c", "1", "-W", "1", address], stdout=subprocess.DEVNULL, check=False)
+    text = subprocess.run(["ip", "neigh", "show", address], capture_output=True, text=True, check=True).stdout
+    return bytes.fromhex(text.split("lladdr ")[1].split()[0].replace(":", ""))
+
+
+def own():
+    with open("/sys/class/net/eth0/address") as file:
+        return bytes.fromhex(file.read().strip().replace(":", ""))
+
+
+raw4 = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+packet.bind(("eth0", 0))
+bypass = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+bypass.setsockopt(263, 20, 1)  # PACKET_QDISC_BYPASS
+bypass.bind(("eth0", 0))
+macs = neighbour(gateway) + own()
+
+plain4 = tcp(source4, target4, socket.AF_INET, 4000, 80)
+plain6 = tcp(source6, target6, socket.AF_INET6, 4000, 80)
+v4, v6 = b"\x08\x00", b"\x86\xdd"
+destination_options = struct.pack("!BB", 6, 0) + b"\x01\x04\0\0\0\0"
+frames = {
+    "plain": v4 + ipv4(plain4),
+    "syn": v4 + ipv4(tcp(source4, target4, socket.AF_INET, 4001, 80, 0x02)),
+    "forged source port 15008": v4 + ipv4(tcp(source4, target4, socket.AF_INET, 15008, 80)),
+    "forged target port 15008": v4 + ipv4(tcp(source4, target4, socket.AF_INET, 4002, 15008)),
+    "foreign source": v4 + ipv4(tcp("10.77.1.77", target4, socket.AF_INET, 4003, 80), source="10.77.1.77"),
+    "options": v4 + ipv4(plain4, options=b"\x01" * 4),
+    "first fragment": v4 + ipv4(plain4, fragment=0x2000),
+    "later fragment": v4 + ipv4(plain4, fragment=0x0010),
+    "ip in ip": v4 + ipv4(ipv4(plain4), protocol=4),
+    "gre": v4 + ipv4(b"\0\0\x08\0" + ipv4(plain4), protocol=47),
+    "sctp": v4 + ipv4(MARKER * 2, protocol=132),
+    "vlan": b"\x81\x00\x00\x05" + v4 + ipv4(plain4),
+    "priority tag": b"\x81\x00\x00\x00" + v4 + ipv4(plain4),
+    "qinq": b"\x88\xa8\x00\x05\x81\x00\x00\x06" + v4 + ipv4(plain4),
+    "ipv6": v6 + ipv6(plain6),
+    "ipv6 destination options": v6 + ipv6(destination_options + plain6, next_header=60),
+    "ipv6 fragment": v6 + ipv6(struct.pack("!BBHI", 6, 0, 1, 9) + plain6, next_header=44),
+    "ipv6 foreign source": v6 + ipv6(plain6, source="fd77:1::77"),
+    "ipv6 in ipv4": v4 + ipv4(ipv6(plain6), protocol=41),
+    "experimental ethertype": b"\x88\xb5" + MARKER,
+}
+raw4.sendto(ipv4(plain4), (target4, 0))
+for name, frame in frames.items():
+    for sender in (packet, bypass):
+        sender.send(macs + frame)
+print("sent all", len(frames) * 2 + 1)
