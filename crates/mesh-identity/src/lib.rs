@@ -1,1 +1,28 @@
-//! To be written.
+//! Who a workload is and how it proves it: certificates, trust, rotation, the authority, and the judgement of peers.
+//!
+//! No clock, socket or file: every decision takes `now`. The only outside source is the cryptographic library's
+//! random generator, which keys and serial numbers need.
+//!
+//! ```text
+//! csr() ─► CaCore::sign ─► IssuedAnswer::check ─► Svid ─┐
+//!                                                        ├─► tls::client / tls::server ─► PeerCertificate
+//! roots and revocations ─► TrustBundle ─► PeerVerifier ─┘
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod certificate;
+mod csr;
+mod peer;
+mod rejection;
+mod revocation;
+mod svid;
+pub mod tls;
+mod trust;
+
+pub use csr::{CsrError, CsrKey, csr};
+pub use peer::{Expected, PeerCertificate, PeerVerifier, Side};
+pub use rejection::PeerRejection;
+pub use revocation::InvalidRevocationList;
+pub use svid::{InvalidAnswer, IssuedAnswer, Svid};
+pub use trust::{InvalidBundle, TrustBundle};
