@@ -1,0 +1,12 @@
+//! Enrolment: how a pod enters the mesh and leaves it.
+
+pub(crate) mod attachment;
+pub(crate) mod enroller;
+pub(crate) mod namespace;
+pub(crate) mod netlink;
+pub(crate) mod record;
+pub(crate) mod search;
+pub(crate) mod sysctl;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,56 @@
+//! What a captured pod needs besides its namespace's settings: sockets, programs, a resolver.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_ebpf::PodSettings;
+use mesh_enroll::PodRef;
+use mesh_model::PodUid;
+use mesh_net::Netns;
+
+/// A pod that is about to be captured, or is.
+#[derive(Clone, Debug)]
+pub(crate) struct AttachedPod {
+    /// Its names.
+    pub(crate) pod: PodRef,
+    /// Where its namespace is.
+    pub(crate) path: PathBuf,
+    /// Its namespace, open.
+    pub(crate) netns: Arc<Netns>,
+    /// Its addresses.
+    pub(crate) addresses: BTreeSet<IpAddr>,
+    /// Its nameservers; empty: the node's.
+    pub(crate) nameservers: BTreeSet<IpAddr>,
+    /// What is captured of it.
+    pub(crate) settings: PodSettings,
+}
+
+/// Makes and removes what captures a pod. Calls may block; they come one at a time.
+pub(crate) trait PodAttachments: Send + Sync {
+    /// Sockets first, programs next, the map entry that switches capture on last. On an error nothing is left behind.
+    /// Attaching an attached pod applies changed settings and repairs what is missing.
+    fn attach(&self, pod: &AttachedPod) -> Result<(), AttachError>;
+    /// Switches capture off; established connections may go on for `drain`, and forever refused are new ones over the mesh.
+    /// Detaching what is not attached succeeds.
+    fn detach(&self, uid: &PodUid, cookie: u64, drain: Duration) -> Result<(), AttachError>;
+    /// The cookies of the namespaces that the kernel captures, ours or left behind.
+    fn captured(&self) -> Result<BTreeSet<u64>, AttachError>;
+}
+
+/// A pod could not be attached or detached.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub(crate) struct AttachError {
+    /// What failed.
+    pub(crate) what: &'static str,
+    /// What to do about it; may be empty.
+    pub(crate) remedy: &'static str,
+    /// True when trying again may help.
+    pub(crate) retryable: bool,
+    /// Why.
+    #[source]
+    pub(crate) source: Box<dyn std::error::Error + Send + Sync>,
+}

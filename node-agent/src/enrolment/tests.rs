@@ -1,0 +1,528 @@
+//! Enrolment in real network namespaces, with the sockets and programs replaced by a list. Needs root.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use mesh_ebpf::PodSettings;
+use mesh_enroll::{
+    ContainerId, Enroll, EnrollReply, NetnsPath, PodName, PodPhase, PodRef, PodSelector, Refusal,
+};
+use mesh_model::PodUid;
+use mesh_net::Netns;
+
+use super::attachment::{AttachError, AttachedPod, PodAttachments};
+use super::enroller::{Adopted, Enroller, EnrollerConfig, WantedPod};
+use super::namespace;
+
+/// What a fake kernel captures.
+#[derive(Debug, Default)]
+struct FakeAttachments {
+    pods: Mutex<BTreeMap<u64, AttachedPod>>,
+    failing: Mutex<bool>,
+}
+
+impl FakeAttachments {
+    fn fail(&self, failing: bool) {
+        *self.failing.lock().unwrap() = failing;
+    }
+
+    fn captures(&self, netns: &TestNetns) -> bool {
+        self.pods.lock().unwrap().contains_key(&netns.cookie())
+    }
+}
+
+impl PodAttachments for FakeAttachments {
+    fn attach(&self, pod: &AttachedPod) -> Result<(), AttachError> {
+        if *self.failing.lock().unwrap() {
+            return Err(AttachError {
+                what: "attaching fails on purpose",
+                remedy: "",
+                retryable: true,
+                source: "test".into(),
+            });
+        }
+        self.pods.lock().unwrap().insert(pod.netns.cookie(), pod.clone());
+        Ok(())
+    }
+
+    fn detach(&self, _uid: &PodUid, cookie: u64, _drain: Duration) -> Result<(), AttachError> {
+        self.pods.lock().unwrap().remove(&cookie);
+        Ok(())
+    }
+
+    fn captured(&self) -> Result<BTreeSet<u64>, AttachError> {
+        Ok(self.pods.lock().unwrap().keys().copied().collect())
+    }
+}
+
+/// A network namespace with one interface, gone when dropped.
+struct TestNetns(String);
+
+impl TestNetns {
+    fn new(name: &str) -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "needs root: run the tests with sudo");
+        let name = format!("cvagent-{name}-{}", std::process::id());
+        let _leftover = Command::new("ip").args(["netns", "del", &name]).output();
+        ip(&format!("netns add {name}"));
+        ip(&format!("-n {name} link add eth0 type veth peer name eth1"));
+        ip(&format!("-n {name} link set eth0 up"));
+        ip(&format!("-n {name} link set eth1 up"));
+        Self(name)
+    }
+
+    fn with_addresses(name: &str) -> Self {
+        let netns = Self::new(name);
+        netns.ip("addr add 10.9.0.2/24 dev eth0");
+        netns.ip("addr add fd09::2/64 dev eth0 nodad");
+        netns
+    }
+
+    fn ip(&self, args: &str) -> String {
+        ip(&format!("-n {} {args}", self.0))
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.0)
+    }
+
+    fn cookie(&self) -> u64 {
+        Netns::open(&self.path()).unwrap().cookie()
+    }
+
+    fn sysctl(&self, name: &str) -> String {
+        let path = Path::new("/proc/sys").join(name);
+        let read = || std::fs::read_to_string(path).unwrap().trim().to_owned();
+        Netns::open(&self.path()).unwrap().enter(read).unwrap()
+    }
+
+    fn set_sysctl(&self, name: &str, value: &str) {
+        let path = Path::new("/proc/sys").join(name);
+        Netns::open(&self.path()).unwrap().enter(|| std::fs::write(path, value)).unwrap().unwrap();
+    }
+
+    /// Everything that enrolment changes, as text.
+    fn traces(&self) -> String {
+        let mut traces = self.ip("rule show") + &self.ip("-6 rule show");
+        traces += &self.ip("route show table all type local table 133");
+        traces += &self.ip("-6 route show table 133");
+        for name in ["tcp_fwmark_accept", "fwmark_reflect", "tcp_tw_reuse", "tcp_migrate_req"] {
+            traces += &format!("{name}={}\n", self.sysctl(&format!("net/ipv4/{name}")));
+        }
+        traces + "v6 " + &self.sysctl("net/ipv6/fwmark_reflect")
+    }
+}
+
+impl Drop for TestNetns {
+    fn drop(&mut self) {
+        let _gone = Command::new("ip").args(["netns", "del", &self.0]).output();
+    }
+}
+
+fn ip(args: &str) -> String {
+    let output = Command::new("ip").args(args.split_whitespace()).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    // A table without routes does not exist, which iproute2 calls an error.
+    assert!(output.status.success() || errors.contains("FIB table"), "ip {args}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// One node: a folder and a fake kernel that outlive the agent.
+struct Node {
+    folder: tempfile::TempDir,
+    kernel: Arc<FakeAttachments>,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), kernel: Arc::default() }
+    }
+
+    fn start(&self) -> Enroller {
+        self.start_in_boot("boot-1")
+    }
+
+    fn start_in_boot(&self, boot_id: &str) -> Enroller {
+        let config = EnrollerConfig {
+            file: self.file(),
+            boot_id: boot_id.to_owned(),
+            host_cookie: namespace::host_cookie().unwrap(),
+            drain: Duration::from_secs(5),
+        };
+        let kernel: Arc<FakeAttachments> = Arc::clone(&self.kernel);
+        Enroller::open(config, kernel).unwrap()
+    }
+
+    fn file(&self) -> PathBuf {
+        self.folder.path().join("enrolled.json")
+    }
+}
+
+fn request(name: &str, container: &str, netns: &TestNetns, ips: &[&str]) -> Enroll {
+    Enroll {
+        pod: PodRef::new(&format!("uid-{name}"), "shop", name, "").unwrap(),
+        netns: NetnsPath::new(&netns.path().to_string_lossy()).unwrap(),
+        ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+        container_id: ContainerId::new(container).unwrap(),
+        nameservers: BTreeSet::new(),
+        live: false,
+    }
+}
+
+fn wanted() -> WantedPod {
+    WantedPod {
+        captured: true,
+        service_account: "cart".to_owned(),
+        settings: PodSettings::default(),
+    }
+}
+
+fn wanted_list(captured: bool) -> BTreeMap<PodName, WantedPod> {
+    let wanted = WantedPod { captured, ..wanted() };
+    BTreeMap::from([(PodName::new("shop", "cart").unwrap(), wanted)])
+}
+
+fn refusal(reply: EnrollReply) -> Refusal {
+    match reply {
+        EnrollReply::Refused(refusal) => refusal,
+        EnrollReply::Ok | EnrollReply::Excluded { .. } | EnrollReply::Pods { .. } => {
+            panic!("not refused: {reply:?}")
+        }
+    }
+}
+
+fn phase(enroller: &Enroller) -> Option<PodPhase> {
+    enroller.list().first().map(|pod| pod.phase)
+}
+
+const IPS: [&str; 2] = ["10.9.0.2", "fd09::2"];
+
+#[test]
+fn a_pod_enters_and_leaves_without_a_trace() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("trace"));
+    let before = netns.traces();
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    assert!(node.kernel.captures(&netns));
+    assert_ne!(netns.traces(), before);
+    assert!(netns.ip("rule show").contains("50:\tfrom all fwmark 0x539 lookup 133"));
+    assert!(netns.ip("-6 rule show").contains("50:\tfrom all fwmark 0x539 lookup 133"));
+    let check = PodSelector::Uid(request.pod.uid.clone());
+    assert_eq!(enroller.check(&check), EnrollReply::Ok);
+
+    let now = Instant::now();
+    assert_eq!(enroller.unenroll(&check, false, now), EnrollReply::Ok);
+    assert_eq!(phase(&enroller), Some(PodPhase::Draining));
+    assert_ne!(netns.traces(), before, "its last connections still need the routes");
+    enroller.tick(now + Duration::from_secs(6));
+    assert_eq!(netns.traces(), before);
+    assert_eq!(phase(&enroller), Some(PodPhase::Excluded));
+    assert!(!node.kernel.captures(&netns));
+}
+
+#[test]
+fn enrolling_again_changes_nothing_and_keeps_the_originals() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("again"));
+    netns.set_sysctl("net/ipv4/tcp_tw_reuse", "0");
+    let before = netns.traces();
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    for _ in 0..3 {
+        assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    }
+    assert_eq!(enroller.list().len(), 1);
+    assert!(enroller.remove_all().is_empty());
+    assert_eq!(netns.traces(), before);
+}
+
+#[test]
+fn a_failed_step_is_rolled_back() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("rollback"));
+    let before = netns.traces();
+    let enroller = node.start();
+    node.kernel.fail(true);
+    let refused = refusal(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()));
+    assert!(refused.retryable);
+    assert!(refused.reason.contains("on purpose: test"), "{}", refused.reason);
+    assert_eq!(netns.traces(), before);
+    assert!(enroller.list().is_empty());
+    node.kernel.fail(false);
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+}
+
+#[test]
+fn a_full_disk_refuses_the_pod() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("disk"));
+    let before = netns.traces();
+    let enroller = node.start();
+    std::fs::create_dir(node.folder.path().join("enrolled.json.draft")).unwrap();
+    let refused = refusal(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()));
+    assert!(refused.retryable && refused.remedy.contains("state folder"));
+    assert_eq!(netns.traces(), before);
+    assert!(!node.kernel.captures(&netns));
+}
+
+#[test]
+fn namespaces_that_are_not_the_pods_are_refused() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("foreign"));
+    let enroller = node.start();
+    let check = |request: &Enroll, text: &str, retryable: bool| {
+        let refused = refusal(enroller.enroll(request, &wanted()));
+        assert!(refused.reason.contains(text), "{}", refused.reason);
+        assert_eq!(refused.retryable, retryable, "{}", refused.reason);
+    };
+    check(&request("cart", "c1", &netns, &["10.9.0.3"]), "does not hold 10.9.0.3", false);
+    let mut host = request("cart", "c1", &netns, &[]);
+    host.netns = NetnsPath::new("/proc/self/ns/net").unwrap();
+    check(&host, "node's own", false);
+    host.netns = NetnsPath::new("/run/netns/cvagent-none").unwrap();
+    check(&host, "cannot open", true);
+    host.netns = NetnsPath::new("/etc/hostname").unwrap();
+    check(&host, "cannot open", true);
+    let bare = TestNetns::new("bare");
+    check(&request("cart", "c1", &bare, &[]), "no address yet", true);
+    assert!(enroller.list().is_empty());
+    let first = request("cart", "c1", &netns, &IPS);
+    assert_eq!(enroller.enroll(&first, &wanted()), EnrollReply::Ok);
+    check(&request("other", "c2", &netns, &IPS), "that of pod shop/cart", false);
+}
+
+#[test]
+fn a_namespace_without_ipv6_gets_no_ipv6_rules() {
+    let (node, netns) = (Node::new(), TestNetns::new("v4only"));
+    netns.set_sysctl("net/ipv6/conf/all/disable_ipv6", "1");
+    netns.ip("addr add 10.9.0.2/24 dev eth0");
+    let before = netns.traces();
+    let enroller = node.start();
+    assert_eq!(
+        enroller.enroll(&request("cart", "c1", &netns, &["10.9.0.2"]), &wanted()),
+        EnrollReply::Ok
+    );
+    assert!(!netns.ip("-6 rule show").contains("lookup 133"));
+    assert!(enroller.remove_all().is_empty());
+    assert_eq!(netns.traces(), before);
+}
+
+#[test]
+fn ipv6_only_pods_are_enrolled() {
+    let (node, netns) = (Node::new(), TestNetns::new("v6only"));
+    netns.ip("addr add fd09::2/64 dev eth0 nodad");
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &[]), &wanted()), EnrollReply::Ok);
+    let attached = node.kernel.pods.lock().unwrap()[&netns.cookie()].clone();
+    assert_eq!(attached.addresses, BTreeSet::from(["fd09::2".parse().unwrap()]));
+    assert_eq!(attached.pod.service_account, "cart");
+}
+
+#[test]
+fn a_new_sandbox_of_a_pod_replaces_the_old_one_and_a_late_delete_misses_it() {
+    let (node, old, new) =
+        (Node::new(), TestNetns::with_addresses("old"), TestNetns::with_addresses("new"));
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&request("cart", "c1", &old, &IPS), &wanted()), EnrollReply::Ok);
+    assert_eq!(enroller.enroll(&request("cart", "c2", &new, &IPS), &wanted()), EnrollReply::Ok);
+    assert!(!node.kernel.captures(&old) && node.kernel.captures(&new));
+    let late = PodSelector::Container(ContainerId::new("c1").unwrap());
+    assert_eq!(enroller.unenroll(&late, true, Instant::now()), EnrollReply::Ok);
+    assert!(node.kernel.captures(&new));
+    let proper = PodSelector::Container(ContainerId::new("c2").unwrap());
+    assert_eq!(enroller.unenroll(&proper, true, Instant::now()), EnrollReply::Ok);
+    assert!(!node.kernel.captures(&new) && enroller.list().is_empty());
+}
+
+#[test]
+fn a_restart_adopts_what_is_captured_and_forgets_what_is_gone() {
+    let (node, stays) = (Node::new(), TestNetns::with_addresses("stays"));
+    let goes = TestNetns::with_addresses("goes");
+    let before = stays.traces();
+    let first = node.start();
+    assert_eq!(first.enroll(&request("cart", "c1", &stays, &IPS), &wanted()), EnrollReply::Ok);
+    assert_eq!(first.enroll(&request("gone", "c2", &goes, &IPS), &wanted()), EnrollReply::Ok);
+    drop(first);
+    let cookie = goes.cookie();
+    // The fake kernel holds a descriptor of the namespace, as real pins do not.
+    let held = node.kernel.pods.lock().unwrap().remove(&cookie).unwrap();
+    drop(goes);
+    node.kernel.pods.lock().unwrap().insert(cookie, held);
+    let second = node.start();
+    let adopted = second.adopt(&wanted_list(true), Instant::now());
+    assert_eq!(adopted, Adopted { enrolled: 1, pending: 0, gone: 1, orphans: 0 });
+    assert!(node.kernel.captures(&stays));
+    assert_eq!(node.kernel.pods.lock().unwrap().len(), 1);
+    assert!(second.remove_all().is_empty());
+    assert_eq!(stays.traces(), before, "originals outlive the first process");
+}
+
+#[test]
+fn a_pod_that_cannot_be_adopted_stays_captured_and_is_tried_again() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("later"));
+    let first = node.start();
+    assert_eq!(first.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    drop(first);
+    node.kernel.fail(true);
+    let second = node.start();
+    let now = Instant::now();
+    let adopted = second.adopt(&BTreeMap::new(), now);
+    assert_eq!(adopted.pending, 1);
+    assert!(node.kernel.captures(&netns), "closed, never open");
+    assert!(second.tick(now).is_some());
+    assert_eq!(phase(&second), Some(PodPhase::Pending));
+    node.kernel.fail(false);
+    second.tick(now + Duration::from_secs(60));
+    assert_eq!(phase(&second), Some(PodPhase::Enrolled));
+}
+
+#[test]
+fn after_a_reboot_an_operators_pod_is_captured_in_its_new_namespace() {
+    let node = Node::new();
+    let netns = TestNetns::with_addresses("reboot");
+    let mut live = request("cart", "c1", &netns, &IPS);
+    live.live = true;
+    let first = node.start();
+    assert_eq!(first.enroll(&live, &wanted()), EnrollReply::Ok);
+    drop(first);
+    node.kernel.pods.lock().unwrap().clear();
+    drop(netns);
+    let netns = TestNetns::with_addresses("reboot");
+    let second = node.start_in_boot("boot-2");
+    assert_eq!(second.adopt(&wanted_list(true), Instant::now()).enrolled, 1);
+    assert!(node.kernel.captures(&netns));
+}
+
+#[test]
+fn a_damaged_list_leaves_its_pods_closed() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("damaged"));
+    let first = node.start();
+    assert_eq!(first.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    drop(first);
+    std::fs::write(node.file(), b"{\"version\":1,").unwrap();
+    let second = node.start();
+    let adopted = second.adopt(&wanted_list(true), Instant::now());
+    assert_eq!(adopted, Adopted { enrolled: 0, pending: 0, gone: 0, orphans: 1 });
+    assert!(node.kernel.captures(&netns));
+    assert!(node.folder.path().join("enrolled.json.unusable").exists());
+    let again = second.enroll(&request("cart", "c1", &netns, &IPS), &wanted());
+    assert_eq!(again, EnrollReply::Ok);
+}
+
+#[test]
+fn labels_take_running_pods_in_and_out() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("label"));
+    let before = netns.traces();
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    let now = Instant::now();
+    assert!(matches!(enroller.exclude(&request, "not labelled"), EnrollReply::Excluded { .. }));
+    assert_eq!(netns.traces(), before);
+    enroller.configure(&wanted_list(true), now);
+    assert_eq!(phase(&enroller), Some(PodPhase::Enrolled));
+    enroller.configure(&wanted_list(false), now);
+    assert_eq!(phase(&enroller), Some(PodPhase::Draining));
+    enroller.configure(&wanted_list(true), now);
+    assert_eq!(phase(&enroller), Some(PodPhase::Enrolled), "back before it had drained");
+    enroller.configure(&wanted_list(false), now);
+    enroller.tick(now + Duration::from_secs(6));
+    assert_eq!(netns.traces(), before);
+    enroller.configure(&BTreeMap::new(), now);
+    assert_eq!(phase(&enroller), Some(PodPhase::Excluded));
+}
+
+#[test]
+fn an_operators_word_outlasts_the_label() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("operator"));
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    let now = Instant::now();
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    let pod = PodSelector::Name(request.pod.name.clone());
+    assert_eq!(enroller.unenroll(&pod, false, now), EnrollReply::Ok);
+    enroller.configure(&wanted_list(true), now);
+    assert_eq!(phase(&enroller), Some(PodPhase::Draining));
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    assert_eq!(phase(&enroller), Some(PodPhase::Enrolled));
+}
+
+#[test]
+fn changed_settings_reach_the_kernel() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("settings"));
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    let mut list = wanted_list(true);
+    for wanted in list.values_mut() {
+        wanted.settings.probe_ports.insert(8080);
+    }
+    enroller.configure(&list, Instant::now());
+    let attached = node.kernel.pods.lock().unwrap()[&netns.cookie()].clone();
+    assert!(attached.settings.probe_ports.contains(&8080));
+}
+
+#[test]
+fn what_a_pod_undoes_is_noticed_and_repaired() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("undo"));
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    let check = PodSelector::Container(request.container_id.clone());
+    netns.set_sysctl("net/ipv4/fwmark_reflect", "0");
+    assert!(refusal(enroller.check(&check)).reason.contains("fwmark_reflect"));
+    assert_eq!(enroller.repair(), 1);
+    assert_eq!(enroller.check(&check), EnrollReply::Ok);
+    node.kernel.pods.lock().unwrap().clear();
+    assert!(refusal(enroller.check(&check)).reason.contains("does not capture"));
+    assert_eq!(enroller.repair(), 1);
+    assert_eq!(enroller.repair(), 0);
+}
+
+#[test]
+fn collection_spares_the_valid_and_the_operators() {
+    let (node, a, b, c) = (
+        Node::new(),
+        TestNetns::with_addresses("gca"),
+        TestNetns::with_addresses("gcb"),
+        TestNetns::with_addresses("gcc"),
+    );
+    let enroller = node.start();
+    let mut by_hand = request("c", "c3", &c, &IPS);
+    by_hand.live = true;
+    for request in [request("a", "c1", &a, &IPS), request("b", "c2", &b, &IPS), by_hand] {
+        assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    }
+    let valid = BTreeSet::from([ContainerId::new("c1").unwrap()]);
+    assert_eq!(enroller.collect(&valid), EnrollReply::Ok);
+    assert!(node.kernel.captures(&a) && !node.kernel.captures(&b) && node.kernel.captures(&c));
+}
+
+#[test]
+fn a_vanished_namespace_is_forgotten() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("vanish"));
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    drop(netns);
+    enroller.tick(Instant::now());
+    assert!(enroller.list().is_empty());
+    assert!(node.kernel.pods.lock().unwrap().is_empty());
+}
+
+#[test]
+fn many_at_once_are_all_enrolled() {
+    let node = Node::new();
+    let spaces: Vec<TestNetns> =
+        (0..8).map(|number| TestNetns::with_addresses(&format!("many{number}"))).collect();
+    let enroller = node.start();
+    std::thread::scope(|scope| {
+        for (number, netns) in spaces.iter().enumerate() {
+            let enroller = &enroller;
+            scope.spawn(move || {
+                let request = request(&format!("pod-{number}"), &format!("c{number}"), netns, &IPS);
+                for _ in 0..3 {
+                    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+                }
+            });
+        }
+    });
+    assert_eq!(enroller.list().len(), 8);
+    assert_eq!(node.start().adopt(&BTreeMap::new(), Instant::now()).enrolled, 8);
+}
