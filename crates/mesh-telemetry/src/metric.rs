@@ -1,0 +1,162 @@
+//! The names of metrics, as they are scraped.
+
+/// What a metric's value means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricKind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// A distribution over buckets.
+    Histogram,
+}
+
+/// One metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metric {
+    /// Its name in the exposition.
+    pub name: &'static str,
+    /// What its value means.
+    pub kind: MetricKind,
+    /// One line for people.
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($($(#[doc = $doc:literal])+ $constant:ident = $name:literal, $kind:ident, $help:literal;)+) => {
+        $($(#[doc = $doc])+ pub const $constant: Metric = Metric {
+            name: $name,
+            kind: MetricKind::$kind,
+            help: $help,
+        };)+
+
+        /// Every metric, in the order of its definition.
+        pub const ALL: &[Metric] = &[$($constant,)+];
+    };
+}
+
+metrics! {
+    // Istio's names, read by Kiali and by Istio's dashboards.
+
+    /// Labels: traffic, `response_flags="-"`.
+    TCP_CONNECTIONS_OPENED = "istio_tcp_connections_opened_total", Counter, "TCP connections opened";
+    /// Labels: traffic, with the final flags.
+    TCP_CONNECTIONS_CLOSED = "istio_tcp_connections_closed_total", Counter, "TCP connections closed";
+    /// Labels: traffic, with the final flags; only counted when they are not `-`.
+    TCP_CONNECTIONS_FAILED = "istio_tcp_connections_failed_total", Counter, "TCP connections that failed";
+    /// Bytes from client to server, whoever reports. Labels: traffic, `response_flags="-"`.
+    TCP_RECEIVED_BYTES = "istio_tcp_received_bytes_total", Counter, "bytes of the request direction, client to server";
+    /// Bytes from server to client, whoever reports. Labels: traffic, `response_flags="-"`.
+    TCP_SENT_BYTES = "istio_tcp_sent_bytes_total", Counter, "bytes of the response direction, server to client";
+    /// Labels: `reporter`.
+    TCP_SOCKETS_OPEN = "istio_tcp_sockets_open", Gauge, "connections open now";
+    /// Labels: all `source_*`, `hostname`.
+    ON_DEMAND_DNS = "istio_on_demand_dns_total", Counter, "host names of workloads resolved for a connection";
+    /// Labels: `reporter`.
+    CRL_REJECTIONS = "istio_crl_policy_rejections_total", Counter, "connections refused or cut for a revoked certificate";
+    /// Labels: `reason` (ConnectionError, Error, Reconnect, Complete).
+    XDS_TERMINATIONS = "istio_xds_connection_terminations_total", Counter, "configuration streams that ended";
+    /// Labels: `url`.
+    XDS_MESSAGES = "istio_xds_message_total", Counter, "configuration messages received";
+    /// Labels: `url`.
+    XDS_MESSAGE_BYTES = "istio_xds_message_bytes_total", Counter, "bytes of configuration messages received";
+    /// Labels: [`DNS_LABELS`].
+    DNS_REQUESTS = "istio_dns_requests_total", Counter, "DNS queries of pods";
+    /// Labels: [`DNS_LABELS`].
+    DNS_UPSTREAM_REQUESTS = "istio_dns_upstream_requests_total", Counter, "DNS queries forwarded";
+    /// Labels: [`DNS_LABELS`].
+    DNS_UPSTREAM_FAILURES = "istio_dns_upstream_failures_total", Counter, "forwarded DNS queries without an answer";
+    /// Labels: [`DNS_LABELS`]; buckets [`DNS_SECONDS_BUCKETS`].
+    DNS_UPSTREAM_SECONDS = "istio_dns_upstream_request_duration_seconds", Histogram, "time until a resolver answered";
+    /// Always 1. Labels: `component`, `tag`.
+    BUILD = "istio_build", Gauge, "version of this program";
+
+    // Ours.
+
+    /// Labels: `reporter`, `path`, `reason` ([`CloseReason`](mesh_model::CloseReason)).
+    FLOWS_CLOSED = "culvert_flows_closed_total", Counter, "connections ended, by reason";
+    /// Labels: `reporter`, `reason`, `policy`, `rule`.
+    DENIALS = "culvert_denials_total", Counter, "connections refused, by deciding policy and rule";
+    /// Labels: `note` (audit, dry_run), `policy`, `rule`.
+    POLICY_NOTES = "culvert_policy_notes_total", Counter, "connections matched by AUDIT or dry-run policies";
+    /// Labels: `direction`, `reason`.
+    EARLY_DENIALS = "culvert_early_denials_total", Counter, "connections ended before they became a flow";
+    /// Labels: `path`.
+    FLOWS_OPEN = "culvert_flows_open", Gauge, "connections open now, by path";
+    /// Labels: `role` (client, server).
+    TUNNELS_OPEN = "culvert_tunnels_open", Gauge, "tunnels open now";
+    /// Labels: `role`, `reason`.
+    TUNNELS_CLOSED = "culvert_tunnels_closed_total", Counter, "tunnels ended, by reason";
+    /// Labels: `role`, `result` (ok, or a close reason).
+    HANDSHAKES = "culvert_tls_handshakes_total", Counter, "TLS handshakes, by result";
+    /// Labels: `phase` (enrolled, pending, draining, excluded).
+    PODS = "culvert_pods", Gauge, "pods of this node known to the agent";
+    /// Labels: `request` (enroll, unenroll, check, gc), `result` (ok, excluded, retry, refused).
+    ENROLMENTS = "culvert_enrolment_requests_total", Counter, "enrolment requests, by result";
+    /// No labels.
+    CONTROLLER_CONNECTED = "culvert_controller_connected", Gauge, "1 while the configuration stream is up";
+    /// No labels.
+    INDEX_REVISION = "culvert_index_revision", Gauge, "revision of the configuration in use";
+    /// Labels: `type` (workload, service, policy, pod_config, mesh_config).
+    RESOURCES = "culvert_resources", Gauge, "configuration resources held";
+    /// Labels: `type`.
+    RESOURCES_REJECTED = "culvert_resources_rejected_total", Counter, "configuration resources refused as invalid";
+    /// Labels: `state` (valid, expiring, expired, requested).
+    CERTIFICATES = "culvert_certificates", Gauge, "certificates of this node's pods";
+    /// No labels.
+    CERTIFICATE_EXPIRY = "culvert_certificate_next_expiry_timestamp_seconds", Gauge, "when the first certificate in use expires, Unix time";
+    /// Labels: `result` (ok, or a reason).
+    CERTIFICATE_REQUESTS = "culvert_certificate_requests_total", Counter, "certificate requests, by result";
+    /// Labels: `outcome` (answered, forwarded, cached, refused, failed).
+    DNS_QUERIES = "culvert_dns_queries_total", Counter, "DNS queries of pods, by outcome";
+    /// No labels.
+    DIRECT_VERDICTS = "culvert_direct_verdicts", Gauge, "same-node verdicts held by the kernel";
+    /// Labels: `queue`.
+    EVENTS_DROPPED = "culvert_events_dropped_total", Counter, "events dropped because a bounded queue was full";
+    /// No labels.
+    LOG_LINES_DROPPED = "culvert_log_lines_dropped_total", Counter, "log lines dropped because the sink was slow";
+    /// No labels.
+    SERIES_FOLDED = "culvert_series_folded_total", Counter, "flows counted without their source because there are too many time series";
+
+    // The process. Source: Prometheus client conventions.
+
+    /// No labels.
+    PROCESS_RESIDENT_BYTES = "process_resident_memory_bytes", Gauge, "resident memory";
+    /// No labels.
+    PROCESS_OPEN_FDS = "process_open_fds", Gauge, "open file descriptors";
+    /// No labels.
+    PROCESS_MAX_FDS = "process_max_fds", Gauge, "limit of open file descriptors";
+    /// No labels.
+    PROCESS_THREADS = "process_threads", Gauge, "threads";
+    /// No labels.
+    PROCESS_CPU_SECONDS = "process_cpu_seconds_total", Gauge, "processor time used, user and system";
+    /// No labels.
+    PROCESS_START = "process_start_time_seconds", Gauge, "when the process started, Unix time";
+}
+
+/// Labels of the DNS metrics.
+pub const DNS_LABELS: [&str; 4] = [
+    "request_query_type",
+    "request_protocol",
+    "source_canonical_service",
+    "source_canonical_revision",
+];
+
+/// Buckets of [`DNS_UPSTREAM_SECONDS`], seconds. Source: istio/ztunnel `src/dns/metrics.rs`.
+pub const DNS_SECONDS_BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_counters_end_in_total() {
+        let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len());
+        for metric in ALL.iter().filter(|metric| metric.kind == MetricKind::Counter) {
+            assert!(metric.name.ends_with("_total"), "{}", metric.name);
+        }
+    }
+}
