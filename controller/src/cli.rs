@@ -1,0 +1,207 @@
+//! The command line of `culvert-controller`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// The controller of a Culvert mesh: reads manifests, tells agents about workloads and policies, signs certificates.
+#[derive(Debug, Parser)]
+#[command(name = "culvert-controller", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the controller.
+    Run(Box<RunArgs>),
+    /// Join tokens, by which a node's agent joins the mesh once.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// The certificate authority. A running controller picks changes up within two seconds.
+    #[command(subcommand)]
+    Ca(CaCommand),
+}
+
+/// Settings of a running controller.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Where objects come from: directory:PATH
+    #[arg(long, env = "CULVERT_SOURCE", value_parser = parse_source)]
+    pub source: Source,
+    /// Where the CA's keys and the tokens are kept; made with mode 0700
+    #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
+    pub state_dir: PathBuf,
+    /// Address for agents: xDS, certificates and enrolment over TLS
+    #[arg(long, env = "CULVERT_LISTEN", default_value = "[::]:15012")]
+    pub listen: SocketAddr,
+    /// DNS name or IP address in the controller's own certificate; may repeat
+    #[arg(long = "san", env = "CULVERT_SAN", value_delimiter = ',', default_value = "localhost")]
+    pub sans: Vec<String>,
+    /// Loopback address of the admin server
+    #[arg(long, env = "CULVERT_ADMIN", default_value = "127.0.0.1:15014")]
+    pub admin: SocketAddr,
+    /// Unix socket of the admin server
+    #[arg(long, env = "CULVERT_ADMIN_SOCKET")]
+    pub admin_socket: Option<PathBuf>,
+    /// Trust domain of the mesh
+    #[arg(long, env = "CULVERT_TRUST_DOMAIN", default_value = "cluster.local")]
+    pub trust_domain: String,
+    /// Name of this cluster
+    #[arg(long, env = "CULVERT_CLUSTER_ID", default_value = "Kubernetes")]
+    pub cluster_id: String,
+    /// Network of workloads that do not name another
+    #[arg(long, env = "CULVERT_NETWORK", default_value = "")]
+    pub network: String,
+    /// DNS domain of services
+    #[arg(long, env = "CULVERT_CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
+    /// Namespace whose policies hold for the whole mesh
+    #[arg(long, env = "CULVERT_ROOT_NAMESPACE", default_value = "istio-system")]
+    pub root_namespace: String,
+    /// Honour the istio.io twins of Culvert's labels
+    #[arg(long, env = "CULVERT_ISTIO_LABELS")]
+    pub istio_labels: bool,
+    /// What becomes of unknown destinations, unless a namespace says otherwise
+    #[arg(long, env = "CULVERT_UNKNOWN_EGRESS", value_enum, default_value_t = Egress::Allow)]
+    pub unknown_egress: Egress,
+    /// Namespace that is never captured; may repeat
+    #[arg(long = "exclude-namespace", env = "CULVERT_EXCLUDE_NAMESPACES", value_delimiter = ',', default_value = "kube-system")]
+    pub exclude_namespaces: Vec<String>,
+    /// PEM file of certificate revocation lists, watched, added to the CA's own
+    #[arg(long, env = "CULVERT_CRL_FILE")]
+    pub crl_file: Option<PathBuf>,
+    /// How long changes are collected before agents are told
+    #[arg(long, env = "CULVERT_DEBOUNCE", default_value = "10ms", value_parser = parse_duration)]
+    pub debounce: Duration,
+    /// Longest time between two looks at the manifests
+    #[arg(long, env = "CULVERT_RESCAN", default_value = "5s", value_parser = parse_duration)]
+    pub rescan: Duration,
+    /// Log filter, e.g. info or mesh_controller=debug
+    #[arg(long, env = "CULVERT_LOG", default_value = "info")]
+    pub log: String,
+    /// Log lines as JSON
+    #[arg(long, env = "CULVERT_LOG_JSON")]
+    pub log_json: bool,
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A directory of manifests.
+    Directory(PathBuf),
+}
+
+/// What becomes of unknown destinations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Egress {
+    /// They may be dialled.
+    Allow,
+    /// They are refused.
+    Deny,
+}
+
+/// Join tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Print a token with which the agent of a node can join once
+    Create {
+        /// Name of the node
+        #[arg(long)]
+        node: String,
+        /// How long the token may be used
+        #[arg(long, default_value = "1h", value_parser = parse_duration)]
+        ttl: Duration,
+        /// The controller's state directory
+        #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
+        state_dir: PathBuf,
+    },
+}
+
+/// The certificate authority.
+#[derive(Debug, Subcommand)]
+pub enum CaCommand {
+    /// Make a new root; certificates of the old one stay valid while they last
+    RotateRoot {
+        /// The controller's state directory
+        #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
+        state_dir: PathBuf,
+    },
+    /// Revoke a certificate of this CA; its live connections are cut
+    Revoke {
+        /// Serial number, hexadecimal
+        #[arg(long)]
+        serial: String,
+        /// The controller's state directory
+        #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
+        state_dir: PathBuf,
+    },
+    /// Print the roots agents need to trust the controller, PEM
+    Root {
+        /// The controller's state directory
+        #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
+        state_dir: PathBuf,
+        /// Trust domain, when the CA is made by this command
+        #[arg(long, env = "CULVERT_TRUST_DOMAIN", default_value = "cluster.local")]
+        trust_domain: String,
+    },
+}
+
+fn parse_source(text: &str) -> Result<Source, String> {
+    match text.split_once(':') {
+        Some(("directory", path)) if !path.is_empty() => Ok(Source::Directory(path.into())),
+        Some(_) | None => Err("write directory:PATH".into()),
+    }
+}
+
+/// Reads `250ms`, `90s`, `15m`, `24h` or `7d`.
+///
+/// # Errors
+/// When the text is none of these, or is zero.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_source| format!("{text:?} does not start with a number"))?;
+    let millis_per_unit: u64 = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err(format!("{unit:?} is no unit; use ms, s, m, h or d")),
+    };
+    number
+        .checked_mul(millis_per_unit)
+        .filter(|millis| *millis > 0)
+        .map(Duration::from_millis)
+        .ok_or_else(|| format!("{text:?} is out of range"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_need_a_number_and_a_unit() {
+        assert_eq!(parse_duration("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
+        for wrong in ["", "5", "s", "1w", "0s", "99999999999999999999s", "18446744073709551615d"] {
+            assert!(parse_duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        assert!(Cli::try_parse_from(["culvert-controller", "run", "--source", "kubernetes"]).is_err());
+        let run = ["culvert-controller", "run", "--source", "directory:/m", "--san", "a,127.0.0.1", "--san", "b"];
+        let Command::Run(args) = Cli::try_parse_from(run).unwrap().command else { panic!("not run") };
+        assert_eq!(args.sans, ["a", "127.0.0.1", "b"]);
+    }
+}

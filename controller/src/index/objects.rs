@@ -1,0 +1,183 @@
+//! The objects that are in force, with the look-ups the mappings need.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+use crate::manifest::{
+    AuthorizationPolicy, EndpointSlice, Kind, Namespace, Node, Object, ObjectKey,
+    PeerAuthentication, Pod, Service, ServiceAccount, ServiceEntry, WorkloadEntry,
+};
+
+/// Namespace and name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+impl Key {
+    /// A key of its parts.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl From<&ObjectKey> for Key {
+    fn from(key: &ObjectKey) -> Self {
+        Self { namespace: key.namespace.clone(), name: key.name.clone() }
+    }
+}
+
+/// Objects of one kind by key.
+pub(super) type Table<T> = BTreeMap<Key, Arc<T>>;
+
+/// The entries of one namespace.
+pub(super) fn in_namespace<'t, T>(
+    table: &'t Table<T>,
+    namespace: &'t str,
+) -> impl Iterator<Item = (&'t Key, &'t Arc<T>)> {
+    table.range(Key::new(namespace, "")..).take_while(move |(key, _)| &*key.namespace == namespace)
+}
+
+/// All objects.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Objects {
+    pub(super) namespaces: BTreeMap<Arc<str>, Arc<Namespace>>,
+    pub(super) nodes: BTreeMap<Arc<str>, Arc<Node>>,
+    pub(super) service_accounts: Table<ServiceAccount>,
+    pub(super) pods: Table<Pod>,
+    pub(super) services: Table<Service>,
+    pub(super) slices: Table<EndpointSlice>,
+    pub(super) workload_entries: Table<WorkloadEntry>,
+    pub(super) service_entries: Table<ServiceEntry>,
+    pub(super) authorizations: Table<AuthorizationPolicy>,
+    pub(super) peers: Table<PeerAuthentication>,
+    pub(super) slices_by_service: BTreeMap<Key, BTreeSet<Key>>,
+    pub(super) slices_by_pod: BTreeMap<Key, BTreeSet<Key>>,
+    pub(super) pods_by_node: BTreeMap<Arc<str>, BTreeSet<Key>>,
+}
+
+impl Objects {
+    /// Stores `object`; returns what it replaced.
+    pub(super) fn upsert(&mut self, object: &Object) -> Option<Object> {
+        let key = Key::from(&object.key());
+        match object {
+            Object::Namespace(new) => {
+                self.namespaces.insert(key.name, Arc::clone(new)).map(Object::Namespace)
+            }
+            Object::Node(new) => self.nodes.insert(key.name, Arc::clone(new)).map(Object::Node),
+            Object::ServiceAccount(new) => {
+                self.service_accounts.insert(key, Arc::clone(new)).map(Object::ServiceAccount)
+            }
+            Object::Pod(new) => {
+                let old = self.pods.insert(key.clone(), Arc::clone(new));
+                if let Some(old) = &old {
+                    unlink(&mut self.pods_by_node, &old.node, &key);
+                }
+                self.pods_by_node.entry(new.node.clone()).or_default().insert(key);
+                old.map(Object::Pod)
+            }
+            Object::Service(new) => self.services.insert(key, Arc::clone(new)).map(Object::Service),
+            Object::EndpointSlice(new) => {
+                let old = self.slices.insert(key.clone(), Arc::clone(new));
+                if let Some(old) = &old {
+                    self.unlink_slice(&key, old);
+                }
+                for pod in slice_pods(new) {
+                    self.slices_by_pod.entry(pod).or_default().insert(key.clone());
+                }
+                self.slices_by_service.entry(slice_service(new)).or_default().insert(key);
+                old.map(Object::EndpointSlice)
+            }
+            Object::WorkloadEntry(new) => {
+                self.workload_entries.insert(key, Arc::clone(new)).map(Object::WorkloadEntry)
+            }
+            Object::ServiceEntry(new) => {
+                self.service_entries.insert(key, Arc::clone(new)).map(Object::ServiceEntry)
+            }
+            Object::AuthorizationPolicy(new) => {
+                self.authorizations.insert(key, Arc::clone(new)).map(Object::AuthorizationPolicy)
+            }
+            Object::PeerAuthentication(new) => {
+                self.peers.insert(key, Arc::clone(new)).map(Object::PeerAuthentication)
+            }
+        }
+    }
+
+    /// Removes an object; returns it.
+    pub(super) fn remove(&mut self, key: &ObjectKey) -> Option<Object> {
+        let id = Key::from(key);
+        match key.kind {
+            Kind::Namespace => self.namespaces.remove(&id.name).map(Object::Namespace),
+            Kind::Node => self.nodes.remove(&id.name).map(Object::Node),
+            Kind::ServiceAccount => self.service_accounts.remove(&id).map(Object::ServiceAccount),
+            Kind::Pod => {
+                let old = self.pods.remove(&id)?;
+                unlink(&mut self.pods_by_node, &old.node, &id);
+                Some(Object::Pod(old))
+            }
+            Kind::Service => self.services.remove(&id).map(Object::Service),
+            Kind::EndpointSlice => {
+                let old = self.slices.remove(&id)?;
+                self.unlink_slice(&id, &old);
+                Some(Object::EndpointSlice(old))
+            }
+            Kind::WorkloadEntry => self.workload_entries.remove(&id).map(Object::WorkloadEntry),
+            Kind::ServiceEntry => self.service_entries.remove(&id).map(Object::ServiceEntry),
+            Kind::AuthorizationPolicy => {
+                self.authorizations.remove(&id).map(Object::AuthorizationPolicy)
+            }
+            Kind::PeerAuthentication => self.peers.remove(&id).map(Object::PeerAuthentication),
+        }
+    }
+
+    /// The slices of a service.
+    pub(super) fn slices_of(&self, service: &Key) -> impl Iterator<Item = &Arc<EndpointSlice>> {
+        self.slices_by_service.get(service).into_iter().flatten().filter_map(|key| self.slices.get(key))
+    }
+
+    /// True when the service's endpoints are given by slices, so that its selector is not consulted for pods.
+    pub(super) fn has_slices(&self, service: &Key) -> bool {
+        self.slices_by_service.contains_key(service)
+    }
+
+    fn unlink_slice(&mut self, key: &Key, slice: &EndpointSlice) {
+        for pod in slice_pods(slice) {
+            unlink(&mut self.slices_by_pod, &pod, key);
+        }
+        unlink(&mut self.slices_by_service, &slice_service(slice), key);
+    }
+}
+
+/// The pods a slice names.
+pub(super) fn slice_pods(slice: &EndpointSlice) -> impl Iterator<Item = Key> + '_ {
+    slice
+        .endpoints
+        .iter()
+        .filter_map(|endpoint| endpoint.pod.as_ref())
+        .map(|pod| Key { namespace: slice.meta.namespace.clone(), name: pod.clone() })
+}
+
+/// The service a slice belongs to.
+pub(super) fn slice_service(slice: &EndpointSlice) -> Key {
+    Key { namespace: slice.meta.namespace.clone(), name: slice.service.clone() }
+}
+
+fn unlink<K: Ord>(map: &mut BTreeMap<K, BTreeSet<Key>>, at: &K, key: &Key) {
+    if let Some(set) = map.get_mut(at) {
+        set.remove(key);
+        if set.is_empty() {
+            map.remove(at);
+        }
+    }
+}

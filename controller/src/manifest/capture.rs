@@ -1,0 +1,103 @@
+//! The annotations by which a pod, or a WorkloadEntry, tunes its capture.
+
+use mesh_model::IpPrefix;
+
+use super::metadata::{InvalidField, Metadata};
+
+const PREFIX: &str = "culvert.dev/";
+
+/// Most entries in one list.
+const MAX_ENTRIES: usize = 64;
+
+/// What is captured of a workload; everything, unless its annotations say otherwise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CaptureSettings {
+    /// `culvert.dev/include-outbound-ports`: only these destination ports are captured; empty means all.
+    pub include_outbound_ports: Vec<u16>,
+    /// `culvert.dev/exclude-outbound-ports`: these are not.
+    pub exclude_outbound_ports: Vec<u16>,
+    /// `culvert.dev/include-outbound-cidrs`: only these destinations are captured; empty means all.
+    pub include_outbound_cidrs: Vec<IpPrefix>,
+    /// `culvert.dev/exclude-outbound-cidrs`: these are not.
+    pub exclude_outbound_cidrs: Vec<IpPrefix>,
+    /// `culvert.dev/include-inbound-ports`: only these local ports are captured; empty means all.
+    pub include_inbound_ports: Vec<u16>,
+    /// `culvert.dev/exclude-inbound-ports`: these are not.
+    pub exclude_inbound_ports: Vec<u16>,
+    /// `culvert.dev/include-inbound-cidrs`: only clients from here are captured; empty means all.
+    pub include_inbound_cidrs: Vec<IpPrefix>,
+    /// `culvert.dev/exclude-inbound-cidrs`: clients from here are not.
+    pub exclude_inbound_cidrs: Vec<IpPrefix>,
+    /// `culvert.dev/dns-capture: "false"` leaves DNS alone.
+    pub dns_capture: bool,
+    /// `culvert.dev/bypass-inbound-capture: "true"` leaves plaintext inbound alone.
+    pub bypass_inbound: bool,
+}
+
+impl CaptureSettings {
+    pub(super) fn parse(meta: &Metadata) -> Result<Self, InvalidField> {
+        Ok(Self {
+            include_outbound_ports: list(meta, "include-outbound-ports", one_port)?,
+            exclude_outbound_ports: list(meta, "exclude-outbound-ports", one_port)?,
+            include_outbound_cidrs: list(meta, "include-outbound-cidrs", one_cidr)?,
+            exclude_outbound_cidrs: list(meta, "exclude-outbound-cidrs", one_cidr)?,
+            include_inbound_ports: list(meta, "include-inbound-ports", one_port)?,
+            exclude_inbound_ports: list(meta, "exclude-inbound-ports", one_port)?,
+            include_inbound_cidrs: list(meta, "include-inbound-cidrs", one_cidr)?,
+            exclude_inbound_cidrs: list(meta, "exclude-inbound-cidrs", one_cidr)?,
+            dns_capture: flag(meta, "dns-capture", true)?,
+            bypass_inbound: flag(meta, "bypass-inbound-capture", false)?,
+        })
+    }
+}
+
+fn one_port(text: &str) -> Result<u16, &'static str> {
+    text.parse::<u16>().ok().filter(|port| *port != 0).ok_or("write ports from 1 to 65535, separated by commas")
+}
+
+fn one_cidr(text: &str) -> Result<IpPrefix, &'static str> {
+    text.parse::<IpPrefix>().map_err(|_source| "write addresses or CIDRs, separated by commas")
+}
+
+fn list<T: Ord>(
+    meta: &Metadata,
+    name: &str,
+    parse: fn(&str) -> Result<T, &'static str>,
+) -> Result<Vec<T>, InvalidField> {
+    let key = format!("{PREFIX}{name}");
+    let Some(text) = meta.annotation(&key) else { return Ok(Vec::new()) };
+    let complain = |part: &str, remedy: &str| {
+        InvalidField::new("metadata.annotations", format!("{key} has {part:?}"), remedy)
+    };
+    let mut entries = Vec::new();
+    // "*" is everything, which is what an include list says when it is absent.
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty() && *part != "*") {
+        entries.push(parse(part).map_err(|remedy| complain(part, remedy))?);
+    }
+    if text.split(',').any(|part| part.trim() == "*") {
+        if name.starts_with("exclude") {
+            return Err(complain("*", "name ports or CIDRs; to leave a pod out, label it culvert.dev/dataplane-mode: none"));
+        }
+        return Ok(Vec::new());
+    }
+    if entries.len() > MAX_ENTRIES {
+        return Err(complain(&format!("{} entries", entries.len()), "use at most 64; a wider CIDR may do"));
+    }
+    entries.sort();
+    entries.dedup();
+    Ok(entries)
+}
+
+fn flag(meta: &Metadata, name: &str, default: bool) -> Result<bool, InvalidField> {
+    let key = format!("{PREFIX}{name}");
+    match meta.annotation(&key) {
+        None => Ok(default),
+        Some("true") => Ok(true),
+        Some("false") => Ok(false),
+        Some(other) => Err(InvalidField::new(
+            "metadata.annotations",
+            format!("{key} is {other:?}"),
+            "use \"true\" or \"false\"",
+        )),
+    }
+}
