@@ -1,13 +1,24 @@
 //! The public face: one loaded set of programs and maps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::{CaptureConfig, CaptureError, FeatureReport, PodCapture};
+use mesh_ebpf_abi::{Address, ClientKey, Counter, LAYOUT, Port, maps as shapes};
+
+use crate::guard::{self, Guards};
+use crate::maps::{self, Maps};
+use crate::object::{self, CGROUP_HOOKS, CgroupHook, Programs};
+use crate::pins::Pins;
+use crate::pods::{self, Parts, Pods};
+use crate::sys::{self, LinkOrder, LinkTarget};
+use crate::{CaptureConfig, CaptureError, CgroupOrder, FeatureReport, PodCapture, cgroup, netns};
 
 /// The kernel's name for a network namespace: unique on a machine until its next boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,82 +54,266 @@ pub struct Swept {
 }
 
 /// Loaded capture. Cheap to share in an `Arc`; dropping it detaches nothing.
+///
+/// [`label`](Self::label), [`orig_dst`](Self::orig_dst) and [`orig_resolver`](Self::orig_resolver)
+/// take no lock and may be called from any thread, also from one that is in a pod's namespace. The
+/// others take one lock and work for up to some milliseconds.
 #[derive(Debug)]
-pub struct Capture {}
+pub struct Capture {
+    maps: Maps,
+    pins: Pins,
+    guards: Guards,
+    features: FeatureReport,
+    node: NetnsCookie,
+    pods: Mutex<Pods>,
+}
 
 impl Capture {
     /// Loads and pins everything, or takes over what an earlier process pinned and replaces its
     /// programs without a gap. Call it in the node's own network namespace.
+    ///
+    /// Fails when the kernel lacks what every supported one has, when there is no bpffs or cgroup2
+    /// root, or when the pinned maps have another shape. What was attached then stays attached.
     pub fn load_or_adopt(config: &CaptureConfig) -> Result<Self, CaptureError> {
-        _ = config.clone();
-        Err(CaptureError::Missing { name: "connect4" })
+        let cgroup_root = cgroup::find_root(config.cgroup_root.as_deref())?;
+        let pins = Pins::prepare(&config.bpffs)?;
+        let adopted = check_pinned_maps(&pins)?;
+        let programs = object::load(&pins.maps())?;
+        let maps = Maps::open(&pins.maps())?;
+        let node = guard::node_namespace()?;
+        let cookie = netns::cookie(&node, &config.bpffs)?;
+        let guards = Guards::new(node, config.guard, &programs, pins.programs())?;
+        let cgroup_order = attach_cgroup_hooks(&pins, &cgroup_root, &programs)?;
+        let parts = Parts { maps: &maps, pins: &pins, guards: &guards, node: cookie };
+        let pods = Pods::adopt(parts, programs.steer_inbound)?;
+        let features =
+            FeatureReport { cgroup_order, guard: guards.attachment(), cgroup_root, adopted };
+        Ok(Self { maps, pins, guards, features, node: cookie, pods: Mutex::new(pods) })
     }
+
     /// What the kernel was found to have.
-    pub fn features(&self) -> FeatureReport { unreachable!() }
+    pub fn features(&self) -> &FeatureReport {
+        &self.features
+    }
+
     /// Enrols a pod: everything that is needed first, then the one map entry that switches capture
-    /// on, atomically for both directions. Connections that exist keep working. Idempotent: on an
+    /// on, for both directions at once. Connections that exist keep working. Idempotent: on an
     /// enrolled pod it changes settings, addresses and listener, and repairs what is missing. On an
-    /// error nothing is left behind (an already enrolled pod stays as it was).
+    /// error a new pod leaves nothing behind, and an enrolled one stays captured.
     ///
     /// `inbound` is the dual-stack listener on `:15006`, made in the pod's namespace.
-    pub fn enroll(&self, pod: &PodCapture, inbound: BorrowedFd<'_>) -> Result<NetnsCookie, CaptureError> {
-        _ = (pod.clone(), inbound);
-        Err(CaptureError::Missing { name: "connect4" })
+    pub fn enroll(
+        &self,
+        pod: &PodCapture,
+        inbound: BorrowedFd<'_>,
+    ) -> Result<NetnsCookie, CaptureError> {
+        self.pods().enroll(self.parts(), pod, inbound)
     }
+
     /// Switches capture off and removes all that `enroll` made. Ok also when it is not enrolled.
+    /// Connections through the agent go on as long as the agent relays them.
     pub fn unenroll(&self, pod: NetnsCookie) -> Result<(), CaptureError> {
-        Err(CaptureError::NotEnrolled(pod))
+        self.pods().unenroll(self.parts(), pod)
     }
+
     /// Replaces the pod's `:15006` listener. Call it before the old one closes: an entry vanishes
-    /// with its socket, and without an entry inbound connections are refused.
-    pub fn set_listener(&self, pod: NetnsCookie, inbound: BorrowedFd<'_>) -> Result<(), CaptureError> {
-        _ = inbound;
-        Err(CaptureError::NotEnrolled(pod))
+    /// with its socket, and without an entry inbound connections are refused. Fails with
+    /// [`CaptureError::NotEnrolled`].
+    pub fn set_listener(
+        &self,
+        pod: NetnsCookie,
+        inbound: BorrowedFd<'_>,
+    ) -> Result<(), CaptureError> {
+        let _pods = self.pods();
+        if self.maps.pods.get(&pod.0)?.is_none() {
+            return Err(CaptureError::NotEnrolled(pod));
+        }
+        pods::write_listener_entry(&self.maps, pod, inbound)
     }
-    /// Labels a socket as the agent's own: never captured, and let through by the guard. Before
-    /// `connect`. One system call, no lock. UDP sockets of a pod with `deny_udp` have to be bound
-    /// to a pod address first, since the guard knows their flow only then.
+
+    /// Labels a socket as the agent's own: never captured, and let through by the guard. Call it
+    /// before `connect`. UDP sockets of a pod with `deny_udp` have to be bound to a pod address
+    /// first, since the guard knows their flow only then.
     pub fn label(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
-        _ = socket;
-        Err(io::ErrorKind::Unsupported.into())
+        sys::map_update(self.maps.labels.fd(), &sys::fd_number(socket), &1_u32)
     }
-    /// Where a captured TCP connection was going, by its source address as accept says it. One
-    /// system call, no lock. The entry is removed by the kernel side when the client's socket
-    /// closes (getpeername of an MPTCP socket needs it until then).
+
+    /// Where a captured TCP connection was going, by its source address as accept says it; `None`
+    /// for a connection that was made to the listener itself. The entry is removed by the kernel
+    /// side when the client's socket closes: getpeername of an MPTCP socket needs it until then.
     pub fn orig_dst(&self, pod: NetnsCookie, client: SocketAddr) -> io::Result<Option<SocketAddr>> {
-        _ = (pod, client);
-        Ok(None)
+        let target = self.maps.originals.find(&client_key(pod, client))?;
+        Ok(target.map(|target| target.socket_addr()))
     }
+
     /// Which resolver a captured UDP query was sent to, by its source address.
-    pub fn orig_resolver(&self, pod: NetnsCookie, client: SocketAddr) -> io::Result<Option<SocketAddr>> {
-        _ = (pod, client);
-        Ok(None)
+    pub fn orig_resolver(
+        &self,
+        pod: NetnsCookie,
+        client: SocketAddr,
+    ) -> io::Result<Option<SocketAddr>> {
+        let target = self.maps.resolvers.find(&client_key(pod, client))?;
+        Ok(target.map(|target| target.socket_addr()))
     }
-    /// What is enrolled, from the pins and maps.
-    pub fn enrolled(&self) -> Result<Vec<Enrolled>, CaptureError> { Ok(Vec::new()) }
-    /// The cookie of a namespace.
-    pub fn netns_cookie(path: &std::path::Path) -> Result<NetnsCookie, CaptureError> {
-        Err(CaptureError::HostNetwork { path: path.to_owned() })
+
+    /// What is enrolled, from the pins and maps, by cookie.
+    pub fn enrolled(&self) -> Result<Vec<Enrolled>, CaptureError> {
+        let _pods = self.pods();
+        pods::enrolled(self.parts())
     }
-    /// The node's own addresses, from which probes come. Replaces the set; at most 1,024.
+
+    /// The cookie of the namespace at `path`.
+    pub fn netns_cookie(path: &Path) -> Result<NetnsCookie, CaptureError> {
+        netns::cookie(&netns::open(path)?, path)
+    }
+
+    /// The node's own addresses, from which probes come. Replaces the set; at most 1,024, beyond
+    /// which it fails with [`CaptureError::Full`].
     pub fn set_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), CaptureError> {
-        _ = addresses.to_vec();
+        let _pods = self.pods();
+        let wanted: BTreeSet<_> = addresses.iter().map(|ip| Address::from(*ip)).collect();
+        for address in self.maps.node_addresses.keys()? {
+            if !wanted.contains(&address) {
+                self.maps.node_addresses.remove(&address)?;
+            }
+        }
+        wanted.iter().try_for_each(|address| self.maps.node_addresses.insert(address, &1))
+    }
+
+    /// Counters of the kernel side, by name, for metrics. They start at 0 when the maps are made
+    /// and go on over restarts of the agent.
+    pub fn counters(&self) -> Result<BTreeMap<&'static str, u64>, CaptureError> {
+        let cpus = aya::util::nr_cpus().map_err(|(_, source)| CaptureError::Kernel {
+            what: "reading the number of CPUs",
+            source,
+        })?;
+        let mut values = vec![0; cpus];
+        Counter::ALL
+            .iter()
+            .map(|counter| Ok((counter.name(), self.maps.counter(*counter, &mut values)?)))
+            .collect()
+    }
+
+    /// Removes flows that ended without the kernel side seeing it: connections that are older than
+    /// their pod's enrolment, and datagrams. Call it every 30 s or so with
+    /// [`monotonic_now`](crate::monotonic_now).
+    pub fn sweep_flows(&self, now: Duration) -> Result<Swept, CaptureError> {
+        self.pods().sweep(self.parts(), now)
+    }
+
+    /// Checks every guard and attaches again what another tool removed; how many interfaces were
+    /// without. Call it every 10 s or so where [`features`](Self::features) says clsact.
+    pub fn verify_guards(&self) -> Result<usize, CaptureError> {
+        let _pods = self.pods();
+        pods::verify_guards(self.parts())
+    }
+
+    /// Layouts of other builds that are still pinned and capturing beside this one.
+    pub fn foreign_layouts(&self) -> Result<Vec<u32>, CaptureError> {
+        self.pins.foreign_layouts().map_err(CaptureError::kernel("listing pinned layouts"))
+    }
+
+    /// Detaches those. Call it after the agent has enrolled all its pods here, so that there is
+    /// never a moment without capture.
+    pub fn remove_foreign_layouts(&self) -> Result<(), CaptureError> {
+        let _pods = self.pods();
+        for layout in self.foreign_layouts()? {
+            self.pins
+                .remove_layout(layout)
+                .map_err(CaptureError::kernel("removing a pinned layout"))?;
+        }
         Ok(())
     }
-    /// Counters of the kernel side since boot or `detach_all`, by name, for metrics.
-    pub fn counters(&self) -> Result<BTreeMap<&'static str, u64>, CaptureError> { Ok(BTreeMap::new()) }
-    /// Removes flows that ended. Call it every 30 s or so with [`monotonic_now`](crate::monotonic_now).
-    pub fn sweep_flows(&self, now: Duration) -> Result<Swept, CaptureError> {
-        _ = now;
-        Ok(Swept::default())
+
+    /// Detaches and unpins everything, of every layout: traffic goes direct afterwards. For
+    /// uninstallation; `self` is of no use then.
+    pub fn detach_all(&self) -> Result<(), CaptureError> {
+        let mut pods = self.pods();
+        for (cookie, _) in self.maps.pods.elements()? {
+            pods.unenroll(self.parts(), NetnsCookie(cookie))?;
+        }
+        drop(pods);
+        self.remove_foreign_layouts()?;
+        self.pins.remove_layout(LAYOUT).map_err(CaptureError::kernel("removing the pins"))
     }
-    /// Checks every guard and attaches again what another tool removed; says how many were gone.
-    pub fn verify_guards(&self) -> Result<usize, CaptureError> { Ok(0) }
-    /// Layouts of other builds that are still pinned and capturing beside this one.
-    pub fn foreign_layouts(&self) -> Result<Vec<u32>, CaptureError> { Ok(Vec::new()) }
-    /// Detaches those. Call it after every pod of [`enrolled`](Self::enrolled) and of the agent's own
-    /// list is enrolled here, so that there is never a moment without capture.
-    pub fn remove_foreign_layouts(&self) -> Result<(), CaptureError> { Ok(()) }
-    /// Detaches and unpins everything, of every layout: traffic goes direct afterwards.
-    pub fn detach_all(&self) -> Result<(), CaptureError> { Ok(()) }
+
+    fn parts(&self) -> Parts<'_> {
+        Parts { maps: &self.maps, pins: &self.pins, guards: &self.guards, node: self.node }
+    }
+
+    /// A panic of another thread inside a change leaves the maps at worst with a pod half enrolled,
+    /// which the next enrolment of that pod completes.
+    fn pods(&self) -> MutexGuard<'_, Pods> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn client_key(pod: NetnsCookie, client: SocketAddr) -> ClientKey {
+    ClientKey::new(pod.0, client.ip().into(), Port::new(client.port()))
+}
+
+/// Checks the maps that are pinned already; whether there are any.
+fn check_pinned_maps(pins: &Pins) -> Result<bool, CaptureError> {
+    let mut found = false;
+    for spec in shapes::ALL {
+        let pin = sys::open_pin(&pins.maps().join(spec.name))
+            .map_err(CaptureError::kernel("opening a pinned map"))?;
+        if let Some(map) = pin {
+            maps::check_shape(map.as_fd(), spec)?;
+            found = true;
+        }
+    }
+    Ok(found)
+}
+
+/// Attaches the programs of the root cgroup, or replaces those of the pinned links.
+fn attach_cgroup_hooks(
+    pins: &Pins,
+    root: &Path,
+    programs: &Programs,
+) -> Result<CgroupOrder, CaptureError> {
+    let root = File::open(root).map_err(CaptureError::kernel("opening the cgroup root"))?;
+    let mut order = CgroupOrder::Adopted;
+    for (hook, program) in CGROUP_HOOKS.iter().zip(&programs.cgroup) {
+        let path = pins.links().join(hook.name);
+        let pinned =
+            sys::open_pin(&path).map_err(CaptureError::kernel("opening a pinned link"))?;
+        if let Some(link) = pinned {
+            sys::link_update(link.as_fd(), program.as_fd())
+                .map_err(CaptureError::kernel("replacing a pinned program"))?;
+            continue;
+        }
+        let (link, found) = attach_first(program.as_fd(), root.as_fd(), hook)?;
+        sys::pin(link.as_fd(), &path).map_err(CaptureError::kernel("pinning a link"))?;
+        if hook.ordered {
+            order = found;
+        }
+    }
+    Ok(order)
+}
+
+/// Attaches to a cgroup as far in front as the kernel can: it says `EINVAL` to flags it does not
+/// know.
+fn attach_first(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: &CgroupHook,
+) -> Result<(OwnedFd, CgroupOrder), CaptureError> {
+    const ORDERS: [(LinkOrder, CgroupOrder); 3] = [
+        (LinkOrder::PreOrder, CgroupOrder::PreOrder),
+        (LinkOrder::Before, CgroupOrder::Before),
+        (LinkOrder::Last, CgroupOrder::AttachOrder),
+    ];
+    let wanted = if hook.ordered { &ORDERS[..] } else { &ORDERS[2..] };
+    let mut refusal = io::Error::from_raw_os_error(libc::EINVAL);
+    for (order, found) in wanted {
+        match sys::link_create(program, LinkTarget::Fd(cgroup), hook.attach_type, *order) {
+            Ok(link) => return Ok((link, *found)),
+            Err(error) => refusal = error,
+        }
+        if refusal.raw_os_error() != Some(libc::EINVAL) {
+            break;
+        }
+    }
+    Err(CaptureError::Kernel { what: "attaching to the cgroup root", source: refusal })
 }

@@ -1,12 +1,23 @@
 //! Capture: loads, pins, attaches and feeds the eBPF programs of `ebpf/programs`.
 //!
 //! **Invariants.** The only user of aya. What is pinned outlives the process: with no agent running,
-//! captured connections are refused. One map entry (`PODS`) switches a pod on and off.
+//! captured connections are refused. All unsafe code is in `sys`. One map entry (`PODS`) switches a pod on and off.
 
 mod capture;
+mod cgroup;
 mod config;
 mod error;
+mod established;
 mod features;
+mod guard;
+mod interface;
+mod maps;
+mod netns;
+mod object;
+mod pins;
+mod pods;
+mod rules;
+mod sys;
 
 pub use capture::{Capture, Enrolled, NetnsCookie, Swept};
 pub use config::{
@@ -18,5 +29,5 @@ pub use features::{CgroupOrder, FeatureReport, GuardAttachment};
 
 /// The kernel's monotonic clock, as the programs stamp flows with it.
 pub fn monotonic_now() -> std::time::Duration {
-    std::time::Duration::ZERO
+    sys::monotonic()
 }

@@ -1,0 +1,162 @@
+//! The guard's table of permitted TCP and UDP flows, and the keys of original destinations.
+
+use crate::packet::{TcpFlags, TcpSegment};
+use crate::{Address, Port};
+
+/// A flow as the pod sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlowKey {
+    /// The pod's address.
+    pub local: Address,
+    /// The other side's address.
+    pub remote: Address,
+    /// The pod's port.
+    pub local_port: Port,
+    /// The other side's port.
+    pub remote_port: Port,
+    /// TCP or UDP, see [`protocol`](crate::protocol).
+    pub protocol: u8,
+    padding: [u8; 3],
+}
+
+const _: () = assert!(size_of::<FlowKey>() == 40);
+
+impl FlowKey {
+    /// From its parts.
+    #[inline(always)]
+    pub const fn new(
+        protocol: u8,
+        (local, local_port): (Address, Port),
+        (remote, remote_port): (Address, Port),
+    ) -> Self {
+        Self { local, remote, local_port, remote_port, protocol, padding: [0; 3] }
+    }
+}
+
+/// Why a flow is permitted.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowOrigin {
+    /// A labelled socket of the agent.
+    Agent = 1,
+    /// A connection that the pod's settings exclude from capture.
+    Excluded = 2,
+    /// An accepted connection.
+    Inbound = 3,
+    /// A connection that existed when the pod was enrolled.
+    Seeded = 4,
+}
+
+/// A permitted flow with an open socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowState {
+    /// The pod's network namespace.
+    pub netns_cookie: u64,
+    /// When it was registered. Nanoseconds of the monotonic clock.
+    pub registered_ns: u64,
+    /// A [`FlowOrigin`].
+    pub origin: u8,
+    padding: [u8; 7],
+}
+
+const _: () = assert!(size_of::<FlowState>() == 24);
+
+impl FlowState {
+    /// From its parts.
+    #[inline(always)]
+    pub const fn new(netns_cookie: u64, registered_ns: u64, origin: FlowOrigin) -> Self {
+        Self { netns_cookie, registered_ns, origin: origin as u8, padding: [0; 7] }
+    }
+}
+
+/// What may still leave on a tuple that has no open socket: segments without payload only.
+///
+/// Kept in an LRU map, so that a flood of SYNs evicts other floods and closed connections, never an
+/// open one.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remains {
+    /// Something arrived from outside: the kernel may answer SYN-ACK or RST.
+    Arrived = 1,
+    /// The socket closed: last acknowledgements (TIME_WAIT, RFC 9293 §3.6) and resets may leave.
+    Closed = 2,
+}
+
+/// Whether a segment may leave on a tuple without open socket. `remains` is a [`Remains`] as stored.
+#[inline(always)]
+pub const fn permits_after_close(remains: u8, segment: &TcpSegment) -> bool {
+    if !segment.empty {
+        return false;
+    }
+    let flags = segment.flags;
+    if flags.has(TcpFlags::RST) {
+        return true;
+    }
+    if remains == Remains::Closed as u8 {
+        return !flags.has(TcpFlags::SYN);
+    }
+    remains == Remains::Arrived as u8 && flags.has(TcpFlags::SYN) && flags.has(TcpFlags::ACK)
+}
+
+/// Who asked: a client socket inside a pod, by its source address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClientKey {
+    /// The pod's network namespace.
+    pub netns_cookie: u64,
+    /// The client's source address.
+    pub address: Address,
+    /// The client's source port.
+    pub port: Port,
+    padding: [u8; 6],
+}
+
+const _: () = assert!(size_of::<ClientKey>() == 32);
+
+impl ClientKey {
+    /// From its parts.
+    #[inline(always)]
+    pub const fn new(netns_cookie: u64, address: Address, port: Port) -> Self {
+        Self { netns_cookie, address, port, padding: [0; 6] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_an_open_socket_only_empty_answers_leave() {
+        let check = |remains: Remains, flags: u8, empty: bool, expected: bool| {
+            let segment = TcpSegment {
+                source_port: Port::new(1),
+                target_port: Port::new(2),
+                flags: TcpFlags(flags),
+                empty,
+            };
+            assert_eq!(
+                permits_after_close(remains as u8, &segment),
+                expected,
+                "{remains:?} {flags:#x} {empty}"
+            );
+        };
+        const SYN: u8 = TcpFlags::SYN;
+        const ACK: u8 = TcpFlags::ACK;
+        const RST: u8 = TcpFlags::RST;
+        const FIN: u8 = TcpFlags::FIN;
+        check(Remains::Arrived, SYN | ACK, true, true);
+        check(Remains::Arrived, RST, true, true);
+        check(Remains::Arrived, RST | ACK, true, true);
+        check(Remains::Arrived, ACK, true, false);
+        check(Remains::Arrived, SYN, true, false);
+        check(Remains::Arrived, SYN | ACK, false, false);
+        check(Remains::Closed, ACK, true, true);
+        check(Remains::Closed, FIN | ACK, true, true);
+        check(Remains::Closed, RST, true, true);
+        check(Remains::Closed, SYN, true, false);
+        check(Remains::Closed, ACK, false, false);
+        check(Remains::Closed, RST, false, false);
+    }
+}

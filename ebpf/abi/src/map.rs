@@ -1,0 +1,106 @@
+//! The pinned maps: names, shapes, bounds, and what happens at the bound.
+
+use crate::{
+    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, NetworkKey, Pod, PortKey, SocketNote,
+};
+
+/// Kind of a map, with the kernel's number for it (`enum bpf_map_type`).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapKind {
+    /// `BPF_MAP_TYPE_HASH`
+    Hash = 1,
+    /// `BPF_MAP_TYPE_PERCPU_ARRAY`
+    PerCpuArray = 6,
+    /// `BPF_MAP_TYPE_LRU_HASH`
+    LruHash = 9,
+    /// `BPF_MAP_TYPE_LPM_TRIE`
+    LpmTrie = 11,
+    /// `BPF_MAP_TYPE_SOCKHASH`
+    SockHash = 18,
+    /// `BPF_MAP_TYPE_SK_STORAGE`
+    SocketStorage = 24,
+}
+
+/// Shape of a pinned map. One that is found with another shape is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSpec {
+    /// Its name, in the object and in the pin directory.
+    pub name: &'static str,
+    /// Its kind.
+    pub kind: MapKind,
+    /// Size of a key in bytes.
+    pub key_size: u32,
+    /// Size of a value in bytes.
+    pub value_size: u32,
+    /// Most entries; 0 where the kind has no bound of its own.
+    pub max_entries: u32,
+}
+
+const fn spec<K, V>(name: &'static str, kind: MapKind, max_entries: u32) -> MapSpec {
+    assert!(size_of::<K>() < 256 && size_of::<V>() < 256);
+    #[expect(clippy::cast_possible_truncation, reason = "below 256, asserted")]
+    let (key_size, value_size) = (size_of::<K>() as u32, size_of::<V>() as u32);
+    MapSpec { name, kind, key_size, value_size, max_entries }
+}
+
+/// All pinned maps.
+pub mod maps {
+    use super::*;
+
+    /// Netns cookie → settings. Full: enrolment is refused.
+    pub const PODS: MapSpec = spec::<u64, Pod>("PODS", MapKind::Hash, 4096);
+    /// Pod address → netns cookie. Full: enrolment is refused.
+    pub const ADDRESSES: MapSpec = spec::<Address, u64>("ADDRESSES", MapKind::Hash, 16_384);
+    /// Host-side interface index → netns cookie. Full: enrolment is refused.
+    pub const GUARDS: MapSpec = spec::<u32, u64>("GUARDS", MapKind::Hash, 8192);
+    /// Netns cookie → the agent's inbound listener. Full: enrolment is refused.
+    pub const LISTENERS: MapSpec = spec::<u64, u32>("LISTENERS", MapKind::SockHash, 4096);
+    /// Ports in lists. Full: enrolment is refused.
+    pub const PORT_RULES: MapSpec = spec::<PortKey, u8>("PORT_RULES", MapKind::Hash, 65_536);
+    /// Networks in lists. Full: enrolment is refused.
+    pub const NETWORK_RULES: MapSpec =
+        spec::<NetworkKey, u8>("NETWORK_RULES", MapKind::LpmTrie, 65_536);
+    /// The node's own addresses, from which probes come. Full: setting them is refused.
+    pub const NODE_ADDRESSES: MapSpec = spec::<Address, u8>("NODE_ADDRESSES", MapKind::Hash, 1024);
+    /// TCP client → where it was going. Full: the oldest goes, whose connection the agent then
+    /// refuses if it was not accepted yet.
+    pub const ORIGINALS: MapSpec =
+        spec::<ClientKey, Endpoint>("ORIGINALS", MapKind::LruHash, 65_536);
+    /// UDP client → the resolver it asked. Full: the oldest goes.
+    pub const RESOLVERS: MapSpec =
+        spec::<ClientKey, Endpoint>("RESOLVERS", MapKind::LruHash, 16_384);
+    /// Permitted flows with an open socket. Full: counted, and the guard drops the new flow.
+    pub const FLOWS: MapSpec = spec::<FlowKey, FlowState>("FLOWS", MapKind::Hash, 262_144);
+    /// Tuples without open socket on which answers may leave. Full: the oldest goes.
+    pub const REMAINS: MapSpec = spec::<FlowKey, u8>("REMAINS", MapKind::LruHash, 65_536);
+    /// The agent's sockets (by its own hand, through their descriptors).
+    pub const LABELS: MapSpec = spec::<u32, u32>("LABELS", MapKind::SocketStorage, 0);
+    /// Notes on the sockets of pods.
+    pub const NOTES: MapSpec = spec::<u32, SocketNote>("NOTES", MapKind::SocketStorage, 0);
+    /// Counters, by [`Counter`].
+    pub const COUNTERS: MapSpec =
+        spec::<u32, u64>("COUNTERS", MapKind::PerCpuArray, COUNTER_SLOTS);
+
+    /// Slots for counters; more than there are, so that a new counter is no new layout.
+    pub const COUNTER_SLOTS: u32 = 64;
+    const _: () = assert!(Counter::ALL.len() <= COUNTER_SLOTS as usize);
+
+    /// All of them.
+    pub const ALL: [MapSpec; 14] = [
+        PODS,
+        ADDRESSES,
+        GUARDS,
+        LISTENERS,
+        PORT_RULES,
+        NETWORK_RULES,
+        NODE_ADDRESSES,
+        ORIGINALS,
+        RESOLVERS,
+        FLOWS,
+        REMAINS,
+        LABELS,
+        NOTES,
+        COUNTERS,
+    ];
+}

@@ -1,0 +1,72 @@
+//! The maps, in the shapes that the ABI states, and their counters.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash};
+use mesh_ebpf_abi::{
+    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, NetworkRule, Pod, PortKey,
+    SocketNote, maps,
+};
+
+#[map]
+pub static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(maps::PODS.max_entries, 0);
+#[map]
+pub static ADDRESSES: HashMap<Address, u64> =
+    HashMap::with_max_entries(maps::ADDRESSES.max_entries, 0);
+#[map]
+pub static GUARDS: HashMap<u32, u64> = HashMap::with_max_entries(maps::GUARDS.max_entries, 0);
+#[map]
+pub static LISTENERS: SockHash<u64> = SockHash::with_max_entries(maps::LISTENERS.max_entries, 0);
+#[map]
+pub static PORT_RULES: HashMap<PortKey, u8> =
+    HashMap::with_max_entries(maps::PORT_RULES.max_entries, BPF_F_NO_PREALLOC);
+#[map]
+pub static NETWORK_RULES: LpmTrie<NetworkRule, u8> =
+    LpmTrie::with_max_entries(maps::NETWORK_RULES.max_entries, 0);
+#[map]
+pub static NODE_ADDRESSES: HashMap<Address, u8> =
+    HashMap::with_max_entries(maps::NODE_ADDRESSES.max_entries, 0);
+#[map]
+pub static ORIGINALS: LruHashMap<ClientKey, Endpoint> =
+    LruHashMap::with_max_entries(maps::ORIGINALS.max_entries, 0);
+#[map]
+pub static RESOLVERS: LruHashMap<ClientKey, Endpoint> =
+    LruHashMap::with_max_entries(maps::RESOLVERS.max_entries, 0);
+#[map]
+pub static FLOWS: HashMap<FlowKey, FlowState> =
+    HashMap::with_max_entries(maps::FLOWS.max_entries, BPF_F_NO_PREALLOC);
+#[map]
+pub static REMAINS: LruHashMap<FlowKey, u8> =
+    LruHashMap::with_max_entries(maps::REMAINS.max_entries, 0);
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(maps::COUNTER_SLOTS, 0);
+#[btf_map]
+pub static LABELS: SkStorage<u32> = SkStorage::new();
+#[btf_map]
+pub static NOTES: SkStorage<SocketNote> = SkStorage::new();
+
+/// Counts one event.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the slot is this CPU's own and the verifier checked the bound; a softirq between
+        // load and store may lose one count, never more.
+        unsafe { *slot += 1 }
+    }
+}
+
+/// Settings of a pod; `None` when it is not enrolled.
+#[inline(always)]
+pub fn pod(netns_cookie: u64) -> Option<Pod> {
+    // SAFETY: map values stay valid for the run of the program (RCU); the copy may mix two
+    // versions only if user space wrote in place, and it replaces the element.
+    unsafe { PODS.get(netns_cookie) }.copied()
+}
+
+/// Whether an address belongs to the pod.
+#[inline(always)]
+pub fn is_own(netns_cookie: u64, address: &Address) -> bool {
+    // SAFETY: as in `pod`; the value is one aligned word.
+    unsafe { ADDRESSES.get(address) }.is_some_and(|owner| *owner == netns_cookie)
+}

@@ -1,0 +1,169 @@
+//! sock_ops: what is known at connect moves to where it is needed, now that the source address is
+//! chosen and no packet has left: the original destination to the agent, the permitted flow to the
+//! guard. At close both go.
+
+use core::ptr::{addr_of, null_mut, read_volatile};
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::{
+    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock, bpf_sock_ops,
+};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get};
+use aya_ebpf::macros::sock_ops;
+use aya_ebpf::programs::SockOpsContext;
+use mesh_ebpf_abi::{
+    Address, ClientKey, Counter, DELIVERY_MARK, FlowKey, FlowOrigin, Port, Remains, SocketNote,
+    protocol,
+};
+
+use crate::connect::stays_inside;
+use crate::flows::register;
+use crate::maps::{FLOWS, LABELS, NOTES, ORIGINALS, REMAINS, count, pod};
+
+const AF_INET: u32 = 2;
+const TCP_CLOSE: u32 = 7;
+/// The only value a sock_ops program may return here.
+const DONE: u32 = 1;
+
+/// Named unlike its section, which the linker takes for a symbol too.
+#[sock_ops]
+pub fn track_sockets(ctx: SockOpsContext) -> u32 {
+    let event = ctx.op();
+    if event != BPF_SOCK_OPS_TCP_CONNECT_CB
+        && event != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
+        && event != BPF_SOCK_OPS_STATE_CB
+    {
+        return DONE;
+    }
+    // SAFETY: the context is the one the kernel passed.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if pod(cookie).is_none() {
+        return DONE;
+    }
+    let key = flow_key(ctx.ops);
+    // SAFETY: as above. It is null for a request socket.
+    let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    if socket.is_null() {
+        return DONE;
+    }
+    if event == BPF_SOCK_OPS_TCP_CONNECT_CB {
+        connecting(&ctx, cookie, &key, socket);
+    } else if event == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
+        accepted(&ctx, cookie, &key, socket);
+    } else if ctx.arg(1) == TCP_CLOSE {
+        closed(cookie, &key, socket);
+    }
+    DONE
+}
+
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
+    let client = ClientKey::new(cookie, key.local, key.local_port);
+    // SAFETY: `socket` is not null; storage lives as long as the socket.
+    let labelled = unsafe {
+        !bpf_sk_storage_get((&raw const LABELS).cast_mut().cast(), socket.cast(), null_mut(), 0)
+            .is_null()
+    };
+    let note = note(socket);
+    let target = note.filter(SocketNote::captured).map(|note| note.target);
+    match target {
+        Some(target) if !labelled => {
+            if ORIGINALS.insert(client, target, 0).is_err() {
+                count(Counter::OrigDstLost);
+            }
+            watch_state(ctx);
+        }
+        // The entry of an earlier connection from the same address must not be taken for this one's.
+        _ => {
+            ORIGINALS.remove(client).ok();
+        }
+    }
+    if stays_inside(cookie, &key.remote) {
+        return;
+    }
+    if labelled {
+        register(cookie, key, FlowOrigin::Agent);
+        watch_state(ctx);
+    } else if note.is_some_and(|note| note.passed()) {
+        register(cookie, key, FlowOrigin::Excluded);
+        watch_state(ctx);
+    }
+}
+
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
+    // SAFETY: `socket` is not null; the verifier checks offset and width.
+    let mark = unsafe { read_volatile(addr_of!((*socket).mark)) };
+    if stays_inside(cookie, &key.remote) || mark == DELIVERY_MARK {
+        return;
+    }
+    register(cookie, key, FlowOrigin::Inbound);
+    watch_state(ctx);
+}
+
+#[inline(always)]
+fn closed(cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
+    if note(socket).is_some_and(|note| note.captured()) {
+        ORIGINALS.remove(ClientKey::new(cookie, key.local, key.local_port)).ok();
+    }
+    if FLOWS.remove(key).is_ok() {
+        // In an LRU map an insertion fails only under memory pressure, and then the peer's last
+        // segments go unanswered.
+        REMAINS.insert(key, Remains::Closed as u8, 0).ok();
+    }
+}
+
+#[inline(always)]
+fn note(socket: *mut bpf_sock) -> Option<SocketNote> {
+    // SAFETY: `socket` is not null; storage lives as long as the socket; a copy is taken.
+    unsafe {
+        bpf_sk_storage_get((&raw const NOTES).cast_mut().cast(), socket.cast(), null_mut(), 0)
+            .cast::<SocketNote>()
+            .as_ref()
+            .copied()
+    }
+}
+
+/// Asks for a call when the socket's state changes; what others asked for stays.
+#[inline(always)]
+fn watch_state(ctx: &SockOpsContext) {
+    #[expect(clippy::cast_possible_wrap, reason = "a bit set below 2^31")]
+    let flags = (ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32;
+    ctx.set_cb_flags(flags).ok();
+}
+
+/// All fields are read first and selected afterwards: reads inside the branches would be merged
+/// into one at a computed offset, which the verifier refuses.
+#[inline(always)]
+fn flow_key(ops: *mut bpf_sock_ops) -> FlowKey {
+    // SAFETY: the context is the one the kernel passed; the verifier checks offset and width.
+    unsafe {
+        let family = read_volatile(addr_of!((*ops).family));
+        let (local4, remote4) =
+            (read_volatile(addr_of!((*ops).local_ip4)), read_volatile(addr_of!((*ops).remote_ip4)));
+        let local6 = [
+            read_volatile(addr_of!((*ops).local_ip6[0])),
+            read_volatile(addr_of!((*ops).local_ip6[1])),
+            read_volatile(addr_of!((*ops).local_ip6[2])),
+            read_volatile(addr_of!((*ops).local_ip6[3])),
+        ];
+        let remote6 = [
+            read_volatile(addr_of!((*ops).remote_ip6[0])),
+            read_volatile(addr_of!((*ops).remote_ip6[1])),
+            read_volatile(addr_of!((*ops).remote_ip6[2])),
+            read_volatile(addr_of!((*ops).remote_ip6[3])),
+        ];
+        let local_port = read_volatile(addr_of!((*ops).local_port));
+        let remote_port = read_volatile(addr_of!((*ops).remote_port));
+        let (local, remote) = if family == AF_INET {
+            (Address::from_word(local4), Address::from_word(remote4))
+        } else {
+            (Address::from_words(local6), Address::from_words(remote6))
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "ports, one in host order")]
+        let (local_port, remote_port) =
+            (Port::new(local_port as u16), Port::new(u32::from_be(remote_port) as u16));
+        FlowKey::new(protocol::TCP, (local, local_port), (remote, remote_port))
+    }
+}
