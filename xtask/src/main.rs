@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
 mod command;
+mod kernels;
 mod run;
 mod setup;
 mod tidy;
@@ -40,6 +41,11 @@ enum Verb {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Runs the capture suite inside Debian's stock kernels under QEMU.
+    Kernels {
+        /// Only kernels whose version contains this text.
+        filter: Option<String>,
+    },
     /// Builds the eBPF object alone.
     Ebpf,
     /// Checks what the compiler cannot: crate edges, file sizes, stray paths.
@@ -54,6 +60,10 @@ fn main() -> anyhow::Result<()> {
         Verb::Demo { keep, stop } => run::demo(keep, stop),
         Verb::Test { filter } => run::test(filter.as_deref()),
         Verb::Bench { arguments } => run::bench(&arguments),
+        Verb::Kernels { filter } => {
+            setup::ensure()?;
+            kernels::run_suites(filter.as_deref())
+        }
         Verb::Ebpf => run::ebpf(),
         Verb::Tidy => tidy::run(),
         Verb::Ci => run::ci(),

@@ -50,6 +50,13 @@ const PACKAGES: &[Package] = &[
         "/usr/lib/postgresql/15/bin/postgres|/usr/lib/postgresql/17/bin/postgres",
     ),
     package("iperf3", "a real load", "/usr/bin/iperf3"),
+    package("python3", "the raw packet senders", "/usr/bin/python3"),
+    package("qemu-system-x86", "runs other kernels", "/usr/bin/qemu-system-x86_64"),
+    package("busybox-static", "the guests' user space", "/bin/busybox"),
+    package("dash", "the guests' shell", "/usr/bin/dash|/bin/dash"),
+    package("cpio", "packs the guests", "/usr/bin/cpio|/bin/cpio"),
+    package("kmod", "the guests' modules", "/sbin/depmod|/usr/sbin/depmod"),
+    package("xz-utils", "unpacks the guests' modules", "/usr/bin/xz"),
 ];
 
 /// Installs what is missing. Needs root only when something is.
