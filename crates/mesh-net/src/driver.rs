@@ -1,0 +1,487 @@
+//! The thin epoll driver of the tunnel engine: one thread per core, each with its own engine and sockets.
+//!
+//! A [`Handler`] decides, the engine moves bytes, the worker carries readiness and time between them. A stream and its
+//! tunnel never change threads. Other threads reach a worker through its bounded command queue ([`WorkerHandle`]).
+
+pub mod budget;
+pub mod ops;
+mod sockets;
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use mesh_identity::PeerCertificate;
+use mesh_model::CloseReason;
+use mesh_tunnel::{
+    ConnectHead, DialId, EngineConfig, EngineEvent, Readiness, RelayBytes, RelayId, RequestId,
+    SockId, TunnelId, TunnelKey,
+};
+use mio::event::Event;
+use mio::net::TcpStream;
+use mio::{Events, Poll, Token, Waker};
+
+use crate::handshake::HandshakeError;
+use crate::socket;
+use budget::DescriptorBudget;
+use ops::{Attempt, Ends, LISTENER_BIT, ListenerTag, Ops, Outcome};
+use sockets::Owner;
+
+/// Decides what a worker does. All calls come from the worker's own thread; none may wait.
+pub trait Handler: 'static {
+    /// What other threads may ask of it.
+    type Command: Send + 'static;
+
+    /// A connection came in. The handler owns `sock` until it gives it to the engine, to a handshake, or aborts it.
+    fn accepted(&mut self, ops: &mut Ops, tag: ListenerTag, sock: SockId, ends: Ends);
+    /// A connection was accepted and reset, because there are no descriptors left.
+    fn shed(&mut self, ops: &mut Ops, tag: ListenerTag, peer: SocketAddr);
+    /// The pool wants a tunnel: answer with [`Ops::dial`] or [`Ops::dial_failed`], now or later.
+    fn dial(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>);
+    /// A dialled tunnel is up; without a `tunnel` nobody wanted it any more.
+    fn dialled(
+        &mut self,
+        ops: &mut Ops,
+        dial: DialId,
+        tunnel: Option<TunnelId>,
+        peer: PeerCertificate,
+    );
+    /// A tunnel came in and its peer is proved.
+    fn tunnel_up(
+        &mut self,
+        ops: &mut Ops,
+        tunnel: TunnelId,
+        tag: ListenerTag,
+        peer: PeerCertificate,
+        ends: Ends,
+    );
+    /// A handshake came to nothing. For a dial the engine has been told already.
+    fn handshake_failed(&mut self, ops: &mut Ops, attempt: Attempt, error: HandshakeError);
+    /// A CONNECT came in: answer with `engine.accept` or `engine.refuse`, now or later.
+    fn request(&mut self, ops: &mut Ops, request: RequestId, tunnel: TunnelId, head: &ConnectHead);
+    /// A CONNECT that has not been answered ended.
+    fn request_gone(&mut self, ops: &mut Ops, request: RequestId);
+    /// Both ends of a relay are connected; `baggage` is the far end's description of itself, if it sent one.
+    fn established(&mut self, ops: &mut Ops, relay: RelayId, baggage: Option<String>);
+    /// A relay ended; its sockets are closed.
+    fn closed(&mut self, ops: &mut Ops, relay: RelayId, reason: CloseReason, bytes: RelayBytes);
+    /// A tunnel ended.
+    fn tunnel_closed(&mut self, ops: &mut Ops, tunnel: TunnelId, reason: CloseReason);
+    /// Another thread asks for something.
+    fn command(&mut self, ops: &mut Ops, command: Self::Command);
+    /// [`WorkerHandle::poke`] was called since the last turn, once or often.
+    fn poked(&mut self, ops: &mut Ops);
+    /// The time of [`poll_timeout`](Self::poll_timeout) has come.
+    fn tick(&mut self, ops: &mut Ops);
+    /// When [`tick`](Self::tick) is due. A time that has passed means: as soon as the sockets had their turn.
+    fn poll_timeout(&self) -> Option<Instant>;
+}
+
+/// Settings of one worker.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Settings of its engine.
+    pub engine: EngineConfig,
+    /// Most TLS handshakes in flight; further ones are refused as overloaded. Default 1024.
+    pub max_handshakes: usize,
+    /// Descriptors, shared by all workers.
+    pub budget: Arc<DescriptorBudget>,
+    /// Most commands waiting; further ones are handed back. Default 1024.
+    pub max_commands: usize,
+}
+
+impl WorkerConfig {
+    /// The defaults, with an engine's settings and a shared budget.
+    #[must_use]
+    pub const fn new(engine: EngineConfig, budget: Arc<DescriptorBudget>) -> Self {
+        Self { engine, max_handshakes: 1024, budget, max_commands: 1024 }
+    }
+}
+
+/// Engines that make sense on this machine: the cores this process may use, by affinity and by cgroup quota.
+#[must_use]
+pub fn usable_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// A running worker. Dropping it does not stop the worker; its handler does, by [`Ops::stop`].
+#[derive(Debug)]
+pub struct WorkerHandle<C> {
+    commands: SyncSender<C>,
+    waker: Arc<Waker>,
+    poked: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+/// A command that did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError<C> {
+    /// The queue is full; try again in a moment.
+    #[error("the worker's command queue is full")]
+    Full(C),
+    /// The worker has ended.
+    #[error("the worker has ended")]
+    Ended(C),
+}
+
+impl<C: Send + 'static> WorkerHandle<C> {
+    /// Queues `command` and wakes the worker. Never waits.
+    ///
+    /// # Errors
+    /// [`SendError`], with the command given back.
+    pub fn send(&self, command: C) -> Result<(), SendError<C>> {
+        self.commands.try_send(command).map_err(|error| match error {
+            TrySendError::Full(command) => SendError::Full(command),
+            TrySendError::Disconnected(command) => SendError::Ended(command),
+        })?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Makes the worker call [`Handler::poked`]. Never waits, never fails; several pokes may become one.
+    pub fn poke(&self) {
+        self.poked.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// True when the worker's thread has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the worker's thread.
+    pub fn join(self) {
+        if self.thread.join().is_err() {
+            tracing::error!("a worker ended by a panic");
+        }
+    }
+
+    fn wake(&self) {
+        if let Err(error) = self.waker.wake() {
+            tracing::error!(%error, "cannot wake a worker");
+        }
+    }
+}
+
+/// Starts a worker on a thread named `name`, at most 15 bytes of which the kernel shows.
+///
+/// A handler that panics takes the process down: its sockets would hang, and the pins refuse new ones until the agent
+/// is back, which is what a crash must look like.
+///
+/// # Errors
+/// For want of descriptors or threads.
+pub fn spawn<H: Handler>(
+    name: &str,
+    config: WorkerConfig,
+    make_handler: impl FnOnce() -> H + Send + 'static,
+) -> io::Result<WorkerHandle<H::Command>> {
+    let poll = Poll::new()?;
+    let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+    let poked = Arc::new(AtomicBool::new(false));
+    let (commands, inbox) = sync_channel(config.max_commands);
+    let ops = Ops::new(&config, poll.registry(), Instant::now())?;
+    let spare = Some(File::open("/dev/null")?);
+    let flag = Arc::clone(&poked);
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let _abort = AbortOnPanic;
+        let handler = make_handler();
+        Worker { poll, ops, handler, inbox, poked: flag, spare, accept_paused: None }.run();
+    })?;
+    Ok(WorkerHandle { commands, waker, poked, thread })
+}
+
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a worker panicked; the process ends, capture keeps refusing");
+            std::process::abort();
+        }
+    }
+}
+
+const WAKER: Token = Token(usize::MAX);
+/// Readiness events taken per turn.
+const EVENTS_PER_TURN: usize = 1024;
+/// Connections accepted per listener and turn. Source: reference measurements, batches up to 32.
+const ACCEPTS_PER_TURN: usize = 32;
+/// Commands taken per turn.
+const COMMANDS_PER_TURN: usize = 64;
+/// Times the engine and the handler may answer each other before sockets are looked at again.
+const ROUNDS_PER_TURN: usize = 8;
+/// How long accepting rests when the kernel is out of memory or descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+struct Worker<H: Handler> {
+    poll: Poll,
+    ops: Ops,
+    handler: H,
+    inbox: Receiver<H::Command>,
+    poked: Arc<AtomicBool>,
+    /// A descriptor given up to be able to accept, and reset, when there are none left.
+    spare: Option<File>,
+    accept_paused: Option<Instant>,
+}
+
+impl<H: Handler> Worker<H> {
+    fn run(mut self) {
+        let mut events = Events::with_capacity(EVENTS_PER_TURN);
+        let mut busy = false;
+        while !self.ops.stopping {
+            let timeout = self.sleep_time(busy);
+            if let Err(error) = self.poll.poll(&mut events, timeout)
+                && error.kind() != io::ErrorKind::Interrupted
+            {
+                // Only a bug makes epoll fail: a bad descriptor or a bad pointer.
+                panic!("epoll failed: {error}");
+            }
+            self.ops.now = Instant::now();
+            for event in &events {
+                self.dispatch(event);
+            }
+            let mut more = self.take_commands();
+            if self.poked.swap(false, Ordering::AcqRel) {
+                self.handler.poked(&mut self.ops);
+            }
+            more |= self.accept();
+            self.ops.expire_handshakes();
+            if self.handler.poll_timeout().is_some_and(|due| due <= self.ops.now) {
+                self.handler.tick(&mut self.ops);
+            }
+            more |= self.turn();
+            busy = more;
+        }
+    }
+
+    fn sleep_time(&self, busy: bool) -> Option<Duration> {
+        if busy {
+            return Some(Duration::ZERO);
+        }
+        [self.ops.next_deadline(), self.handler.poll_timeout(), self.accept_paused]
+            .into_iter()
+            .flatten()
+            .min()
+            .map(|due| round_up(due.saturating_duration_since(Instant::now())))
+    }
+
+    fn dispatch(&mut self, event: &Event) {
+        let Token(token) = event.token();
+        if event.token() == WAKER {
+            return;
+        }
+        if token & LISTENER_BIT != 0 {
+            self.queue_listener(token & !LISTENER_BIT);
+            return;
+        }
+        let sock = SockId(token as u64);
+        match self.ops.sockets.owner(sock) {
+            Some(Owner::Engine) => self.ops.engine.on_event(sock, readiness(event)),
+            Some(Owner::Handshake) => {
+                self.ops.sockets.note(sock, readiness(event));
+                self.ops.advance(sock);
+            }
+            Some(Owner::Parked) => self.ops.sockets.note(sock, readiness(event)),
+            None => {}
+        }
+    }
+
+    fn queue_listener(&mut self, id: usize) {
+        let Ok(id) = u32::try_from(id) else { return };
+        if let Some(listener) = self.ops.listeners.get_mut(&id)
+            && !std::mem::replace(&mut listener.queued, true)
+        {
+            self.ops.acceptable.push_back(id);
+        }
+    }
+
+    /// True when commands may be left.
+    fn take_commands(&mut self) -> bool {
+        for _ in 0..COMMANDS_PER_TURN {
+            match self.inbox.try_recv() {
+                Ok(command) => self.handler.command(&mut self.ops, command),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return false,
+            }
+        }
+        true
+    }
+
+    /// Accepts a batch from each listener that has connections; true when some may be left.
+    fn accept(&mut self) -> bool {
+        if self.accept_paused.is_some_and(|until| until > self.ops.now) {
+            return false;
+        }
+        self.accept_paused = None;
+        for _ in 0..self.ops.acceptable.len() {
+            let Some(id) = self.ops.acceptable.pop_front() else { break };
+            let drained = self.accept_batch(id);
+            if let Some(listener) = self.ops.listeners.get_mut(&id) {
+                listener.queued = !drained;
+                if !drained {
+                    self.ops.acceptable.push_back(id);
+                }
+            }
+            if self.accept_paused.is_some() {
+                return false;
+            }
+        }
+        !self.ops.acceptable.is_empty()
+    }
+
+    /// True when the listener has no connection left, or is gone.
+    fn accept_batch(&mut self, id: u32) -> bool {
+        for _ in 0..ACCEPTS_PER_TURN {
+            let Some(listener) = self.ops.listeners.get(&id) else { return true };
+            let tag = listener.tag;
+            match listener.listener.accept() {
+                Ok((stream, peer)) => self.admit(tag, stream, socket::canonical(peer)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) if is_out_of_descriptors(&error) => {
+                    if !self.shed_one(id, tag) {
+                        self.accept_paused = Some(self.ops.now + ACCEPT_PAUSE);
+                        return false;
+                    }
+                }
+                Err(error) if is_out_of_memory(&error) => {
+                    tracing::debug!(%error, "accepting rests");
+                    self.accept_paused = Some(self.ops.now + ACCEPT_PAUSE);
+                    return false;
+                }
+                // The connection ended in the queue; the next one may be well. Source: accept(2).
+                Err(_) => {}
+            }
+        }
+        false
+    }
+
+    fn admit(&mut self, tag: ListenerTag, stream: TcpStream, peer: SocketAddr) {
+        let Ok(local) = socket::local_addr(&stream) else { return };
+        // An accepted connection needs a second socket to lead anywhere.
+        if !self.ops.has_room(2) {
+            reset(&stream);
+            return self.handler.shed(&mut self.ops, tag, peer);
+        }
+        match self.ops.sockets.insert(stream, Owner::Parked) {
+            Ok(sock) => self.handler.accepted(&mut self.ops, tag, sock, Ends { peer, local }),
+            Err(error) => {
+                tracing::debug!(%error, "accepted socket cannot be watched");
+                self.handler.shed(&mut self.ops, tag, peer);
+            }
+        }
+    }
+
+    /// Gives the spare descriptor up for a moment to accept and reset one connection, so that its client knows.
+    fn shed_one(&mut self, id: u32, tag: ListenerTag) -> bool {
+        self.spare = None;
+        let accepted = self.ops.listeners.get(&id).map(|listener| listener.listener.accept());
+        let shed = match accepted {
+            Some(Ok((stream, peer))) => {
+                reset(&stream);
+                drop(stream);
+                self.handler.shed(&mut self.ops, tag, socket::canonical(peer));
+                true
+            }
+            Some(Err(_)) | None => false,
+        };
+        self.spare = File::open("/dev/null").ok();
+        shed && self.spare.is_some()
+    }
+
+    /// Lets the engine move bytes and the handler answer; true when there is more to do at once.
+    fn turn(&mut self) -> bool {
+        let mut more = false;
+        for _ in 0..ROUNDS_PER_TURN {
+            more = self.ops.engine.turn(&mut self.ops.sockets, self.ops.now);
+            let mut answered = false;
+            while let Some(outcome) = self.ops.outcomes.pop_front() {
+                self.outcome(outcome);
+                answered = true;
+            }
+            while let Some(event) = self.ops.engine.poll_event() {
+                self.engine_event(event);
+                answered = true;
+            }
+            if !answered {
+                return more;
+            }
+            more = true;
+        }
+        more
+    }
+
+    fn outcome(&mut self, outcome: Outcome) {
+        let ops = &mut self.ops;
+        match outcome {
+            Outcome::Dialled { dial, tunnel, peer } => {
+                self.handler.dialled(ops, dial, tunnel, peer);
+            }
+            Outcome::Accepted { tunnel, tag, peer, ends } => {
+                self.handler.tunnel_up(ops, tunnel, tag, peer, ends);
+            }
+            Outcome::Failed { attempt, error } => {
+                self.handler.handshake_failed(ops, attempt, error);
+            }
+        }
+    }
+
+    fn engine_event(&mut self, event: EngineEvent) {
+        let ops = &mut self.ops;
+        match event {
+            EngineEvent::Dial { dial, key } => self.handler.dial(ops, dial, &key),
+            EngineEvent::Request { request, tunnel, head } => {
+                self.handler.request(ops, request, tunnel, &head);
+            }
+            EngineEvent::RequestGone { request } => self.handler.request_gone(ops, request),
+            EngineEvent::Established { relay, baggage } => {
+                self.handler.established(ops, relay, baggage);
+            }
+            EngineEvent::Closed { relay, reason, bytes } => {
+                self.handler.closed(ops, relay, reason, bytes);
+            }
+            EngineEvent::TunnelClosed { tunnel, reason } => {
+                self.handler.tunnel_closed(ops, tunnel, reason);
+            }
+            // The enum may grow; an event without an answer would leave something hanging.
+            unknown => tracing::error!(event = ?unknown, "engine event not understood"),
+        }
+    }
+}
+
+/// Up to the next millisecond: epoll counts in them, and a shorter sleep would spin.
+fn round_up(sleep: Duration) -> Duration {
+    let millis = sleep.as_millis();
+    if Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)) == sleep {
+        sleep
+    } else {
+        sleep + Duration::from_millis(1)
+    }
+}
+
+fn readiness(event: &Event) -> Readiness {
+    Readiness {
+        readable: event.is_readable(),
+        writable: event.is_writable(),
+        read_closed: event.is_read_closed(),
+        error: event.is_error(),
+    }
+}
+
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+fn is_out_of_memory(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM))
+}
+
+fn reset(stream: &TcpStream) {
+    if let Err(error) = socket::reset_on_close(stream) {
+        tracing::debug!(%error, "connection closed without a reset");
+    }
+}
