@@ -1,1 +1,33 @@
-//! To be written.
+//! Stage three of a connection: may it happen.
+//!
+//! [`PolicySet`] holds the compiled policies; [`authorize`] judges inbound flows, [`authorize_egress`] outbound ones. Both
+//! cannot fail and do no I/O. A [`Verdict`] says yes with a [`Permit`], of which this crate is the only birthplace, or no with
+//! a [`Denial`] that names the rule. [`explain`] and [`explain_egress`] run the same code and keep every step.
+//!
+//! ```text
+//! applicable: global policies, those of the workload's namespace, those that it lists; and the waypoint it requires
+//!  1. the peer is not the required waypoint ──► denied
+//!  2. a DENY policy matches ──────────────────► denied
+//!  3. a listed policy is not known ───────────► denied (policy missing)
+//!  4. there is no ALLOW policy ───────────────► allowed
+//!  5. an ALLOW policy matches ────────────────► allowed, else denied
+//! ```
+//! AUDIT and dry-run policies are matched too and leave notes; they never change the decision.
+
+#![forbid(unsafe_code)]
+
+mod compile;
+mod evaluate;
+pub mod explain;
+pub mod policy;
+pub mod set;
+pub mod verdict;
+
+pub use evaluate::{authorize, authorize_egress};
+pub use explain::{Explanation, Outcome, PolicyStep, RuleStep, explain, explain_egress};
+pub use policy::{
+    Action, Clause, InvalidPolicyName, Match, Policy, PolicyKind, PolicyName, PolicyOrigin,
+    PolicyScope, Rule, ServiceAccountMatch, StringMatch,
+};
+pub use set::{MissingPolicy, PolicySet, UnknownEgress};
+pub use verdict::{Decision, Denial, DenialDetail, Note, NoteKind, Permit, RuleRef, Verdict};

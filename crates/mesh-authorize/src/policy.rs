@@ -1,0 +1,238 @@
+//! Policies as the controller describes them.
+//!
+//! Source: `istio.security.Authorization` (WDS), whose semantics they keep. AUDIT, trust domains and the origin are ours.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use mesh_model::IpPrefix;
+use serde::{Deserialize, Serialize};
+
+/// A policy's key; written `namespace/name`, as workloads list it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PolicyName {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name within it.
+    pub name: Arc<str>,
+}
+
+/// Text that is not `namespace/name`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not of the form namespace/name: {text:?}")]
+pub struct InvalidPolicyName {
+    /// What was given, cut to 256 characters.
+    pub text: String,
+}
+
+impl PolicyName {
+    /// A name from its parts.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl FromStr for PolicyName {
+    type Err = InvalidPolicyName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidPolicyName> {
+        match text.split_once('/') {
+            Some((namespace, name))
+                if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
+            {
+                Ok(Self::new(namespace, name))
+            }
+            Some(_) | None => Err(InvalidPolicyName { text: text.chars().take(256).collect() }),
+        }
+    }
+}
+
+impl fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// What kind of object a policy comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PolicyKind {
+    /// A `security.istio.io` AuthorizationPolicy.
+    AuthorizationPolicy,
+    /// A `security.istio.io` PeerAuthentication.
+    PeerAuthentication,
+    /// Made by the mesh itself: a required waypoint, `unknownEgress`.
+    Synthetic,
+}
+
+impl PolicyKind {
+    /// The word in logs and explanations.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
+            Self::PeerAuthentication => "PeerAuthentication",
+            Self::Synthetic => "Synthetic",
+        }
+    }
+}
+
+impl fmt::Display for PolicyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The object an operator wrote, which verdicts name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PolicyOrigin {
+    /// Its kind.
+    pub kind: PolicyKind,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+}
+
+impl fmt::Display for PolicyOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}/{}", self.kind, self.namespace, self.name)
+    }
+}
+
+/// Which workloads a policy applies to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum PolicyScope {
+    /// All.
+    Global,
+    /// Those of the policy's namespace.
+    Namespace,
+    /// Those that list it.
+    Workload,
+}
+
+/// What a match means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Action {
+    /// The flow may go on; and what no ALLOW policy matches may not.
+    Allow,
+    /// The flow may not go on.
+    Deny,
+    /// The match is noted.
+    Audit,
+}
+
+impl Action {
+    /// The word of `AuthorizationPolicy.action`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "ALLOW",
+            Self::Deny => "DENY",
+            Self::Audit => "AUDIT",
+        }
+    }
+}
+
+/// A policy: matches when one of its rules does. Without rules it never matches.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Policy {
+    /// Its key.
+    pub name: PolicyName,
+    /// The object it was made of.
+    pub origin: PolicyOrigin,
+    /// Which workloads it applies to.
+    pub scope: PolicyScope,
+    /// What a match means.
+    pub action: Action,
+    /// True: matched and noted, never enforced.
+    pub dry_run: bool,
+    /// Rules, of which one must match.
+    pub rules: Vec<Rule>,
+}
+
+/// Matches when all of its clauses do. Without clauses it matches everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Rule {
+    /// Clauses, all of which must match.
+    pub clauses: Vec<Clause>,
+}
+
+/// Matches when one of its matches does. Without matches it matches everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Clause {
+    /// Matches, of which one must hold.
+    pub matches: Vec<Match>,
+}
+
+/// Conditions on a flow, all of which must hold: one of each list that is not empty, none of each `not_` list.
+///
+/// With nothing in it, it never holds. A flow without identity meets no positive condition on principals, service accounts
+/// and trust domains, and every negative one; its namespace is the empty text.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Match {
+    /// The peer's namespace.
+    pub namespaces: Vec<StringMatch>,
+    /// Not these.
+    pub not_namespaces: Vec<StringMatch>,
+    /// The peer's identity without `spiffe://`: `cluster.local/ns/shop/sa/cart`.
+    pub principals: Vec<StringMatch>,
+    /// Not these.
+    pub not_principals: Vec<StringMatch>,
+    /// The peer's service account, whatever its trust domain.
+    pub service_accounts: Vec<ServiceAccountMatch>,
+    /// Not these.
+    pub not_service_accounts: Vec<ServiceAccountMatch>,
+    /// The peer's trust domain.
+    pub trust_domains: Vec<StringMatch>,
+    /// Not these.
+    pub not_trust_domains: Vec<StringMatch>,
+    /// The address the connection comes from.
+    pub source_ips: Vec<IpPrefix>,
+    /// Not these.
+    pub not_source_ips: Vec<IpPrefix>,
+    /// The pod's address.
+    pub destination_ips: Vec<IpPrefix>,
+    /// Not these.
+    pub not_destination_ips: Vec<IpPrefix>,
+    /// The application's port.
+    pub destination_ports: Vec<u16>,
+    /// Not these.
+    pub not_destination_ports: Vec<u16>,
+}
+
+/// A condition on a text. Case counts.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum StringMatch {
+    /// The whole text.
+    Exact(Arc<str>),
+    /// Its beginning.
+    Prefix(Arc<str>),
+    /// Its end.
+    Suffix(Arc<str>),
+    /// That it is not empty.
+    Presence,
+}
+
+/// A service account by namespace and name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ServiceAccountMatch {
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub service_account: Arc<str>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_two_parts() {
+        assert_eq!("shop/cart".parse(), Ok(PolicyName::new("shop", "cart")));
+        for text in ["", "/", "shop", "shop/", "/cart", "shop/cart/x"] {
+            assert!(text.parse::<PolicyName>().is_err(), "{text:?}");
+        }
+    }
+}

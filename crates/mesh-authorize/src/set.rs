@@ -1,0 +1,206 @@
+//! The policies of the mesh, compiled.
+
+use std::cmp::Ordering;
+use std::sync::Arc;
+
+use equivalent::{Comparable, Equivalent};
+use imbl::OrdMap;
+use mesh_model::{Revision, Workload};
+
+use crate::compile::CompiledPolicy;
+use crate::policy::{Policy, PolicyName, PolicyScope};
+
+/// What happens to a pod's connections to destinations unknown to the mesh.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
+)]
+pub enum UnknownEgress {
+    /// They are passed through.
+    #[default]
+    Allow,
+    /// They are refused.
+    Deny,
+}
+
+/// What happens to flows of a workload that lists a policy which has not been received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum MissingPolicy {
+    /// They are refused.
+    #[default]
+    Deny,
+    /// `compat`: the policy is skipped, as ztunnel does.
+    Ignore,
+}
+
+/// The policies of the mesh, compiled and found by scope. A clone is a snapshot and costs O(1); a change costs O(log n).
+///
+/// Memory is bounded by the policies that are there. The default is empty: it allows everything.
+#[derive(Clone, Debug, Default)]
+pub struct PolicySet {
+    revision: Revision,
+    policies: OrdMap<PolicyName, Arc<CompiledPolicy>>,
+    /// Those of scope Global.
+    global: Policies,
+    /// Those of scope Namespace, by that.
+    by_namespace: OrdMap<Arc<str>, Policies>,
+    /// Namespaces that deny unknown destinations.
+    egress_denied: OrdMap<Arc<str>, ()>,
+    missing: MissingPolicy,
+}
+
+type Policies = OrdMap<PolicyName, Arc<CompiledPolicy>>;
+
+impl PolicySet {
+    /// The stamp of the last change.
+    #[must_use]
+    pub const fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Adds a policy or replaces the one of its name, in whatever scope that was. Returns the new stamp.
+    pub fn upsert(&mut self, policy: Policy) -> Revision {
+        if self.policies.get(&policy.name).is_some_and(|old| *old.source() == policy) {
+            return self.revision;
+        }
+        self.unlink(&policy.name);
+        let name = policy.name.clone();
+        let scope = policy.scope;
+        let compiled = Arc::new(CompiledPolicy::new(policy));
+        match scope {
+            PolicyScope::Global => {
+                self.global.insert(name.clone(), Arc::clone(&compiled));
+            }
+            PolicyScope::Namespace => {
+                let of_namespace = self.by_namespace.entry(name.namespace.clone()).or_default();
+                of_namespace.insert(name.clone(), Arc::clone(&compiled));
+            }
+            PolicyScope::Workload => {}
+        }
+        self.policies.insert(name, compiled);
+        self.stamp()
+    }
+
+    /// Removes a policy, if it is there. Returns the new stamp.
+    pub fn remove(&mut self, name: &PolicyName) -> Revision {
+        if self.unlink(name) { self.stamp() } else { self.revision }
+    }
+
+    /// Says what a namespace's pods may reach beyond the mesh. Returns the new stamp.
+    pub fn set_egress(&mut self, namespace: &str, egress: UnknownEgress) -> Revision {
+        let changed = match egress {
+            UnknownEgress::Allow => self.egress_denied.remove(namespace).is_some(),
+            UnknownEgress::Deny => self.egress_denied.insert(namespace.into(), ()).is_none(),
+        };
+        if changed { self.stamp() } else { self.revision }
+    }
+
+    /// Says what a policy that is listed and not known means. Returns the new stamp.
+    pub fn set_missing(&mut self, missing: MissingPolicy) -> Revision {
+        if self.missing == missing {
+            return self.revision;
+        }
+        self.missing = missing;
+        self.stamp()
+    }
+
+    /// What a namespace's pods may reach beyond the mesh.
+    #[must_use]
+    pub fn egress(&self, namespace: &str) -> UnknownEgress {
+        if self.egress_denied.contains_key(namespace) {
+            UnknownEgress::Deny
+        } else {
+            UnknownEgress::Allow
+        }
+    }
+
+    /// A policy by its name.
+    #[must_use]
+    pub fn policy(&self, name: &PolicyName) -> Option<&Policy> {
+        self.policies.get(name).map(|compiled| compiled.source())
+    }
+
+    /// All policies, in the order of their names.
+    pub fn policies(&self) -> impl ExactSizeIterator<Item = &Policy> {
+        self.policies.values().map(|compiled| compiled.source())
+    }
+
+    /// The policies that apply to a workload: global ones, its namespace's, those it lists. Each once.
+    pub(crate) fn applicable<'s>(
+        &'s self,
+        workload: &'s Workload,
+    ) -> impl Iterator<Item = &'s CompiledPolicy> {
+        let of_namespace = self.by_namespace.get(&*workload.namespace);
+        let names = &workload.authorization_policies;
+        let listed = names
+            .iter()
+            .enumerate()
+            .filter(|(index, name)| !names.iter().take(*index).any(|before| before == *name))
+            .filter_map(|(_, name)| self.listed(name))
+            .filter(|policy| !policy.applies_by_scope(workload));
+        self.global
+            .values()
+            .chain(of_namespace.into_iter().flat_map(|policies| policies.values()))
+            .map(|policy| &**policy)
+            .chain(listed)
+    }
+
+    /// The names a workload lists of which there is no policy; none in compatibility with ztunnel.
+    pub(crate) fn missing<'s>(
+        &'s self,
+        workload: &'s Workload,
+    ) -> impl Iterator<Item = &'s Arc<str>> {
+        let counts = match self.missing {
+            MissingPolicy::Deny => true,
+            MissingPolicy::Ignore => false,
+        };
+        let listed = workload.authorization_policies.iter();
+        listed.filter(move |listed| counts && self.listed(listed).is_none())
+    }
+
+    fn listed(&self, listed: &str) -> Option<&CompiledPolicy> {
+        let (namespace, name) = listed.split_once('/')?;
+        self.policies.get(&Listed { namespace, name }).map(|policy| &**policy)
+    }
+
+    fn unlink(&mut self, name: &PolicyName) -> bool {
+        let Some(old) = self.policies.remove(name) else { return false };
+        match old.source().scope {
+            PolicyScope::Global => {
+                self.global.remove(name);
+            }
+            PolicyScope::Namespace => {
+                if let Some(of_namespace) = self.by_namespace.get_mut(&name.namespace) {
+                    of_namespace.remove(name);
+                    if of_namespace.is_empty() {
+                        self.by_namespace.remove(&name.namespace);
+                    }
+                }
+            }
+            PolicyScope::Workload => {}
+        }
+        true
+    }
+
+    const fn stamp(&mut self) -> Revision {
+        self.revision = self.revision.next();
+        self.revision
+    }
+}
+
+/// A policy's name as a workload lists it, without owning it.
+struct Listed<'l> {
+    namespace: &'l str,
+    name: &'l str,
+}
+
+impl Equivalent<PolicyName> for Listed<'_> {
+    fn equivalent(&self, name: &PolicyName) -> bool {
+        self.compare(name) == Ordering::Equal
+    }
+}
+
+impl Comparable<PolicyName> for Listed<'_> {
+    fn compare(&self, name: &PolicyName) -> Ordering {
+        (self.namespace, self.name).cmp(&(&*name.namespace, &*name.name))
+    }
+}
