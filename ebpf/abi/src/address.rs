@@ -3,70 +3,75 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// An IP address in network byte order; IPv4 as `::ffff:a.b.c.d` (RFC 4291 §2.5.5.2).
+///
+/// Held as the kernel's four words, each in network order in memory, so that the programs move and
+/// compare whole words.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Address([u8; 16]);
+pub struct Address([u32; 4]);
 
 const _: () = assert!(size_of::<Address>() == 16);
 
+/// The third word of a mapped address.
+const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
+
 impl Address {
     /// `::`, which no pod has: "no address of this family".
-    pub const NONE: Self = Self([0; 16]);
+    pub const NONE: Self = Self([0; 4]);
 
     /// From an IPv4 address in network byte order.
     #[inline(always)]
     pub const fn v4(octets: [u8; 4]) -> Self {
-        let [a, b, c, d] = octets;
-        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
+        Self::from_word(u32::from_ne_bytes(octets))
     }
 
     /// From an IPv6 address in network byte order, IPv4-mapped ones included.
     #[inline(always)]
     pub const fn v6(octets: [u8; 16]) -> Self {
-        Self(octets)
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
+        Self([
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            u32::from_ne_bytes([i, j, k, l]),
+            u32::from_ne_bytes([m, n, o, p]),
+        ])
     }
 
     /// From the kernel's 32-bit form of an IPv4 address (`user_ip4`, `local_ip4`): network order in
     /// memory.
     #[inline(always)]
     pub const fn from_word(word: u32) -> Self {
-        Self::v4(word.to_ne_bytes())
+        Self([0, 0, MAPPED, word])
     }
 
     /// From the kernel's 4 × 32-bit form of an IPv6 address (`user_ip6`, `local_ip6`).
     #[inline(always)]
     pub const fn from_words(words: [u32; 4]) -> Self {
-        let [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]] = [
-            words[0].to_ne_bytes(),
-            words[1].to_ne_bytes(),
-            words[2].to_ne_bytes(),
-            words[3].to_ne_bytes(),
-        ];
-        Self([a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p])
+        Self(words)
     }
 
     /// The kernel's 4 × 32-bit form.
     #[inline(always)]
     pub const fn words(&self) -> [u32; 4] {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0;
-        [
-            u32::from_ne_bytes([a, b, c, d]),
-            u32::from_ne_bytes([e, f, g, h]),
-            u32::from_ne_bytes([i, j, k, l]),
-            u32::from_ne_bytes([m, n, o, p]),
-        ]
+        self.0
     }
 
     /// The kernel's 32-bit form of an IPv4 address; of an IPv6 address its last four octets.
     #[inline(always)]
     pub const fn word(&self) -> u32 {
-        self.words()[3]
+        self.0[3]
     }
 
     /// The octets, IPv4 in its mapped form.
     #[inline(always)]
     pub const fn octets(&self) -> [u8; 16] {
-        self.0
+        let [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]] = [
+            self.0[0].to_ne_bytes(),
+            self.0[1].to_ne_bytes(),
+            self.0[2].to_ne_bytes(),
+            self.0[3].to_ne_bytes(),
+        ];
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
     }
 
     /// Equality that compiles to four word compares (there is no `memcmp` in an eBPF program).
@@ -80,7 +85,7 @@ impl Address {
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
         let words = self.words();
-        words[0] | words[1] == 0 && words[2] == u32::from_ne_bytes([0, 0, 0xff, 0xff])
+        words[0] | words[1] == 0 && words[2] == MAPPED
     }
 
     /// `::` or `0.0.0.0`; connecting there means connecting to oneself.
@@ -101,12 +106,13 @@ impl Address {
     /// IPv6 link-local unicast, `fe80::/10`.
     #[inline(always)]
     pub const fn is_link_local_v6(&self) -> bool {
-        self.0[0] == 0xfe && self.0[1] & 0xc0 == 0x80
+        let [first, second, ..] = self.0[0].to_ne_bytes();
+        first == 0xfe && second & 0xc0 == 0x80
     }
 
     /// The address for people and sockets; mapped ones as IPv4.
     pub const fn ip(&self) -> IpAddr {
-        Ipv6Addr::from_octets(self.0).to_canonical()
+        Ipv6Addr::from_octets(self.octets()).to_canonical()
     }
 }
 
@@ -114,7 +120,7 @@ impl From<IpAddr> for Address {
     fn from(ip: IpAddr) -> Self {
         match ip {
             IpAddr::V4(ip) => Self::from(ip),
-            IpAddr::V6(ip) => Self(ip.octets()),
+            IpAddr::V6(ip) => Self::v6(ip.octets()),
         }
     }
 }
@@ -125,10 +131,10 @@ impl From<Ipv4Addr> for Address {
     }
 }
 
-/// A port in network byte order.
+/// A port; network byte order in memory.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Port([u8; 2]);
+pub struct Port(u16);
 
 const _: () = assert!(size_of::<Port>() == 2);
 
@@ -136,32 +142,32 @@ impl Port {
     /// From a number.
     #[inline(always)]
     pub const fn new(port: u16) -> Self {
-        Self(port.to_be_bytes())
+        Self(port.to_be())
     }
 
     /// From the kernel's 32-bit field that holds a port in network order (`user_port`).
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the upper half of the field is zero")]
     pub const fn from_network_word(word: u32) -> Self {
-        Self((word as u16).to_ne_bytes())
+        Self(word as u16)
     }
 
     /// The kernel's 32-bit field that holds a port in network order (`user_port`).
     #[inline(always)]
     pub const fn network_word(self) -> u32 {
-        u16::from_ne_bytes(self.0) as u32
+        self.0 as u32
     }
 
     /// From network order octets.
     #[inline(always)]
     pub const fn from_octets(octets: [u8; 2]) -> Self {
-        Self(octets)
+        Self(u16::from_ne_bytes(octets))
     }
 
     /// The number.
     #[inline(always)]
     pub const fn get(self) -> u16 {
-        u16::from_be_bytes(self.0)
+        u16::from_be(self.0)
     }
 }
 
@@ -173,7 +179,8 @@ pub struct Endpoint {
     pub address: Address,
     /// The port.
     pub port: Port,
-    padding: [u8; 6],
+    padding: u16,
+    more_padding: u32,
 }
 
 const _: () = assert!(size_of::<Endpoint>() == 24);
@@ -182,7 +189,7 @@ impl Endpoint {
     /// From its parts.
     #[inline(always)]
     pub const fn new(address: Address, port: Port) -> Self {
-        Self { address, port, padding: [0; 6] }
+        Self { address, port, padding: 0, more_padding: 0 }
     }
 
     /// As a socket address; mapped ones as IPv4.

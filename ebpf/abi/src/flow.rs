@@ -1,6 +1,6 @@
 //! The guard's table of permitted TCP and UDP flows, and the keys of original destinations.
 
-use crate::packet::{TcpFlags, TcpSegment};
+use crate::packet::TcpFlags;
 use crate::{Address, Port};
 
 /// A flow as the pod sees it.
@@ -16,8 +16,7 @@ pub struct FlowKey {
     /// The other side's port.
     pub remote_port: Port,
     /// TCP or UDP, see [`protocol`](crate::protocol).
-    pub protocol: u8,
-    padding: [u8; 3],
+    pub protocol: u32,
 }
 
 const _: () = assert!(size_of::<FlowKey>() == 40);
@@ -30,7 +29,7 @@ impl FlowKey {
         (local, local_port): (Address, Port),
         (remote, remote_port): (Address, Port),
     ) -> Self {
-        Self { local, remote, local_port, remote_port, protocol, padding: [0; 3] }
+        Self { local, remote, local_port, remote_port, protocol: protocol as u32 }
     }
 }
 
@@ -57,8 +56,8 @@ pub struct FlowState {
     /// When it was registered. Nanoseconds of the monotonic clock.
     pub registered_ns: u64,
     /// A [`FlowOrigin`].
-    pub origin: u8,
-    padding: [u8; 7],
+    pub origin: u32,
+    padding: u32,
 }
 
 const _: () = assert!(size_of::<FlowState>() == 24);
@@ -67,7 +66,7 @@ impl FlowState {
     /// From its parts.
     #[inline(always)]
     pub const fn new(netns_cookie: u64, registered_ns: u64, origin: FlowOrigin) -> Self {
-        Self { netns_cookie, registered_ns, origin: origin as u8, padding: [0; 7] }
+        Self { netns_cookie, registered_ns, origin: origin as u32, padding: 0 }
     }
 }
 
@@ -86,11 +85,10 @@ pub enum Remains {
 
 /// Whether a segment may leave on a tuple without open socket. `remains` is a [`Remains`] as stored.
 #[inline(always)]
-pub const fn permits_after_close(remains: u8, segment: &TcpSegment) -> bool {
-    if !segment.empty {
+pub const fn permits_after_close(remains: u8, flags: TcpFlags, empty: bool) -> bool {
+    if !empty {
         return false;
     }
-    let flags = segment.flags;
     if flags.has(TcpFlags::RST) {
         return true;
     }
@@ -110,7 +108,8 @@ pub struct ClientKey {
     pub address: Address,
     /// The client's source port.
     pub port: Port,
-    padding: [u8; 6],
+    padding: u16,
+    more_padding: u32,
 }
 
 const _: () = assert!(size_of::<ClientKey>() == 32);
@@ -119,7 +118,7 @@ impl ClientKey {
     /// From its parts.
     #[inline(always)]
     pub const fn new(netns_cookie: u64, address: Address, port: Port) -> Self {
-        Self { netns_cookie, address, port, padding: [0; 6] }
+        Self { netns_cookie, address, port, padding: 0, more_padding: 0 }
     }
 }
 
@@ -130,14 +129,8 @@ mod tests {
     #[test]
     fn without_an_open_socket_only_empty_answers_leave() {
         let check = |remains: Remains, flags: u8, empty: bool, expected: bool| {
-            let segment = TcpSegment {
-                source_port: Port::new(1),
-                target_port: Port::new(2),
-                flags: TcpFlags(flags),
-                empty,
-            };
             assert_eq!(
-                permits_after_close(remains as u8, &segment),
+                permits_after_close(remains as u8, TcpFlags(flags), empty),
                 expected,
                 "{remains:?} {flags:#x} {empty}"
             );

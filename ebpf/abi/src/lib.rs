@@ -19,7 +19,7 @@ pub use counter::Counter;
 pub use flow::{ClientKey, FlowKey, FlowOrigin, FlowState, Remains, permits_after_close};
 pub use map::{MapKind, MapSpec, maps};
 pub use packet::{
-    Fetch, IcmpMessage, Packet, Refusal, TcpFlags, TcpSegment, Transport, parse_packet,
+    Fetch, Packet, Refusal, TcpFlags, Transport, parse_packet,
 };
 pub use pod::{NetworkKey, NetworkRule, Pod, PodFlags, PortKey, RuleList, SocketNote, Verdict};
 

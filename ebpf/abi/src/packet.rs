@@ -12,51 +12,72 @@ pub trait Fetch {
     fn fetch<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 }
 
-/// A packet that the guard knows.
+/// A packet that the guard knows. One flat value without absent parts: the verifier lets no
+/// uninitialised word be copied, which an enum with fields would have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Packet {
-    /// ARP.
-    Arp,
-    /// IPv4 or IPv6.
-    Ip {
-        /// Its source.
-        source: Address,
-        /// Its target.
-        target: Address,
-        /// What it carries.
-        transport: Transport,
-    },
+pub struct Packet {
+    /// What it carries.
+    pub transport: Transport,
+    /// Its source. Not set for ARP.
+    pub source: Address,
+    /// Its target. Not set for ARP.
+    pub target: Address,
+    /// Its source port, of TCP and UDP.
+    pub source_port: Port,
+    /// Its target port, of TCP and UDP.
+    pub target_port: Port,
+    /// Its flags, of TCP.
+    pub flags: TcpFlags,
+    /// It carries no payload, of TCP.
+    pub empty: bool,
+    /// Its type, of ICMP.
+    pub icmp_type: u8,
+    /// Its code, of ICMP.
+    pub icmp_code: u8,
 }
 
-/// What an IP packet carries.
+/// What a packet carries.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
+    /// It is no IP packet, but ARP.
+    Arp,
     /// An unfragmented TCP segment, directly behind the IP header.
-    Tcp(TcpSegment),
+    Tcp,
     /// UDP, first or only fragment.
-    Udp {
-        /// Its source port.
-        source_port: Port,
-        /// Its target port.
-        target_port: Port,
-    },
-    /// ICMP or ICMPv6, first or only fragment.
-    Icmp(IcmpMessage),
+    Udp,
+    /// ICMP for IPv4, first or only fragment.
+    Icmp,
+    /// ICMP for IPv6, first or only fragment.
+    IcmpV6,
     /// A later fragment of UDP or ICMP.
     Fragment,
 }
 
-/// The head of a TCP segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TcpSegment {
-    /// Its source port.
-    pub source_port: Port,
-    /// Its target port.
-    pub target_port: Port,
-    /// Its flags.
-    pub flags: TcpFlags,
-    /// It carries no payload.
-    pub empty: bool,
+impl Packet {
+    /// ARP, and the value to parse into.
+    pub const ARP: Self = Self {
+        transport: Transport::Arp,
+        source: Address::NONE,
+        target: Address::NONE,
+        source_port: Port::from_octets([0, 0]),
+        target_port: Port::from_octets([0, 0]),
+        flags: TcpFlags(0),
+        empty: false,
+        icmp_type: 0,
+        icmp_code: 0,
+    };
+
+    /// Whether it is ICMP without which no IP network works: neighbour discovery (RFC 4861), MLD
+    /// (RFC 2710, 3810) and path MTU discovery (RFC 1191, 8201).
+    #[inline(always)]
+    pub const fn is_essential_icmp(&self) -> bool {
+        match self.transport {
+            Transport::IcmpV6 => matches!(self.icmp_type, 2 | 130..=137 | 143),
+            Transport::Icmp => self.icmp_type == 3 && self.icmp_code == 4,
+            Transport::Arp | Transport::Tcp | Transport::Udp | Transport::Fragment => false,
+        }
+    }
 }
 
 /// Flags of a TCP segment (RFC 9293 §3.1).
@@ -77,30 +98,6 @@ impl TcpFlags {
     #[inline(always)]
     pub const fn has(self, flag: u8) -> bool {
         self.0 & flag != 0
-    }
-}
-
-/// Type of an ICMP or ICMPv6 message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IcmpMessage {
-    /// ICMPv6.
-    pub v6: bool,
-    /// Its type.
-    pub kind: u8,
-    /// Its code.
-    pub code: u8,
-}
-
-impl IcmpMessage {
-    /// Without these, no IP network works: neighbour discovery (RFC 4861), MLD (RFC 2710, 3810) and
-    /// path MTU discovery (RFC 1191, 8201).
-    #[inline(always)]
-    pub const fn is_essential(&self) -> bool {
-        if self.v6 {
-            matches!(self.kind, 2 | 130..=137 | 143)
-        } else {
-            self.kind == 3 && self.code == 4
-        }
     }
 }
 
@@ -133,83 +130,97 @@ const HOP_BY_HOP: u8 = 0;
 /// (hop-by-hop for MLD, fragment for large UDP).
 const MAX_EXTENSIONS: usize = 4;
 
-/// Judges a packet. `ethertype` in host byte order.
+/// Judges a packet, and fills `into`, which starts as [`Packet::ARP`]. `ethertype` in host byte
+/// order.
 #[inline(always)]
 pub fn parse_packet(
-    packet: &impl Fetch,
+    bytes: &impl Fetch,
     ethertype: u16,
     tagged: bool,
-) -> Result<Packet, Refusal> {
+    into: &mut Packet,
+) -> Result<(), Refusal> {
     if tagged {
         return Err(Refusal::Vlan);
     }
     match ethertype {
-        ETHERTYPE_ARP => Ok(Packet::Arp),
-        ETHERTYPE_IPV4 => parse_ipv4(packet),
-        ETHERTYPE_IPV6 => parse_ipv6(packet),
+        ETHERTYPE_ARP => Ok(()),
+        ETHERTYPE_IPV4 => parse_ipv4(bytes, into),
+        ETHERTYPE_IPV6 => parse_ipv6(bytes, into),
         _ => Err(Refusal::EtherType),
     }
 }
 
 #[inline(always)]
-fn parse_ipv4(packet: &impl Fetch) -> Result<Packet, Refusal> {
-    let header: [u8; 20] = packet.fetch(0).ok_or(Refusal::Malformed)?;
+fn parse_ipv4(bytes: &impl Fetch, into: &mut Packet) -> Result<(), Refusal> {
+    let Some(header) = bytes.fetch::<20>(0) else { return Err(Refusal::Malformed) };
     let header_octets = u16::from(header[0] & 0x0f) * 4;
     if header[0] >> 4 != 4 || header_octets < 20 {
         return Err(Refusal::Malformed);
     }
+    into.source = Address::v4([header[12], header[13], header[14], header[15]]);
+    into.target = Address::v4([header[16], header[17], header[18], header[19]]);
     let total_octets = u16::from_be_bytes([header[2], header[3]]);
     let fragment = u16::from_be_bytes([header[6], header[7]]);
     let (more, offset) = (fragment & 0x2000 != 0, fragment & 0x1fff);
     let at = u32::from(header_octets);
-    let transport = match header[9] {
-        protocol::TCP if more || offset != 0 => return Err(Refusal::Fragment),
+    match header[9] {
+        protocol::TCP if more || offset != 0 => Err(Refusal::Fragment),
         // A total length of 0 is a GSO packet above 64 KiB (BIG TCP): full of payload.
-        protocol::TCP => {
-            parse_tcp(packet, at, total_octets.checked_sub(header_octets).unwrap_or(u16::MAX))?
+        protocol::TCP if total_octets == 0 => parse_tcp(bytes, at, u16::MAX, into),
+        protocol::TCP if total_octets < header_octets => Err(Refusal::Malformed),
+        protocol::TCP => parse_tcp(bytes, at, total_octets - header_octets, into),
+        protocol::UDP | protocol::ICMP if offset != 0 => {
+            into.transport = Transport::Fragment;
+            Ok(())
         }
-        protocol::UDP | protocol::ICMP if offset != 0 => Transport::Fragment,
-        protocol::UDP => parse_udp(packet, at)?,
-        protocol::ICMP => parse_icmp(packet, at, false)?,
-        _ => return Err(Refusal::Protocol),
-    };
-    let source = Address::v4([header[12], header[13], header[14], header[15]]);
-    let target = Address::v4([header[16], header[17], header[18], header[19]]);
-    Ok(Packet::Ip { source, target, transport })
+        protocol::UDP => parse_udp(bytes, at, into),
+        protocol::ICMP => parse_icmp(bytes, at, Transport::Icmp, into),
+        _ => Err(Refusal::Protocol),
+    }
 }
 
 #[inline(always)]
-fn parse_ipv6(packet: &impl Fetch) -> Result<Packet, Refusal> {
-    let header: [u8; 8] = packet.fetch(0).ok_or(Refusal::Malformed)?;
-    let source = Address::v6(packet.fetch(8).ok_or(Refusal::Malformed)?);
-    let target = Address::v6(packet.fetch(24).ok_or(Refusal::Malformed)?);
+fn parse_ipv6(bytes: &impl Fetch, into: &mut Packet) -> Result<(), Refusal> {
+    let Some(header) = bytes.fetch::<8>(0) else { return Err(Refusal::Malformed) };
+    let Some(source) = bytes.fetch(8) else { return Err(Refusal::Malformed) };
+    let Some(target) = bytes.fetch(24) else { return Err(Refusal::Malformed) };
     if header[0] >> 4 != 6 {
         return Err(Refusal::Malformed);
     }
+    into.source = Address::v6(source);
+    into.target = Address::v6(target);
     let payload_octets = u16::from_be_bytes([header[4], header[5]]);
-    let transport = match header[6] {
+    match header[6] {
         // As in IPv4, 0 is a packet above 64 KiB, with or without its jumbo option.
-        protocol::TCP if payload_octets == 0 => parse_tcp(packet, IPV6_HEADER_OCTETS, u16::MAX)?,
-        protocol::TCP => parse_tcp(packet, IPV6_HEADER_OCTETS, payload_octets)?,
-        HOP_BY_HOP if payload_octets == 0 => parse_jumbo(packet)?,
-        next => parse_extensions(packet, next)?,
-    };
-    Ok(Packet::Ip { source, target, transport })
+        protocol::TCP if payload_octets == 0 => {
+            parse_tcp(bytes, IPV6_HEADER_OCTETS, u16::MAX, into)
+        }
+        protocol::TCP => parse_tcp(bytes, IPV6_HEADER_OCTETS, payload_octets, into),
+        HOP_BY_HOP if payload_octets == 0 => parse_jumbo(bytes, into),
+        next => parse_extensions(bytes, next, into),
+    }
 }
 
 /// TCP of a GSO packet above 64 KiB, to which the kernel adds a hop-by-hop header with nothing but
 /// the jumbo payload option (RFC 2675 §2) for its way through the host.
 #[inline(always)]
-fn parse_jumbo(packet: &impl Fetch) -> Result<Transport, Refusal> {
-    match packet.fetch(IPV6_HEADER_OCTETS).ok_or(Refusal::Malformed)? {
-        [protocol::TCP, 0, 0xc2, 4] => parse_tcp(packet, IPV6_HEADER_OCTETS + 8, u16::MAX),
-        _ => Err(Refusal::Extension),
+fn parse_jumbo(bytes: &impl Fetch, into: &mut Packet) -> Result<(), Refusal> {
+    let Some(header) = bytes.fetch::<4>(IPV6_HEADER_OCTETS) else {
+        return Err(Refusal::Malformed);
+    };
+    if header != [protocol::TCP, 0, 0xc2, 4] {
+        return Err(Refusal::Extension);
     }
+    parse_tcp(bytes, IPV6_HEADER_OCTETS + 8, u16::MAX, into)
 }
 
 /// Follows a chain of extension headers (RFC 8200 §4) to UDP or ICMPv6; TCP behind any is refused.
 #[inline(always)]
-fn parse_extensions(packet: &impl Fetch, mut next: u8) -> Result<Transport, Refusal> {
+fn parse_extensions(
+    bytes: &impl Fetch,
+    mut next: u8,
+    into: &mut Packet,
+) -> Result<(), Refusal> {
     const FRAGMENT: u8 = 44;
     const DESTINATION_OPTIONS: u8 = 60;
     const ROUTING: u8 = 43;
@@ -218,22 +229,27 @@ fn parse_extensions(packet: &impl Fetch, mut next: u8) -> Result<Transport, Refu
     let mut at = IPV6_HEADER_OCTETS;
     for _ in 0..MAX_EXTENSIONS {
         match next {
-            protocol::UDP => return parse_udp(packet, at),
-            protocol::ICMPV6 => return parse_icmp(packet, at, true),
+            protocol::UDP => return parse_udp(bytes, at, into),
+            protocol::ICMPV6 => return parse_icmp(bytes, at, Transport::IcmpV6, into),
             HOP_BY_HOP | DESTINATION_OPTIONS => {
-                let [following, length] = packet.fetch(at).ok_or(Refusal::Malformed)?;
+                let Some([following, length]) = bytes.fetch(at) else {
+                    return Err(Refusal::Malformed);
+                };
                 next = following;
                 at += (u32::from(length) + 1) * 8;
             }
             FRAGMENT => {
-                let [following, _, high, low] = packet.fetch(at).ok_or(Refusal::Malformed)?;
+                let Some([following, _, high, low]) = bytes.fetch(at) else {
+                    return Err(Refusal::Malformed);
+                };
                 // What a later fragment says follows is ignored by the receiver: only the first
                 // one's word counts (RFC 8200 §4.5), and that one is read here like a whole packet.
                 if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
-                    return match following {
-                        protocol::UDP | protocol::ICMPV6 => Ok(Transport::Fragment),
-                        _ => Err(Refusal::Fragment),
-                    };
+                    if following != protocol::UDP && following != protocol::ICMPV6 {
+                        return Err(Refusal::Fragment);
+                    }
+                    into.transport = Transport::Fragment;
+                    return Ok(());
                 }
                 next = following;
                 at += 8;
@@ -247,31 +263,44 @@ fn parse_extensions(packet: &impl Fetch, mut next: u8) -> Result<Transport, Refu
 
 /// `octets` is what the IP header says follows it.
 #[inline(always)]
-fn parse_tcp(packet: &impl Fetch, at: u32, octets: u16) -> Result<Transport, Refusal> {
-    let header: [u8; 14] = packet.fetch(at).ok_or(Refusal::Malformed)?;
+fn parse_tcp(
+    bytes: &impl Fetch,
+    at: u32,
+    octets: u16,
+    into: &mut Packet,
+) -> Result<(), Refusal> {
+    let Some(header) = bytes.fetch::<14>(at) else { return Err(Refusal::Malformed) };
     let header_octets = u16::from(header[12] >> 4) * 4;
     if header_octets < TCP_HEADER_OCTETS || octets < header_octets {
         return Err(Refusal::Malformed);
     }
-    Ok(Transport::Tcp(TcpSegment {
-        source_port: Port::from_octets([header[0], header[1]]),
-        target_port: Port::from_octets([header[2], header[3]]),
-        flags: TcpFlags(header[13]),
-        empty: octets == header_octets,
-    }))
+    into.transport = Transport::Tcp;
+    into.source_port = Port::from_octets([header[0], header[1]]);
+    into.target_port = Port::from_octets([header[2], header[3]]);
+    into.flags = TcpFlags(header[13]);
+    into.empty = octets == header_octets;
+    Ok(())
 }
 
 #[inline(always)]
-fn parse_udp(packet: &impl Fetch, at: u32) -> Result<Transport, Refusal> {
-    let [a, b, c, d] = packet.fetch(at).ok_or(Refusal::Malformed)?;
-    Ok(Transport::Udp {
-        source_port: Port::from_octets([a, b]),
-        target_port: Port::from_octets([c, d]),
-    })
+fn parse_udp(bytes: &impl Fetch, at: u32, into: &mut Packet) -> Result<(), Refusal> {
+    let Some([a, b, c, d]) = bytes.fetch(at) else { return Err(Refusal::Malformed) };
+    into.transport = Transport::Udp;
+    into.source_port = Port::from_octets([a, b]);
+    into.target_port = Port::from_octets([c, d]);
+    Ok(())
 }
 
 #[inline(always)]
-fn parse_icmp(packet: &impl Fetch, at: u32, v6: bool) -> Result<Transport, Refusal> {
-    let [kind, code] = packet.fetch(at).ok_or(Refusal::Malformed)?;
-    Ok(Transport::Icmp(IcmpMessage { v6, kind, code }))
+fn parse_icmp(
+    bytes: &impl Fetch,
+    at: u32,
+    transport: Transport,
+    into: &mut Packet,
+) -> Result<(), Refusal> {
+    let Some([kind, code]) = bytes.fetch(at) else { return Err(Refusal::Malformed) };
+    into.transport = transport;
+    into.icmp_type = kind;
+    into.icmp_code = code;
+    Ok(())
 }

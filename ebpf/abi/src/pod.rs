@@ -82,8 +82,7 @@ pub enum RuleList {
 pub struct PortKey {
     rule_set: u32,
     port: Port,
-    list: u8,
-    padding: u8,
+    list: u16,
 }
 
 const _: () = assert!(size_of::<PortKey>() == 8);
@@ -92,7 +91,7 @@ impl PortKey {
     /// From its parts.
     #[inline(always)]
     pub const fn new(rule_set: u32, list: RuleList, port: Port) -> Self {
-        Self { rule_set, port, list: list as u8, padding: 0 }
+        Self { rule_set, port, list: list as u16 }
     }
 
     /// Whose it is.
@@ -106,9 +105,8 @@ impl PortKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NetworkRule {
     rule_set: u32,
-    list: u8,
-    padding: [u8; 3],
-    address: [u8; 16],
+    list: u32,
+    address: [u32; 4],
 }
 
 const _: () = assert!(size_of::<NetworkRule>() == 24);
@@ -122,7 +120,7 @@ impl NetworkRule {
     /// From its parts.
     #[inline(always)]
     pub const fn new(rule_set: u32, list: RuleList, address: Address) -> Self {
-        Self { rule_set, list: list as u8, padding: [0; 3], address: address.octets() }
+        Self { rule_set, list: list as u32, address: address.words() }
     }
 }
 
@@ -167,8 +165,8 @@ pub struct SocketNote {
     /// Where it was going.
     pub target: Endpoint,
     /// A [`Verdict`].
-    pub verdict: u8,
-    padding: [u8; 7],
+    pub verdict: u32,
+    padding: u32,
 }
 
 const _: () = assert!(size_of::<SocketNote>() == 32);
@@ -177,18 +175,18 @@ impl SocketNote {
     /// From its parts.
     #[inline(always)]
     pub const fn new(verdict: Verdict, target: Endpoint) -> Self {
-        Self { target, verdict: verdict as u8, padding: [0; 7] }
+        Self { target, verdict: verdict as u32, padding: 0 }
     }
 
     /// Whether the socket was sent to the agent.
     #[inline(always)]
     pub const fn captured(&self) -> bool {
-        self.verdict == Verdict::Captured as u8
+        self.verdict == Verdict::Captured as u32
     }
 
     /// Whether its flow is to be registered with the guard.
     #[inline(always)]
     pub const fn passed(&self) -> bool {
-        self.verdict == Verdict::Passed as u8
+        self.verdict == Verdict::Passed as u32
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
-    Address, FlowKey, FlowOrigin, FlowState, Pod, PodFlags, Remains, maps as shapes,
+    Address, FlowKey, FlowOrigin, FlowState, Pod, PodFlags, Remains, maps as shapes, protocol,
 };
 
 use crate::capture::{Enrolled, NetnsCookie, Swept};
@@ -240,9 +240,9 @@ impl Pods {
         let mut swept = Swept::default();
         for (key, state) in flows {
             let age = now.saturating_sub(Duration::from_nanos(state.registered_ns));
-            let ended = if key.protocol == mesh_ebpf_abi::protocol::UDP {
+            let ended = if key.protocol == u32::from(protocol::UDP) {
                 age > DATAGRAM_LIFETIME
-            } else if age > SETTLING_TIME && (crowded || state.origin == FlowOrigin::Seeded as u8) {
+            } else if age > SETTLING_TIME && (crowded || state.origin == FlowOrigin::Seeded as u32) {
                 let cookie = NetnsCookie(state.netns_cookie);
                 let open =
                     open.entry(cookie.0).or_insert_with(|| self.open_flows(cookie));
@@ -307,7 +307,9 @@ pub(crate) fn enrolled(parts: Parts<'_>) -> Result<Vec<Enrolled>, CaptureError> 
             .collect();
         // The pod's first addresses of each family first.
         addresses
-            .sort_by_key(|address| (*address != pod.ipv4, *address != pod.ipv6, *address));
+            .sort_by_key(|address| {
+                (*address != pod.ipv4, *address != pod.ipv6, address.octets())
+            });
         let addresses = addresses.iter().map(Address::ip).collect();
         pods.push(Enrolled { cookie, addresses, guarded, steered });
     }

@@ -11,10 +11,7 @@ use mesh_ebpf_abi::{
 use crate::flows::register_datagrams;
 use crate::maps::{RESOLVERS, count, is_own, pod};
 use crate::rules::selects_outbound;
-use crate::sock_addr::{
-    Family, PROCEED, REFUSE, annotate, forget, is_labelled, netns_cookie, read, socket_protocol,
-    source, write,
-};
+use crate::sock_addr::{Call, Family, PROCEED, REFUSE};
 
 const ENETUNREACH: i32 = 101;
 const AF_INET: u16 = 2;
@@ -22,42 +19,36 @@ const AF_INET6: u16 = 10;
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    connect(&ctx, Family::V4)
+    connect(&Call::new(&ctx, Family::V4))
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    connect(&ctx, Family::V6)
+    connect(&Call::new(&ctx, Family::V6))
 }
 
 #[inline(always)]
-fn connect(ctx: &SockAddrContext, family: Family) -> i32 {
-    let cookie = netns_cookie(ctx);
+fn connect(call: &Call<'_>) -> i32 {
+    let cookie = call.netns_cookie();
     let Some(pod) = pod(cookie) else { return PROCEED };
-    let target = read(ctx, family);
-    let transport = socket_protocol(ctx);
+    let target = call.read();
+    let transport = call.protocol();
     if transport == u32::from(protocol::TCP) {
-        connect_tcp(ctx, family, cookie, &pod, target)
+        connect_tcp(call, cookie, pod, target)
     } else if transport == u32::from(protocol::UDP) {
-        connect_udp(ctx, family, cookie, &pod, target)
+        connect_udp(call, cookie, pod, target)
     } else {
         PROCEED
     }
 }
 
 #[inline(always)]
-fn connect_tcp(
-    ctx: &SockAddrContext,
-    family: Family,
-    cookie: u64,
-    pod: &Pod,
-    target: Endpoint,
-) -> i32 {
+fn connect_tcp(call: &Call<'_>, cookie: u64, pod: &Pod, target: Endpoint) -> i32 {
     if stays_inside(cookie, &target.address) {
-        forget(ctx);
+        call.forget();
         return PROCEED;
     }
-    if is_labelled(ctx) {
+    if call.is_labelled() {
         return PROCEED;
     }
     let flags = PodFlags(pod.flags);
@@ -71,7 +62,7 @@ fn connect_tcp(
         None
     };
     let Some(listener) = listener else {
-        if !annotate(ctx, Verdict::Passed, target) {
+        if !call.annotate(Verdict::Passed, target) {
             count(Counter::OutboundNoMemory);
             return REFUSE;
         }
@@ -81,45 +72,39 @@ fn connect_tcp(
     let Some(agent) = address_of_family(pod, &target.address) else {
         return refuse_family();
     };
-    if !annotate(ctx, Verdict::Captured, target) {
+    if !call.annotate(Verdict::Captured, target) {
         count(Counter::OutboundNoMemory);
         return REFUSE;
     }
-    write(ctx, family, &Endpoint::new(agent, Port::new(listener)));
+    call.write(&Endpoint::new(agent, Port::new(listener)));
     count(Counter::OutboundCaptured);
     PROCEED
 }
 
 #[inline(always)]
-fn connect_udp(
-    ctx: &SockAddrContext,
-    family: Family,
-    cookie: u64,
-    pod: &Pod,
-    target: Endpoint,
-) -> i32 {
+fn connect_udp(call: &Call<'_>, cookie: u64, pod: &Pod, target: Endpoint) -> i32 {
     let flags = PodFlags(pod.flags);
     if stays_inside(cookie, &target.address) {
-        forget(ctx);
+        call.forget();
         return PROCEED;
     }
-    if is_labelled(ctx) {
-        register_datagrams(ctx, family, cookie, flags, target);
+    if call.is_labelled() {
+        register_datagrams(call, cookie, flags, target);
         return PROCEED;
     }
     if target.port.get() != port::DNS || !flags.has(PodFlags::DNS) || flags.has(PodFlags::OBSERVE) {
-        forget(ctx);
+        call.forget();
         return PROCEED;
     }
     let Some(agent) = address_of_family(pod, &target.address) else {
         return refuse_family();
     };
-    if !annotate(ctx, Verdict::Captured, target) {
+    if !call.annotate(Verdict::Captured, target) {
         count(Counter::OutboundNoMemory);
         return REFUSE;
     }
-    remember_resolver(ctx, family, cookie, agent, target);
-    write(ctx, family, &Endpoint::new(agent, Port::new(port::RESOLVER)));
+    remember_resolver(call, cookie, agent, target);
+    call.write(&Endpoint::new(agent, Port::new(port::RESOLVER)));
     count(Counter::DnsCaptured);
     PROCEED
 }
@@ -150,18 +135,12 @@ pub fn refuse_family() -> i32 {
 /// Tells the agent which resolver a connected socket asks, by its source address. The kernel would
 /// choose the port only after this hook, and there is no later one, so it is chosen here.
 #[inline(always)]
-fn remember_resolver(
-    ctx: &SockAddrContext,
-    family: Family,
-    cookie: u64,
-    agent: Address,
-    target: Endpoint,
-) {
-    let bound = source(ctx, family);
+fn remember_resolver(call: &Call<'_>, cookie: u64, agent: Address, target: Endpoint) {
+    let bound = call.source();
     let chosen = if bound.port.get() != 0 {
         Some(bound.port)
     } else if bound.address.is_unspecified() {
-        bind_somewhere(ctx, family, &agent)
+        bind_somewhere(call, &agent)
     } else {
         None
     };
@@ -180,7 +159,7 @@ const BIND_ATTEMPTS: usize = 8;
 
 /// Binds the socket to the pod's address and a port of the usual ephemeral range.
 #[inline(always)]
-fn bind_somewhere(ctx: &SockAddrContext, family: Family, agent: &Address) -> Option<Port> {
+fn bind_somewhere(call: &Call<'_>, agent: &Address) -> Option<Port> {
     const FIRST: u32 = 32_768;
     const COUNT: u32 = 28_232;
     for _ in 0..BIND_ATTEMPTS {
@@ -188,7 +167,7 @@ fn bind_somewhere(ctx: &SockAddrContext, family: Family, agent: &Address) -> Opt
         let random = unsafe { bpf_get_prandom_u32() };
         #[expect(clippy::cast_possible_truncation, reason = "below 61,000")]
         let port = Port::new((FIRST + random % COUNT) as u16);
-        if bind(ctx, family, agent, port) {
+        if bind(call, agent, port) {
             return Some(port);
         }
     }
@@ -215,20 +194,20 @@ struct NameV6 {
 }
 
 #[inline(always)]
-fn bind(ctx: &SockAddrContext, family: Family, address: &Address, port: Port) -> bool {
+fn bind(call: &Call<'_>, address: &Address, port: Port) -> bool {
     let words = address.words();
     // SAFETY: the kernel reads as many bytes as the length says, from a live value of that size.
     let result = unsafe {
-        match family {
+        match call.family() {
             Family::V4 => {
                 let mut name =
                     NameV4 { family: AF_INET, port, address: words[3], zero: [0; 2] };
-                bpf_bind(ctx.sock_addr, (&raw mut name).cast::<sockaddr>(), 16)
+                bpf_bind(call.raw(), (&raw mut name).cast::<sockaddr>(), 16)
             }
             Family::V6 => {
                 let mut name =
                     NameV6 { family: AF_INET6, port, flow: 0, address: words, scope: 0 };
-                bpf_bind(ctx.sock_addr, (&raw mut name).cast::<sockaddr>(), 28)
+                bpf_bind(call.raw(), (&raw mut name).cast::<sockaddr>(), 28)
             }
         }
     };

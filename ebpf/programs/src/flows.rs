@@ -1,13 +1,12 @@
 //! Registering flows with the guard.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
-use aya_ebpf::programs::SockAddrContext;
 use mesh_ebpf_abi::{
     Counter, Endpoint, FlowKey, FlowOrigin, FlowState, PodFlags, Port, protocol,
 };
 
 use crate::maps::{FLOWS, count};
-use crate::sock_addr::{Family, source};
+use crate::sock_addr::Call;
 
 /// Permits a flow until its socket closes.
 #[inline(always)]
@@ -23,8 +22,7 @@ pub fn register(cookie: u64, key: &FlowKey, origin: FlowOrigin) {
 /// socket has a flow yet; that is what the agent makes.
 #[inline(always)]
 pub fn register_datagrams(
-    ctx: &SockAddrContext,
-    family: Family,
+    call: &Call<'_>,
     cookie: u64,
     flags: PodFlags,
     target: Endpoint,
@@ -32,7 +30,7 @@ pub fn register_datagrams(
     if !flags.has(PodFlags::DENY_UDP) {
         return;
     }
-    let from = source(ctx, family);
+    let from = call.source();
     if from.address.is_unspecified() || from.port == Port::new(0) {
         return;
     }

@@ -8,40 +8,40 @@ use aya_ebpf::programs::SockAddrContext;
 use mesh_ebpf_abi::{ClientKey, port};
 
 use crate::maps::{ORIGINALS, is_own};
-use crate::sock_addr::{Family, PROCEED, captured_target, netns_cookie, read, source, write};
+use crate::sock_addr::{Call, Family, PROCEED};
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
-    getpeername(&ctx, Family::V4)
+    getpeername(&Call::new(&ctx, Family::V4))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
-    getpeername(&ctx, Family::V6)
+    getpeername(&Call::new(&ctx, Family::V6))
 }
 
 #[inline(always)]
-fn getpeername(ctx: &SockAddrContext, family: Family) -> i32 {
-    let peer = read(ctx, family);
+fn getpeername(call: &Call<'_>) -> i32 {
+    let peer = call.read();
     let port = peer.port.get();
     if port != port::OUTBOUND && port != port::RESOLVER {
         return PROCEED;
     }
-    if let Some(target) = captured_target(ctx) {
-        write(ctx, family, &target);
+    if let Some(target) = call.captured_target() {
+        call.write(target);
         return PROCEED;
     }
     // An MPTCP socket carries no note, its first subflow does; both have the same source address.
-    let cookie = netns_cookie(ctx);
+    let cookie = call.netns_cookie();
     if !is_own(cookie, &peer.address) {
         return PROCEED;
     }
-    let client = source(ctx, family);
+    let client = call.source();
     let key = ClientKey::new(cookie, client.address, client.port);
-    // SAFETY: a copy is taken at once; an entry that is replaced meanwhile is another connection's
-    // only if this one is closed.
-    if let Some(target) = unsafe { ORIGINALS.get(key) }.copied() {
-        write(ctx, family, &target);
+    // SAFETY: an entry that is replaced meanwhile is another connection's only if this one is
+    // closed.
+    if let Some(target) = unsafe { ORIGINALS.get(key) } {
+        call.write(target);
     }
     PROCEED
 }

@@ -4,8 +4,7 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
-    Address, Counter, FlowKey, Packet, Pod, PodFlags, Refusal, TcpSegment, Transport,
-    permits_after_close, protocol,
+    Counter, FlowKey, Packet, PodFlags, Refusal, Transport, permits_after_close, protocol,
 };
 
 use crate::maps::{FLOWS, REMAINS, is_own};
@@ -13,70 +12,78 @@ use crate::skb::{Guarded, NEXT, guarded, parse, shoot};
 
 #[classifier]
 pub fn guard_from_pod(ctx: TcContext) -> i32 {
-    let (cookie, pod) = match guarded(&ctx) {
-        Guarded::Pod { cookie, pod } => (cookie, pod),
+    let (mut cookie, mut flags) = (0, PodFlags(0));
+    match guarded(&ctx, &mut cookie, &mut flags) {
+        Guarded::Active => {}
         Guarded::Passive => return NEXT,
         Guarded::Unknown => return shoot(Counter::GuardInterface),
-    };
-    let (source, target, transport) = match parse(&ctx) {
-        Ok(Packet::Ip { source, target, transport }) => (source, target, transport),
-        Ok(Packet::Arp) => return NEXT,
-        Err(refusal) => return shoot(counter_of(refusal)),
-    };
-    if !is_own(cookie, &source) && !is_address_free(&source, &transport) {
+    }
+    let mut packet = Packet::ARP;
+    if let Err(refusal) = parse(&ctx, &mut packet) {
+        return shoot(counter_of(refusal));
+    }
+    if packet.transport == Transport::Arp {
+        return NEXT;
+    }
+    if !is_own(cookie, &packet.source) && !is_address_free(&packet) {
         return shoot(Counter::GuardSpoofed);
     }
-    judge(&pod, &source, &target, &transport)
+    judge(flags, &packet)
 }
 
 #[inline(always)]
-fn judge(pod: &Pod, source: &Address, target: &Address, transport: &Transport) -> i32 {
-    let flags = PodFlags(pod.flags);
-    match transport {
-        Transport::Tcp(segment) => judge_tcp(source, target, segment),
-        Transport::Udp { source_port, target_port } => {
-            let key =
-                FlowKey::new(protocol::UDP, (*source, *source_port), (*target, *target_port));
+fn judge(flags: PodFlags, packet: &Packet) -> i32 {
+    match packet.transport {
+        Transport::Tcp => judge_tcp(packet),
+        Transport::Udp if flags.has(PodFlags::DENY_UDP) => {
+            let key = flow_key(protocol::UDP, packet);
             // SAFETY: only the presence is looked at.
-            if !flags.has(PodFlags::DENY_UDP) || unsafe { FLOWS.get(key) }.is_some() {
-                NEXT
-            } else {
-                shoot(Counter::GuardUdp)
-            }
+            if unsafe { FLOWS.get(key) }.is_some() { NEXT } else { shoot(Counter::GuardUdp) }
         }
-        Transport::Icmp(message) if flags.has(PodFlags::DENY_ICMP) && !message.is_essential() => {
+        Transport::Icmp | Transport::IcmpV6
+            if flags.has(PodFlags::DENY_ICMP) && !packet.is_essential_icmp() =>
+        {
             shoot(Counter::GuardIcmp)
         }
         Transport::Fragment if flags.has(PodFlags::DENY_UDP) => shoot(Counter::GuardUdp),
         Transport::Fragment if flags.has(PodFlags::DENY_ICMP) => shoot(Counter::GuardIcmp),
-        Transport::Icmp(_) | Transport::Fragment => NEXT,
+        Transport::Arp
+        | Transport::Udp
+        | Transport::Icmp
+        | Transport::IcmpV6
+        | Transport::Fragment => NEXT,
     }
 }
 
 #[inline(always)]
-fn judge_tcp(source: &Address, target: &Address, segment: &TcpSegment) -> i32 {
-    let key = FlowKey::new(
-        protocol::TCP,
-        (*source, segment.source_port),
-        (*target, segment.target_port),
-    );
+fn judge_tcp(packet: &Packet) -> i32 {
+    let key = flow_key(protocol::TCP, packet);
     // SAFETY: only the presence is looked at.
     if unsafe { FLOWS.get(key) }.is_some() {
         return NEXT;
     }
-    // SAFETY: the value is one byte, copied at once.
-    match unsafe { REMAINS.get(key) }.copied() {
-        Some(remains) if permits_after_close(remains, segment) => NEXT,
+    // SAFETY: the value is one byte.
+    match unsafe { REMAINS.get(key) } {
+        Some(remains) if permits_after_close(*remains, packet.flags, packet.empty) => NEXT,
         _ => shoot(Counter::GuardNoFlow),
     }
+}
+
+#[inline(always)]
+fn flow_key(transport: u8, packet: &Packet) -> FlowKey {
+    FlowKey::new(
+        transport,
+        (packet.source, packet.source_port),
+        (packet.target, packet.target_port),
+    )
 }
 
 /// What a host sends before or beside its addresses: duplicate address detection and router
 /// discovery (RFC 4862 §5.4), DHCP. Never TCP.
 #[inline(always)]
-fn is_address_free(source: &Address, transport: &Transport) -> bool {
-    (source.is_unspecified() || source.is_link_local_v6())
-        && !matches!(transport, Transport::Tcp(_))
+fn is_address_free(packet: &Packet) -> bool {
+    (packet.source.is_unspecified() || packet.source.is_link_local_v6())
+        && packet.transport != Transport::Tcp
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
-    Address, Counter, FlowKey, Packet, PodFlags, Remains, TcpFlags, TcpSegment, Transport, protocol,
+    Counter, FlowKey, Packet, PodFlags, Remains, TcpFlags, Transport, protocol,
 };
 
 use crate::maps::{FLOWS, REMAINS, is_own};
@@ -13,25 +13,36 @@ use crate::skb::{Guarded, NEXT, guarded, parse, shoot};
 
 #[classifier]
 pub fn guard_to_pod(ctx: TcContext) -> i32 {
-    let Guarded::Pod { cookie, pod } = guarded(&ctx) else { return NEXT };
-    // What is not understood cannot be answered either, so it may arrive.
-    let Ok(Packet::Ip { source, target, transport }) = parse(&ctx) else { return NEXT };
-    let flags = PodFlags(pod.flags);
-    match transport {
-        Transport::Tcp(segment) if is_own(cookie, &target) => learn(&source, &target, &segment),
-        Transport::Udp { source_port, target_port } if flags.has(PodFlags::DENY_UDP) => {
-            let key = FlowKey::new(protocol::UDP, (target, target_port), (source, source_port));
+    let (mut cookie, mut flags) = (0, PodFlags(0));
+    if guarded(&ctx, &mut cookie, &mut flags) != Guarded::Active {
+        return NEXT;
+    }
+    let mut packet = Packet::ARP;
+    if parse(&ctx, &mut packet).is_err() {
+        // What is not understood cannot be answered either, so it may arrive.
+        return NEXT;
+    }
+    match packet.transport {
+        Transport::Tcp if is_own(cookie, &packet.target) => learn(&packet),
+        Transport::Udp if flags.has(PodFlags::DENY_UDP) => {
             // SAFETY: only the presence is looked at.
-            if unsafe { FLOWS.get(key) }.is_none() {
+            if unsafe { FLOWS.get(answer_key(protocol::UDP, &packet)) }.is_none() {
                 return shoot(Counter::GuardUdp);
             }
         }
-        Transport::Icmp(message) if flags.has(PodFlags::DENY_ICMP) && !message.is_essential() => {
+        Transport::Icmp | Transport::IcmpV6
+            if flags.has(PodFlags::DENY_ICMP) && !packet.is_essential_icmp() =>
+        {
             return shoot(Counter::GuardIcmp);
         }
         Transport::Fragment if flags.has(PodFlags::DENY_UDP) => return shoot(Counter::GuardUdp),
         Transport::Fragment if flags.has(PodFlags::DENY_ICMP) => return shoot(Counter::GuardIcmp),
-        Transport::Tcp(_) | Transport::Udp { .. } | Transport::Icmp(_) | Transport::Fragment => {}
+        Transport::Arp
+        | Transport::Tcp
+        | Transport::Udp
+        | Transport::Icmp
+        | Transport::IcmpV6
+        | Transport::Fragment => {}
     }
     NEXT
 }
@@ -40,13 +51,9 @@ pub fn guard_to_pod(ctx: TcContext) -> i32 {
 /// predecessor's connection to a reused address) with RST. Once accepted, `sock_ops` registers the
 /// connection.
 #[inline(always)]
-fn learn(source: &Address, target: &Address, segment: &TcpSegment) {
-    let key = FlowKey::new(
-        protocol::TCP,
-        (*target, segment.target_port),
-        (*source, segment.source_port),
-    );
-    let opens = segment.flags.has(TcpFlags::SYN) && !segment.flags.has(TcpFlags::ACK);
+fn learn(packet: &Packet) {
+    let key = answer_key(protocol::TCP, packet);
+    let opens = packet.flags.has(TcpFlags::SYN) && !packet.flags.has(TcpFlags::ACK);
     // SAFETY: only the presence is looked at.
     if !opens && unsafe { FLOWS.get(key) }.is_some() {
         return;
@@ -54,4 +61,14 @@ fn learn(source: &Address, target: &Address, segment: &TcpSegment) {
     let mode = if opens { BPF_ANY } else { BPF_NOEXIST };
     // It exists already, or the kernel has no memory, in which case the answer is dropped.
     REMAINS.insert(key, Remains::Arrived as u8, u64::from(mode)).ok();
+}
+
+/// The flow of an answer, as the pod sees it.
+#[inline(always)]
+fn answer_key(transport: u8, packet: &Packet) -> FlowKey {
+    FlowKey::new(
+        transport,
+        (packet.target, packet.target_port),
+        (packet.source, packet.source_port),
+    )
 }

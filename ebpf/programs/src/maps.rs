@@ -58,10 +58,10 @@ pub fn count(counter: Counter) {
 
 /// Settings of a pod; `None` when it is not enrolled.
 #[inline(always)]
-pub fn pod(netns_cookie: u64) -> Option<Pod> {
-    // SAFETY: map values stay valid for the run of the program (RCU); the copy may mix two
-    // versions only if user space wrote in place, and it replaces the element.
-    unsafe { PODS.get(netns_cookie) }.copied()
+pub fn pod<'a>(netns_cookie: u64) -> Option<&'a Pod> {
+    // SAFETY: map values stay valid for the run of the program (RCU), and user space replaces the
+    // element instead of writing into it.
+    unsafe { PODS.get(netns_cookie) }
 }
 
 /// Whether an address belongs to the pod.

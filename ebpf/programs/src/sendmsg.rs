@@ -7,26 +7,24 @@ use mesh_ebpf_abi::{ClientKey, Counter, Endpoint, PodFlags, Port, Verdict, port}
 use crate::connect::{address_of_family, refuse_family, stays_inside};
 use crate::flows::register_datagrams;
 use crate::maps::{RESOLVERS, count, pod};
-use crate::sock_addr::{
-    Family, PROCEED, REFUSE, annotate, is_labelled, netns_cookie, read, source, write,
-};
+use crate::sock_addr::{Call, Family, PROCEED, REFUSE};
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
-    sendmsg(&ctx, Family::V4)
+    sendmsg(&Call::new(&ctx, Family::V4))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
-    sendmsg(&ctx, Family::V6)
+    sendmsg(&Call::new(&ctx, Family::V6))
 }
 
 #[inline(always)]
-fn sendmsg(ctx: &SockAddrContext, family: Family) -> i32 {
-    let cookie = netns_cookie(ctx);
+fn sendmsg(call: &Call<'_>) -> i32 {
+    let cookie = call.netns_cookie();
     let Some(pod) = pod(cookie) else { return PROCEED };
     let flags = PodFlags(pod.flags);
-    let target = read(ctx, family);
+    let target = call.read();
     if flags.has(PodFlags::OBSERVE) || stays_inside(cookie, &target.address) {
         return PROCEED;
     }
@@ -34,27 +32,27 @@ fn sendmsg(ctx: &SockAddrContext, family: Family) -> i32 {
     if !is_query && !flags.has(PodFlags::DENY_UDP) {
         return PROCEED;
     }
-    if is_labelled(ctx) {
-        register_datagrams(ctx, family, cookie, flags, target);
+    if call.is_labelled() {
+        register_datagrams(call, cookie, flags, target);
         return PROCEED;
     }
     if !is_query {
         count(Counter::UdpRefused);
         return REFUSE;
     }
-    let Some(agent) = address_of_family(&pod, &target.address) else {
+    let Some(agent) = address_of_family(pod, &target.address) else {
         return refuse_family();
     };
-    if !annotate(ctx, Verdict::Captured, target) {
+    if !call.annotate(Verdict::Captured, target) {
         count(Counter::OutboundNoMemory);
         return REFUSE;
     }
-    let from = source(ctx, family);
+    let from = call.source();
     let address = if from.address.is_unspecified() { agent } else { from.address };
     if RESOLVERS.insert(ClientKey::new(cookie, address, from.port), target, 0).is_err() {
         count(Counter::OrigDstLost);
     }
-    write(ctx, family, &Endpoint::new(agent, Port::new(port::RESOLVER)));
+    call.write(&Endpoint::new(agent, Port::new(port::RESOLVER)));
     count(Counter::DnsCaptured);
     PROCEED
 }

@@ -40,14 +40,14 @@ pub fn steer_inbound(ctx: SkLookupContext) -> u32 {
     if flags.has(PodFlags::OBSERVE) || is_own(cookie, &lookup.remote) {
         return PASS;
     }
-    if has_port(&pod, RuleList::ProbePorts, lookup.port)
+    if has_port(pod, RuleList::ProbePorts, lookup.port)
         // SAFETY: only the presence is looked at.
         && unsafe { NODE_ADDRESSES.get(lookup.remote) }.is_some()
     {
         count(Counter::InboundProbe);
         return PASS;
     }
-    if !flags.has(PodFlags::INBOUND) || !selects_inbound(&pod, &lookup.remote, lookup.port) {
+    if !flags.has(PodFlags::INBOUND) || !selects_inbound(pod, &lookup.remote, lookup.port) {
         count(Counter::InboundExcluded);
         return PASS;
     }

@@ -6,7 +6,7 @@ use core::ptr::{addr_of, read_volatile};
 use aya_ebpf::bindings::{TC_ACT_SHOT, bpf_hdr_start_off::BPF_HDR_START_NET};
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes_relative;
 use aya_ebpf::programs::TcContext;
-use mesh_ebpf_abi::{Counter, Fetch, Packet, Pod, PodFlags, Refusal, parse_packet};
+use mesh_ebpf_abi::{Counter, Fetch, Packet, PodFlags, Refusal, parse_packet};
 
 use crate::maps::{GUARDS, count, pod};
 
@@ -38,7 +38,7 @@ impl Fetch for Bytes<'_> {
 
 /// Judges the form of a packet.
 #[inline(always)]
-pub fn parse(ctx: &TcContext) -> Result<Packet, Refusal> {
+pub fn parse(ctx: &TcContext, into: &mut Packet) -> Result<(), Refusal> {
     let raw = ctx.skb.skb;
     // SAFETY: the context is the one the kernel passed; the verifier checks offset and width.
     let (protocol, tagged) = unsafe {
@@ -46,31 +46,33 @@ pub fn parse(ctx: &TcContext) -> Result<Packet, Refusal> {
     };
     #[expect(clippy::cast_possible_truncation, reason = "16 bits in network order")]
     let ethertype = u16::from_be(protocol as u16);
-    parse_packet(&Bytes(ctx), ethertype, tagged != 0)
+    parse_packet(&Bytes(ctx), ethertype, tagged != 0, into)
 }
 
-/// Whose interface this is.
+/// What is known of an interface.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Guarded {
-    /// That of a pod under capture.
-    Pod { cookie: u64, pod: Pod },
-    /// That of a pod that is being enrolled or unenrolled.
+    /// It belongs to a pod under capture.
+    Active,
+    /// It belongs to a pod that is being enrolled or unenrolled.
     Passive,
-    /// Nobody's.
+    /// It belongs to nobody.
     Unknown,
 }
 
+/// Finds the pod of an interface: its netns cookie and flags are filled in.
 #[inline(always)]
-pub fn guarded(ctx: &TcContext) -> Guarded {
+pub fn guarded(ctx: &TcContext, cookie: &mut u64, flags: &mut PodFlags) -> Guarded {
     // SAFETY: as in `parse`.
     let interface = unsafe { read_volatile(addr_of!((*ctx.skb.skb).ifindex)) };
     // SAFETY: the value is one aligned word, copied at once.
-    let Some(cookie) = unsafe { GUARDS.get(interface) }.copied() else {
+    let Some(owner) = (unsafe { GUARDS.get(interface) }) else {
         return Guarded::Unknown;
     };
-    match pod(cookie) {
-        Some(pod) if !PodFlags(pod.flags).has(PodFlags::OBSERVE) => Guarded::Pod { cookie, pod },
-        _ => Guarded::Passive,
-    }
+    *cookie = *owner;
+    let Some(pod) = pod(*owner) else { return Guarded::Passive };
+    *flags = PodFlags(pod.flags);
+    if flags.has(PodFlags::OBSERVE) { Guarded::Passive } else { Guarded::Active }
 }
 
 /// Counts and drops.

@@ -2,14 +2,14 @@
 //! chosen and no packet has left: the original destination to the agent, the permitted flow to the
 //! guard. At close both go.
 
-use core::ptr::{addr_of, null_mut, read_volatile};
+use core::ptr::{addr_of, read_volatile};
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{
     BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
     BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock, bpf_sock_ops,
 };
-use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get};
+use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_ebpf_abi::{
@@ -19,7 +19,8 @@ use mesh_ebpf_abi::{
 
 use crate::connect::stays_inside;
 use crate::flows::register;
-use crate::maps::{FLOWS, LABELS, NOTES, ORIGINALS, REMAINS, count, pod};
+use crate::maps::{FLOWS, ORIGINALS, REMAINS, count, pod};
+use crate::sock_addr::{is_labelled, note};
 
 const AF_INET: u32 = 2;
 const TCP_CLOSE: u32 = 7;
@@ -60,32 +61,27 @@ pub fn track_sockets(ctx: SockOpsContext) -> u32 {
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
     let client = ClientKey::new(cookie, key.local, key.local_port);
-    // SAFETY: `socket` is not null; storage lives as long as the socket.
-    let labelled = unsafe {
-        !bpf_sk_storage_get((&raw const LABELS).cast_mut().cast(), socket.cast(), null_mut(), 0)
-            .is_null()
-    };
+    let labelled = is_labelled(socket);
     let note = note(socket);
-    let target = note.filter(SocketNote::captured).map(|note| note.target);
-    match target {
-        Some(target) if !labelled => {
-            if ORIGINALS.insert(client, target, 0).is_err() {
-                count(Counter::OrigDstLost);
-            }
-            watch_state(ctx);
+    if let Some(note) = note
+        && note.captured()
+        && !labelled
+    {
+        if ORIGINALS.insert(client, note.target, 0).is_err() {
+            count(Counter::OrigDstLost);
         }
-        // The entry of an earlier connection from the same address must not be taken for this one's.
-        _ => {
-            ORIGINALS.remove(client).ok();
-        }
+        watch_state(ctx);
+        return;
     }
+    // The entry of an earlier connection from the same address must not be taken for this one's.
+    ORIGINALS.remove(client).ok();
     if stays_inside(cookie, &key.remote) {
         return;
     }
     if labelled {
         register(cookie, key, FlowOrigin::Agent);
         watch_state(ctx);
-    } else if note.is_some_and(|note| note.passed()) {
+    } else if note.is_some_and(SocketNote::passed) {
         register(cookie, key, FlowOrigin::Excluded);
         watch_state(ctx);
     }
@@ -104,24 +100,13 @@ fn accepted(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_s
 
 #[inline(always)]
 fn closed(cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
-    if note(socket).is_some_and(|note| note.captured()) {
+    if note(socket).is_some_and(SocketNote::captured) {
         ORIGINALS.remove(ClientKey::new(cookie, key.local, key.local_port)).ok();
     }
     if FLOWS.remove(key).is_ok() {
         // In an LRU map an insertion fails only under memory pressure, and then the peer's last
         // segments go unanswered.
         REMAINS.insert(key, Remains::Closed as u8, 0).ok();
-    }
-}
-
-#[inline(always)]
-fn note(socket: *mut bpf_sock) -> Option<SocketNote> {
-    // SAFETY: `socket` is not null; storage lives as long as the socket; a copy is taken.
-    unsafe {
-        bpf_sk_storage_get((&raw const NOTES).cast_mut().cast(), socket.cast(), null_mut(), 0)
-            .cast::<SocketNote>()
-            .as_ref()
-            .copied()
     }
 }
 

@@ -1,0 +1,242 @@
+//! A node with pods, out of network namespaces: `outside` (10.91.2.2, fd91:2::2) and the pod
+//! (10.91.1.2, fd91:1::2) hang on the node by a veth each, and the node routes between them.
+#![expect(unsafe_code, reason = "setns and unshare, which std does not offer")]
+
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use mesh_ebpf::{
+    Capture, CaptureConfig, GuardPreference, NetnsCookie, PodCapture, PodSettings,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+pub(crate) const POD_V4: &str = "10.91.1.2";
+pub(crate) const POD_V6: &str = "fd91:1::2";
+pub(crate) const OUTSIDE_V4: &str = "10.91.2.2";
+pub(crate) const OUTSIDE_V6: &str = "fd91:2::2";
+pub(crate) const NODE_V4: &str = "10.91.1.1";
+/// Nobody has it; the node has no route either.
+pub(crate) const NOBODY_V4: &str = "198.51.100.7";
+
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs `command` in the calling thread's namespace.
+pub(crate) fn run(command: &str) {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A namespace with a path, as a CNI makes them.
+#[derive(Clone, Debug)]
+pub(crate) struct Namespace {
+    pub(crate) path: PathBuf,
+}
+
+impl Namespace {
+    pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    let file = File::open(&self.path).unwrap();
+                    // SAFETY: no pointers; the thread ends with `work`.
+                    assert_eq!(unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) }, 0);
+                    work()
+                })
+                .join()
+                .unwrap()
+        })
+    }
+}
+
+pub(crate) struct Lab {
+    pub(crate) pod: Namespace,
+    pub(crate) outside: Namespace,
+    pub(crate) bpffs: PathBuf,
+    name: String,
+}
+
+impl Lab {
+    /// Makes the calling thread the node.
+    pub(crate) fn new() -> Self {
+        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        // SAFETY: no arguments.
+        assert_eq!(unsafe { libc::geteuid() }, 0, "these tests load eBPF programs: run them as root");
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mebpf-{}-{serial}", std::process::id());
+        // SAFETY: no pointers; the test's thread stays in the new namespace until it ends.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+        let bpffs = std::env::temp_dir().join(&name);
+        std::fs::create_dir(&bpffs).unwrap();
+        run(&format!("mount -t bpf bpf {}", bpffs.display()));
+        run("ip link set lo up; sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
+        let member = |kind: &str, net: u8| {
+            let namespace = format!("{name}-{kind}");
+            run(&format!(
+                "ip netns add {namespace}
+                ip link add v{kind} type veth peer name eth0 netns {namespace}
+                ip address add 10.91.{net}.1/24 dev v{kind}
+                ip address add fd91:{net}::1/64 dev v{kind} nodad
+                ip link set v{kind} up
+                ip -n {namespace} link set lo up
+                ip -n {namespace} address add 10.91.{net}.2/24 dev eth0
+                ip -n {namespace} address add fd91:{net}::2/64 dev eth0 nodad
+                ip -n {namespace} link set eth0 up
+                ip -n {namespace} route add default via 10.91.{net}.1
+                ip -n {namespace} -6 route add default via fd91:{net}::1"
+            ));
+            Namespace { path: Path::new("/run/netns").join(namespace) }
+        };
+        let (pod, outside) = (member("pod", 1), member("out", 2));
+        Self { pod, outside, bpffs, name }
+    }
+
+    pub(crate) fn config(&self) -> CaptureConfig {
+        CaptureConfig {
+            bpffs: self.bpffs.join("culvert"),
+            cgroup_root: None,
+            guard: GuardPreference::Auto,
+        }
+    }
+
+    pub(crate) fn capture(&self) -> Arc<Capture> {
+        Arc::new(Capture::load_or_adopt(&self.config()).unwrap())
+    }
+
+    pub(crate) fn pod_capture(&self, settings: PodSettings) -> PodCapture {
+        PodCapture {
+            netns: self.pod.path.clone(),
+            addresses: vec![ip(POD_V4), ip(POD_V6)],
+            settings,
+        }
+    }
+
+    /// Enrols the pod with an agent in it.
+    pub(crate) fn enroll(&self, capture: &Arc<Capture>, settings: PodSettings) -> Agent {
+        let inbound = self.pod.inside(|| listener(15006));
+        let cookie = capture.enroll(&self.pod_capture(settings), inbound.as_fd()).unwrap();
+        self.agent(capture, cookie, inbound)
+    }
+
+    /// An agent for a pod that is enrolled: greets outbound connections with where they were going,
+    /// inbound ones with the address they came to.
+    pub(crate) fn agent(
+        &self,
+        capture: &Arc<Capture>,
+        cookie: NetnsCookie,
+        inbound: Socket,
+    ) -> Agent {
+        let outbound = self.pod.inside(|| listener(15001));
+        greet(&inbound, |stream, _| {
+            format!("inbound {}", canonical(stream.local_addr().unwrap()))
+        });
+        let capture = Arc::clone(capture);
+        greet(&outbound, move |_, client| match capture.orig_dst(cookie, client).unwrap() {
+            Some(target) => format!("outbound {target}"),
+            None => "unknown".to_owned(),
+        });
+        Agent { cookie, inbound, outbound }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for kind in ["pod", "out"] {
+            run(&format!("ip netns delete {}-{kind}", self.name));
+        }
+        run(&format!("umount {0} && rmdir {0}", self.bpffs.display()));
+    }
+}
+
+/// The listeners of an agent in a pod; they close with it.
+pub(crate) struct Agent {
+    pub(crate) cookie: NetnsCookie,
+    pub(crate) inbound: Socket,
+    pub(crate) outbound: Socket,
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        for socket in [&self.inbound, &self.outbound] {
+            // Ends the thread that accepts; it may have been shut down by the test already.
+            socket.shutdown(std::net::Shutdown::Both).ok();
+        }
+    }
+}
+
+/// Accepts on a thread until the listener is shut down, and answers each connection with a line.
+/// Then echoes.
+pub(crate) fn greet(
+    listener: &Socket,
+    greeting: impl Fn(&std::net::TcpStream, SocketAddr) -> String + Send + 'static,
+) {
+    let listener: std::net::TcpListener = listener.try_clone().unwrap().into();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, client)) = listener.accept() {
+            let line = greeting(&stream, client);
+            std::thread::spawn(move || {
+                use std::io::Write;
+                if stream.write_all(format!("{line}\n").as_bytes()).is_ok() {
+                    let mut reader = stream.try_clone().unwrap();
+                    // The client closes or resets, either is fine.
+                    std::io::copy(&mut reader, &mut stream).ok();
+                }
+            });
+        }
+    });
+}
+
+pub(crate) fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+pub(crate) fn at(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(ip(address), port)
+}
+
+/// A dual-stack listener.
+pub(crate) fn listener(port: u16) -> Socket {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).unwrap();
+    socket.set_only_v6(false).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.set_reuse_port(true).unwrap();
+    socket.bind(&at("::", port).into()).unwrap();
+    socket.listen(1024).unwrap();
+    socket
+}
+
+/// Connects and reads the greeting.
+pub(crate) fn dial(target: SocketAddr) -> std::io::Result<String> {
+    let stream = std::net::TcpStream::connect_timeout(&target, PATIENCE)?;
+    read_line(&stream)
+}
+
+pub(crate) fn read_line(stream: &std::net::TcpStream) -> std::io::Result<String> {
+    use std::io::BufRead;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    // One byte at a time, so that nothing behind the line is lost.
+    std::io::BufReader::with_capacity(1, stream).read_line(&mut line)?;
+    Ok(line.trim_end().to_owned())
+}
+
+pub(crate) fn refused(result: &std::io::Result<String>) -> bool {
+    matches!(result, Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused)
+}
+
+pub(crate) fn borrow(socket: &Socket) -> BorrowedFd<'_> {
+    socket.as_fd()
+}
