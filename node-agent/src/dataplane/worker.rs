@@ -1,0 +1,644 @@
+//! One worker's decisions: what arrives is handed to its direction, what waits is woken, what ends is accounted for.
+//!
+//! The five stages of a connection are in [`outbound`](super::outbound) and [`inbound`](super::inbound); here is what they
+//! share, and the driver's callbacks.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use mesh_authorize::{Denial, RuleRef};
+use mesh_identity::PeerCertificate;
+use mesh_model::{ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid};
+use mesh_net::driver::Handler;
+use mesh_net::driver::ops::{Attempt, Ends, ListenerId, ListenerTag, Ops};
+use mesh_net::handshake::HandshakeError;
+use mesh_net::socket::{self, SocketLabel};
+use mesh_resolve::{PendingDns, ResolvedFlow, Unroutable};
+use mesh_tunnel::{
+    ConnectHead, DialId, RelayBytes, RelayId, RequestId, Retire, SockId, TunnelId, TunnelKey,
+};
+use tokio::sync::oneshot;
+
+use crate::dataplane::flows::{ConnectionView, FlowTable, Held};
+use crate::dataplane::inbound::Request;
+use crate::dataplane::pods::{Pod, PodKey, Port};
+use crate::dataplane::rejudge::Rejudge;
+use crate::dataplane::shared::{Changed, DataPlaneConfig, Drain, KernelCapture, Shared, Snapshot};
+use crate::dataplane::stats::Stats;
+use crate::dataplane::telemetry::Story;
+use crate::dataplane::tls::TlsCache;
+use crate::dataplane::tunnels::Tunnels;
+use crate::dataplane::waiting::{WaitFor, WaitId, WaitingRoom};
+
+/// What other threads ask of a worker.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Open the pod's ports.
+    AddPod { pod: Arc<Pod>, reply: oneshot::Sender<io::Result<()>> },
+    /// Steer the pod's inbound connections to this worker's listener.
+    Steer { key: PodKey, reply: oneshot::Sender<io::Result<()>> },
+    /// Close the pod's ports and end its flows; the reply comes when none is left.
+    RemovePod { key: PodKey, drain: Drain, reply: oneshot::Sender<()> },
+    /// Name the open flows.
+    List { reply: oneshot::Sender<Vec<ConnectionView>> },
+    /// A host name that a waiting flow needs was resolved.
+    Resolved { wait: WaitId, answer: io::Result<Vec<IpAddr>> },
+    /// End the thread.
+    Stop,
+}
+
+/// Reaches the worker from a resolver's answer.
+pub(super) type CommandSender = Arc<dyn Fn(Command) + Send + Sync>;
+
+/// A captured connection: the facts, its socket, and its place among its pod's flows.
+#[derive(Debug)]
+pub(super) struct CapturedConn {
+    pub(super) flow: Flow,
+    pub(super) sock: SockId,
+    pub(super) pod: Arc<Pod>,
+    pub(super) held: Held,
+    /// What it has waited for last, and until when it may.
+    pub(super) patience: Option<(WaitFor, Instant)>,
+}
+
+/// What waits in the waiting room.
+#[derive(Debug)]
+pub(super) enum Waiting {
+    /// A connection of a pod, or a plaintext one to it.
+    Conn(CapturedConn),
+    /// A connection of a pod that is resolved but for a host name.
+    Name { conn: CapturedConn, pending: Box<PendingDns> },
+    /// A connection to the tunnel port, before its handshake.
+    Handshake { pod: Arc<Pod>, sock: SockId, ends: Ends, deadline: Instant },
+    /// A CONNECT.
+    Request(Request),
+}
+
+/// A pod, as this worker serves it.
+#[derive(Debug)]
+struct ServedPod {
+    pod: Arc<Pod>,
+    listeners: Vec<ListenerId>,
+    plaintext: Option<ListenerId>,
+}
+
+/// A pod that is served no more but has flows left.
+#[derive(Debug)]
+struct Leaving {
+    deadline: Instant,
+    replies: Vec<oneshot::Sender<()>>,
+}
+
+/// The handler of one worker.
+pub(super) struct NodeWorker {
+    pub(super) config: DataPlaneConfig,
+    pub(super) shared: Arc<Shared>,
+    pub(super) capture: Arc<dyn KernelCapture>,
+    pub(super) label: AgentLabel,
+    pub(super) stats: Arc<Stats>,
+    pub(super) flows: FlowTable,
+    pub(super) tunnels: Tunnels,
+    pub(super) tls: TlsCache,
+    pub(super) rejudge: Rejudge,
+    pub(super) to_self: CommandSender,
+    pods: BTreeMap<PodKey, ServedPod>,
+    pods_by_uid: BTreeMap<PodUid, PodKey>,
+    leaving: BTreeMap<PodKey, Leaving>,
+    waiting: WaitingRoom<Waiting>,
+    changed: Arc<AtomicU8>,
+    next_flow: Arc<AtomicU64>,
+    entropy: u64,
+    next_report: Instant,
+}
+
+/// How often the byte counts of open flows are reported.
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What a worker is made of.
+pub(super) struct WorkerParts {
+    pub(super) config: DataPlaneConfig,
+    pub(super) shared: Arc<Shared>,
+    pub(super) capture: Arc<dyn KernelCapture>,
+    pub(super) stats: Arc<Stats>,
+    pub(super) changed: Arc<AtomicU8>,
+    pub(super) next_flow: Arc<AtomicU64>,
+    pub(super) to_self: CommandSender,
+    pub(super) seed: u64,
+}
+
+impl NodeWorker {
+    pub(super) fn new(parts: WorkerParts) -> Self {
+        let WorkerParts { config, shared, capture, stats, changed, next_flow, to_self, seed } =
+            parts;
+        Self {
+            label: AgentLabel(Arc::clone(&capture)),
+            flows: FlowTable::new(Arc::clone(&shared.flows)),
+            tunnels: Tunnels::default(),
+            tls: TlsCache::default(),
+            rejudge: Rejudge::default(),
+            pods: BTreeMap::new(),
+            pods_by_uid: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            waiting: WaitingRoom::new(config.limits.waiting),
+            entropy: seed | 1,
+            next_report: Instant::now() + REPORT_INTERVAL,
+            config,
+            shared,
+            capture,
+            stats,
+            changed,
+            next_flow,
+            to_self,
+        }
+    }
+
+    pub(super) fn snapshot(&self) -> Arc<Snapshot> {
+        self.shared.snapshot.load_full()
+    }
+
+    /// Random bits for load balancing and trace ids; nothing secret hangs on them.
+    pub(super) const fn entropy(&mut self) -> u64 {
+        // SplitMix64. Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
+        self.entropy = self.entropy.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut bits = self.entropy;
+        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^ (bits >> 31)
+    }
+
+    pub(super) fn flow(
+        &self,
+        ops: &Ops,
+        pod: &Pod,
+        direction: Direction,
+        client: SocketAddr,
+        orig_dst: SocketAddr,
+    ) -> Flow {
+        Flow {
+            id: FlowId(self.next_flow.fetch_add(1, Ordering::Relaxed)),
+            direction,
+            client: ClientAddr::new(client),
+            orig_dst: OrigDst::new(orig_dst),
+            pod: pod.sockets.uid.clone(),
+            accepted_at: ops.now(),
+        }
+    }
+
+    pub(super) fn pod(&self, key: PodKey) -> Option<&Arc<Pod>> {
+        self.pods.get(&key).map(|served| &served.pod)
+    }
+
+    /// The pod of a tunnel's key.
+    pub(super) fn pod_by_uid(&self, uid: &PodUid) -> Option<&Arc<Pod>> {
+        self.pod(*self.pods_by_uid.get(uid)?)
+    }
+
+    /// Refuses a captured connection: its client is reset, the refusal is recorded.
+    pub(super) fn refuse(
+        &mut self,
+        ops: &mut Ops,
+        conn: CapturedConn,
+        resolved: Option<ResolvedFlow>,
+        refusal: Refusal,
+    ) {
+        ops.abort(conn.sock);
+        let story = match conn.flow.direction {
+            Direction::Outbound => Story::outbound(conn.flow, resolved, None),
+            Direction::InboundPlaintext | Direction::InboundTunnel => {
+                Story::plaintext(conn.flow, resolved)
+            }
+        };
+        self.flows.refused(story, refusal, ops.now());
+    }
+
+    /// Lets something wait; what finds no room, or has waited long enough, is refused.
+    pub(super) fn park(&mut self, ops: &mut Ops, conn: CapturedConn, wait_for: WaitFor) {
+        let mut conn = conn;
+        let deadline = match conn.patience {
+            Some((cause, deadline)) if cause == wait_for => deadline,
+            _ => ops.now() + self.patience(wait_for),
+        };
+        conn.patience = Some((wait_for, deadline));
+        if let Err(Waiting::Conn(conn)) =
+            self.waiting.park(Waiting::Conn(conn), wait_for, deadline)
+        {
+            self.refuse(ops, conn, None, CloseReason::Overloaded.into());
+        }
+    }
+
+    /// As [`park`](Self::park), for what is no captured connection. Gives back what finds no room.
+    pub(super) fn park_other(
+        &mut self,
+        waiting: Waiting,
+        wait_for: WaitFor,
+        deadline: Instant,
+    ) -> Result<(), Waiting> {
+        self.waiting.park(waiting, wait_for, deadline)
+    }
+
+    /// Takes something out of the waiting room.
+    pub(super) fn take_waiting(&mut self, wait: WaitId) -> Option<Waiting> {
+        self.waiting.take(wait)
+    }
+
+    /// The id that the next thing parked will have.
+    pub(super) const fn next_wait(&self) -> WaitId {
+        self.waiting.next_id()
+    }
+
+    pub(super) const fn patience(&self, wait_for: WaitFor) -> Duration {
+        match wait_for {
+            WaitFor::Workload => self.config.limits.workload_patience,
+            WaitFor::Certificate => self.config.limits.certificate_patience,
+            WaitFor::Name => self.config.limits.resolve_patience,
+        }
+    }
+
+    /// Tries again what waited.
+    pub(super) fn resume(&mut self, ops: &mut Ops, waiting: Waiting) {
+        match waiting {
+            // Its answer is still to come; what it was resolved by may be old, so it begins anew.
+            Waiting::Name { conn, .. } => self.outbound(ops, conn),
+            Waiting::Conn(conn) => match conn.flow.direction {
+                Direction::Outbound => self.outbound(ops, conn),
+                Direction::InboundPlaintext | Direction::InboundTunnel => {
+                    self.inbound_plaintext(ops, conn);
+                }
+            },
+            Waiting::Handshake { pod, sock, ends, deadline } => {
+                self.answer_handshake(ops, &pod, sock, ends, deadline);
+            }
+            Waiting::Request(request) => self.inbound_request(ops, request),
+        }
+    }
+
+    /// Refuses what waited in vain, or whose pod leaves.
+    pub(super) fn give_up(&mut self, ops: &mut Ops, waiting: Waiting, reason: CloseReason) {
+        match waiting {
+            Waiting::Conn(conn) | Waiting::Name { conn, .. } => {
+                self.refuse(ops, conn, None, reason.into());
+            }
+            Waiting::Handshake { sock, .. } => {
+                ops.abort(sock);
+                self.stats.handshake_failed(reason);
+            }
+            Waiting::Request(request) => {
+                self.refuse_request(ops, request, None, reason.into());
+            }
+        }
+    }
+
+    fn add_pod(&mut self, ops: &mut Ops, pod: Arc<Pod>) -> io::Result<()> {
+        let mut served = ServedPod {
+            pod: Arc::clone(&pod),
+            listeners: Vec::new(),
+            plaintext: None,
+        };
+        let opened = self.open_ports(ops, &mut served);
+        if opened.is_ok() {
+            self.pods_by_uid.insert(pod.sockets.uid.clone(), pod.key);
+            self.pods.insert(pod.key, served);
+        } else {
+            for listener in served.listeners {
+                ops.remove_listener(listener);
+            }
+        }
+        opened
+    }
+
+    fn open_ports(&self, ops: &mut Ops, served: &mut ServedPod) -> io::Result<()> {
+        use mesh_model::ports;
+        for (port, number) in [
+            (Port::Outbound, ports::OUTBOUND),
+            (Port::Plaintext, ports::INBOUND_PLAINTEXT),
+            (Port::Hbone, ports::HBONE),
+        ] {
+            let netns = &served.pod.sockets.netns;
+            let listener = socket::listen(netns, number, self.config.keepalive)?;
+            let id = ops.add_listener(served.pod.key.tag(port), listener)?;
+            served.listeners.push(id);
+            if port == Port::Plaintext {
+                served.plaintext = Some(id);
+            }
+        }
+        Ok(())
+    }
+
+    fn steer(&self, ops: &Ops, key: PodKey) -> io::Result<()> {
+        let served = self.pods.get(&key).ok_or(io::ErrorKind::NotFound)?;
+        let listener = served
+            .plaintext
+            .and_then(|id| ops.listener_fd(id))
+            .ok_or(io::ErrorKind::NotFound)?;
+        self.capture.set_listener(&served.pod.sockets, listener)
+    }
+
+    fn remove_pod(
+        &mut self,
+        ops: &mut Ops,
+        key: PodKey,
+        drain: Drain,
+        reply: oneshot::Sender<()>,
+    ) {
+        let Some(served) = self.pods.get_mut(&key) else {
+            // Never added here, or gone: nothing is left, which is what the caller waits for.
+            return answer(reply, ());
+        };
+        for listener in served.listeners.drain(..) {
+            ops.remove_listener(listener);
+        }
+        served.plaintext = None;
+        let grace = match drain {
+            Drain::Now => Duration::ZERO,
+            Drain::Graceful(grace) => grace,
+        };
+        // A second removal replaces the deadline of the first; both callers are told at the end.
+        let deadline = ops.now() + grace;
+        let leaving =
+            self.leaving.entry(key).or_insert_with(|| Leaving { deadline, replies: Vec::new() });
+        leaving.deadline = deadline;
+        leaving.replies.push(reply);
+        let uid = served.pod.sockets.uid.clone();
+        ops.abort_handshakes(key.tag(Port::Hbone));
+        ops.engine.retire(Retire::Pod(uid), ops.now());
+        for waiting in self.waiting.take_where(|waiting| waiting.pod_key() == key) {
+            self.give_up(ops, waiting, CloseReason::Drained);
+        }
+        self.finish_leaving(ops);
+    }
+
+    /// Cuts what outstayed its pod, and tells who waits for a pod to be gone.
+    fn finish_leaving(&mut self, ops: &mut Ops) {
+        let now = ops.now();
+        let gone: Vec<PodKey> = self
+            .leaving
+            .iter()
+            .filter(|(key, leaving)| leaving.deadline <= now || self.flows.count_of(**key) == 0)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in gone {
+            for relay in self.flows.of_pod(key) {
+                ops.engine.cut(relay, CloseReason::Drained, now);
+            }
+            if let Some(served) = self.pods.remove(&key) {
+                for tunnel in self.tunnels.accepted_for(&served.pod) {
+                    ops.engine.retire(Retire::Tunnel(tunnel), now);
+                }
+                let uid = &served.pod.sockets.uid;
+                // The uid may have been enrolled anew meanwhile, under another key.
+                if self.pods_by_uid.get(uid) == Some(&key) {
+                    self.pods_by_uid.remove(uid);
+                }
+            }
+            for reply in self.leaving.remove(&key).into_iter().flat_map(|leaving| leaving.replies) {
+                answer(reply, ());
+            }
+        }
+    }
+
+    /// Serves the announcements of a changed snapshot.
+    fn take_changes(&mut self, ops: &mut Ops) {
+        let changed = Changed(self.changed.swap(0, Ordering::AcqRel));
+        if changed.has(Changed::INDEX) {
+            for waiting in self.waiting.take_all(WaitFor::Workload) {
+                self.resume(ops, waiting);
+            }
+        }
+        if changed.has(Changed::IDENTITIES) || changed.has(Changed::TRUST) {
+            for waiting in self.waiting.take_all(WaitFor::Certificate) {
+                self.resume(ops, waiting);
+            }
+        }
+        if changed != Changed::default() {
+            self.begin_rejudging(ops, changed);
+        }
+    }
+
+    fn report_progress(&mut self, ops: &Ops) {
+        self.next_report = ops.now() + REPORT_INTERVAL;
+        self.flows.report_progress(|relay| ops.engine.relay_bytes(relay));
+    }
+}
+
+impl Waiting {
+    fn pod_key(&self) -> PodKey {
+        match self {
+            Self::Conn(conn) | Self::Name { conn, .. } => conn.pod.key,
+            Self::Handshake { pod, .. } => pod.key,
+            Self::Request(request) => request.pod.key,
+        }
+    }
+}
+
+/// Why a flow is refused, and by which rule.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) reason: CloseReason,
+    pub(super) rule: Option<RuleRef>,
+    /// In words, where the reason does not say it all.
+    pub(super) detail: Option<Arc<str>>,
+}
+
+impl Refusal {
+    /// A refusal that `error` caused.
+    pub(super) fn new(reason: CloseReason, error: &dyn std::error::Error) -> Self {
+        Self { reason, rule: None, detail: Some(Chain(error).to_string().into()) }
+    }
+}
+
+impl From<CloseReason> for Refusal {
+    fn from(reason: CloseReason) -> Self {
+        Self { reason, rule: None, detail: None }
+    }
+}
+
+impl From<&Unroutable> for Refusal {
+    fn from(unroutable: &Unroutable) -> Self {
+        Self::new(unroutable.close_reason(), unroutable)
+    }
+}
+
+impl From<Denial> for Refusal {
+    fn from(denial: Denial) -> Self {
+        let detail = Some(denial.to_string().into());
+        Self { reason: denial.reason, rule: denial.rule, detail }
+    }
+}
+
+/// Answers a caller who may have stopped waiting.
+fn answer<T>(reply: oneshot::Sender<T>, value: T) {
+    if reply.send(value).is_err() {
+        tracing::debug!("the caller of a data plane command is gone");
+    }
+}
+
+/// The kernel capture as a label for sockets.
+#[derive(Clone)]
+pub(super) struct AgentLabel(Arc<dyn KernelCapture>);
+
+impl SocketLabel for AgentLabel {
+    fn label(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.0.label(fd)
+    }
+}
+
+impl Handler for NodeWorker {
+    type Command = Command;
+
+    fn accepted(&mut self, ops: &mut Ops, tag: ListenerTag, sock: SockId, ends: Ends) {
+        let (key, port) = PodKey::of(tag);
+        let Some(pod) = self.pod(key).map(Arc::clone) else {
+            return ops.abort(sock);
+        };
+        match port {
+            Port::Outbound => self.outbound_accepted(ops, pod, sock, ends),
+            Port::Plaintext => self.plaintext_accepted(ops, pod, sock, ends),
+            Port::Hbone => self.tunnel_accepted(ops, &pod, sock, ends),
+        }
+    }
+
+    fn shed(&mut self, ops: &mut Ops, tag: ListenerTag, peer: SocketAddr) {
+        let (key, port) = PodKey::of(tag);
+        let Some(pod) = self.pod(key).map(Arc::clone) else { return };
+        self.stats.shed();
+        let direction = match port {
+            Port::Outbound => Direction::Outbound,
+            Port::Plaintext => Direction::InboundPlaintext,
+            // Not a flow yet.
+            Port::Hbone => return self.stats.handshake_failed(CloseReason::Overloaded),
+        };
+        let flow = self.flow(ops, &pod, direction, peer, SocketAddr::new(peer.ip(), 0));
+        let story = match direction {
+            Direction::Outbound => Story::outbound(flow, None, None),
+            Direction::InboundPlaintext | Direction::InboundTunnel => Story::plaintext(flow, None),
+        };
+        self.flows.refused(story, CloseReason::Overloaded.into(), ops.now());
+    }
+
+    fn dial(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>) {
+        self.dial_tunnel(ops, dial, key);
+    }
+
+    fn dialled(
+        &mut self,
+        _ops: &mut Ops,
+        dial: DialId,
+        tunnel: Option<TunnelId>,
+        peer: PeerCertificate,
+    ) {
+        self.tunnel_dialled(dial, tunnel, peer);
+    }
+
+    fn tunnel_up(
+        &mut self,
+        ops: &mut Ops,
+        tunnel: TunnelId,
+        tag: ListenerTag,
+        peer: PeerCertificate,
+        ends: Ends,
+    ) {
+        self.tunnel_proved(ops, tunnel, tag, peer, ends);
+    }
+
+    fn handshake_failed(&mut self, _ops: &mut Ops, attempt: Attempt, error: HandshakeError) {
+        let reason = error.close_reason();
+        self.stats.handshake_failed(reason);
+        match attempt {
+            Attempt::Dial(dial) => {
+                let key = self.tunnels.dial_ended(dial, None);
+                let next_hop = key.map(|key| key.next_hop);
+                tracing::debug!(%reason, ?next_hop, error = %Chain(&error), "tunnel not dialled");
+            }
+            Attempt::Accept { peer, .. } => {
+                tracing::debug!(%reason, %peer, error = %Chain(&error), "tunnel not accepted");
+            }
+        }
+    }
+
+    fn request(&mut self, ops: &mut Ops, request: RequestId, tunnel: TunnelId, head: &ConnectHead) {
+        self.request_came(ops, request, tunnel, head);
+    }
+
+    fn request_gone(&mut self, ops: &mut Ops, request: RequestId) {
+        let gone = |waiting: &Waiting| matches!(waiting, Waiting::Request(r) if r.id == request);
+        for waiting in self.waiting.take_where(gone) {
+            if let Waiting::Request(request) = waiting {
+                self.record_request(ops, request, None, CloseReason::ClientReset.into());
+            }
+        }
+    }
+
+    fn established(&mut self, ops: &mut Ops, relay: RelayId, baggage: Option<String>) {
+        let proved = ops.engine.relay_tunnel(relay).and_then(|tunnel| self.tunnels.peer(tunnel));
+        self.flows.established(relay, proved, baggage.as_deref());
+    }
+
+    fn closed(&mut self, ops: &mut Ops, relay: RelayId, reason: CloseReason, bytes: RelayBytes) {
+        self.flows.closed(relay, reason, bytes, ops.now());
+        if !self.leaving.is_empty() {
+            self.finish_leaving(ops);
+        }
+    }
+
+    fn tunnel_closed(&mut self, _ops: &mut Ops, tunnel: TunnelId, reason: CloseReason) {
+        self.tunnels.closed(tunnel);
+        tracing::debug!(tunnel = tunnel.get(), %reason, "tunnel ended");
+    }
+
+    fn command(&mut self, ops: &mut Ops, command: Command) {
+        match command {
+            Command::AddPod { pod, reply } => answer(reply, self.add_pod(ops, pod)),
+            Command::Steer { key, reply } => answer(reply, self.steer(ops, key)),
+            Command::RemovePod { key, drain, reply } => self.remove_pod(ops, key, drain, reply),
+            Command::List { reply } => {
+                answer(reply, self.flows.views(|relay| ops.engine.relay_bytes(relay), ops.now()));
+            }
+            Command::Resolved { wait, answer } => self.name_resolved(ops, wait, answer),
+            Command::Stop => ops.stop(),
+        }
+    }
+
+    fn poked(&mut self, ops: &mut Ops) {
+        self.take_changes(ops);
+    }
+
+    fn tick(&mut self, ops: &mut Ops) {
+        while let Some((waiting, wait_for)) = self.waiting.pop_expired(ops.now()) {
+            self.give_up(ops, waiting, wait_for.in_vain());
+        }
+        if self.rejudge.is_pending() {
+            self.rejudge_some(ops);
+        }
+        if self.next_report <= ops.now() {
+            self.report_progress(ops);
+        }
+        self.finish_leaving(ops);
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        let rejudge = self.rejudge.due();
+        let report = (!self.flows.is_empty()).then_some(self.next_report);
+        let leaving = self.leaving.values().map(|leaving| leaving.deadline).min();
+        [self.waiting.next_deadline(), rejudge, report, leaving].into_iter().flatten().min()
+    }
+}
+
+/// An error with its sources, on one line.
+pub(super) struct Chain<'a>(pub(super) &'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self.0, f)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}
