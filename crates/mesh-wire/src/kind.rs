@@ -1,0 +1,39 @@
+//! The kinds of resources.
+
+/// A kind of resource, one xDS type URL each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ResourceKind {
+    /// [`MeshConfig`](crate::MeshConfig); Culvert's own.
+    Mesh,
+    /// [`PodConfig`](crate::PodConfig) of the asking node's pods; Culvert's own.
+    Pod,
+    /// Policies.
+    Authorization,
+    /// Workloads and services.
+    Address,
+}
+
+impl ResourceKind {
+    /// Every kind, in the order in which changes are sent: what others depend on comes first.
+    pub const ALL: [Self; 4] = [Self::Mesh, Self::Pod, Self::Authorization, Self::Address];
+
+    /// The kinds that every ambient control plane serves.
+    pub const ISTIO: [Self; 2] = [Self::Authorization, Self::Address];
+
+    /// The type URL of its messages.
+    #[must_use]
+    pub const fn type_url(self) -> &'static str {
+        match self {
+            Self::Mesh => "type.googleapis.com/culvert.mesh.v1.MeshConfig",
+            Self::Pod => "type.googleapis.com/culvert.mesh.v1.PodConfig",
+            Self::Authorization => "type.googleapis.com/istio.security.Authorization",
+            Self::Address => "type.googleapis.com/istio.workload.Address",
+        }
+    }
+
+    /// The kind of a type URL.
+    #[must_use]
+    pub fn from_type_url(type_url: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.type_url() == type_url)
+    }
+}
