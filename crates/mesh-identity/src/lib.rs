@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod ca;
 mod certificate;
 mod csr;
 mod peer;
@@ -18,11 +19,17 @@ mod rejection;
 mod revocation;
 mod svid;
 pub mod tls;
+mod token;
 mod trust;
 
+pub use ca::{AuthorityState, CaConfig, CaCore, CaError, CaState, RevocationState, SignError};
 pub use csr::{CsrError, CsrKey, csr};
 pub use peer::{Expected, PeerCertificate, PeerVerifier, Side};
 pub use rejection::PeerRejection;
 pub use revocation::InvalidRevocationList;
 pub use svid::{InvalidAnswer, IssuedAnswer, Svid};
+pub use token::{
+    InvalidNodeName, JoinTokens, NodeName, SessionTokens, TokenError, TokenId, TokenKey,
+    TokenRejection,
+};
 pub use trust::{InvalidBundle, TrustBundle};
