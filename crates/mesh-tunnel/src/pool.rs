@@ -46,6 +46,8 @@ struct Entry {
     dialling: Option<DialId>,
     waiting: VecDeque<u64>,
     tunnels: Vec<Pooled>,
+    /// What the peer's last tunnel said of its limit: a new one takes no more until it has spoken itself.
+    known_limit: Option<u32>,
 }
 
 impl Entry {
@@ -124,6 +126,7 @@ impl PoolCore {
         let Some(key) = self.dials.remove(&dial) else { return Granted::default() };
         let Some(entry) = self.entries.get_mut(&key) else { return Granted::default() };
         entry.dialling = None;
+        let limit = entry.known_limit.map_or(limit, |known| known.min(limit));
         entry.tunnels.push(Pooled { tunnel, streams: 0, limit });
         self.grant(&key)
     }
@@ -156,6 +159,9 @@ impl PoolCore {
     ) -> Granted {
         if let Some(pooled) = self.pooled(key, tunnel) {
             pooled.limit = limit;
+            if let Some(entry) = self.entries.get_mut(key) {
+                entry.known_limit = Some(limit);
+            }
             return self.grant(key);
         }
         Granted::default()

@@ -16,7 +16,7 @@ use crate::tunnel::{Role, Tunnel};
 use crate::window::{ReceiveWindow, SendWindow};
 
 /// CONNECTs sent for one open before it fails.
-const MAX_ATTEMPTS: u8 = 3;
+const MAX_ATTEMPTS: u8 = 5;
 /// A tunnel whose stream ids are nearly used up takes no more.
 const LAST_STREAM: u32 = MAX_STREAM_ID - 1_000;
 

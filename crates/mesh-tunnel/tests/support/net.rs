@@ -1,0 +1,242 @@
+//! A network in memory that behaves as epoll and TCP do, and is as unhelpful as they may be.
+//!
+//! Reads and writes move any part of what they could; readiness is edge-triggered, and a short read or write is followed by
+//! another edge when it was not the end of what there was.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::task::Poll;
+
+use mesh_tunnel::{Io, Readiness, SockId};
+
+use super::Rng;
+
+/// How a socket's connect comes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connect {
+    Done,
+    /// After this many looks.
+    Later(u32),
+    Refused,
+    Never,
+}
+
+#[derive(Debug)]
+pub struct Sock {
+    peer: usize,
+    /// What the peer wrote.
+    inbox: VecDeque<u8>,
+    /// Bytes `inbox` may hold.
+    pub capacity: usize,
+    fin: bool,
+    reset: bool,
+    pub closed: bool,
+    pub aborted: bool,
+    shut: bool,
+    peer_blocked: bool,
+    pub connect: Connect,
+}
+
+pub struct Net {
+    pub rng: Rng,
+    pub socks: Vec<Sock>,
+    pub edges: Vec<(SockId, Readiness)>,
+    /// Partial reads and writes.
+    pub fickle: bool,
+    /// Bytes that went through sockets marked as wires.
+    pub total: u64,
+}
+
+impl Net {
+    pub fn new(seed: u64, fickle: bool) -> Self {
+        Self { rng: Rng(seed), socks: Vec::new(), edges: Vec::new(), fickle, total: 0 }
+    }
+
+    pub fn pair(&mut self, capacity: usize) -> (SockId, SockId) {
+        let first = self.socks.len();
+        for peer in [first + 1, first] {
+            self.socks.push(Sock {
+                peer,
+                inbox: VecDeque::new(),
+                capacity,
+                fin: false,
+                reset: false,
+                closed: false,
+                aborted: false,
+                shut: false,
+                peer_blocked: false,
+                connect: Connect::Done,
+            });
+        }
+        (SockId(first as u64), SockId(first as u64 + 1))
+    }
+
+    fn edge(&mut self, sock: usize, ready: Readiness) {
+        if !self.socks[sock].closed {
+            self.edges.push((SockId(sock as u64), ready));
+        }
+    }
+
+    pub fn reset(&self, sock: SockId) -> bool {
+        self.socks[sock.0 as usize].reset
+    }
+
+    pub fn take_edges(&mut self) -> Vec<(SockId, Readiness)> {
+        std::mem::take(&mut self.edges)
+    }
+
+    pub fn read(&mut self, sock: SockId, limit: usize) -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0; limit];
+        let count = self.readv(sock, &mut [IoSliceMut::new(&mut buffer)])?;
+        buffer.truncate(count);
+        Ok(buffer)
+    }
+
+    pub fn write(&mut self, sock: SockId, bytes: &[u8]) -> io::Result<usize> {
+        self.writev(sock, &[IoSlice::new(bytes)])
+    }
+
+    fn part(&mut self, whole: usize) -> usize {
+        if !self.fickle || whole == 0 {
+            return whole;
+        }
+        match self.rng.below(4) {
+            0 => 1,
+            1 => 1 + self.rng.below(whole),
+            _ => whole,
+        }
+    }
+
+    fn leave(&mut self, sock: usize, abort: bool) {
+        let state = &mut self.socks[sock];
+        assert!(!state.closed, "socket {sock} closed twice");
+        state.closed = true;
+        state.aborted = abort;
+        let unread = !state.inbox.is_empty();
+        state.inbox.clear();
+        let peer = state.peer;
+        let edge = if abort || unread {
+            self.socks[peer].reset = true;
+            Readiness { readable: true, error: true, ..Readiness::default() }
+        } else {
+            self.socks[peer].fin = true;
+            Readiness { readable: true, read_closed: true, ..Readiness::default() }
+        };
+        self.edge(peer, edge);
+    }
+}
+
+impl Io for Net {
+    fn readv(&mut self, sock: SockId, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        let sock = sock.0 as usize;
+        assert!(!self.socks[sock].closed, "read of closed socket {sock}");
+        let room: usize = bufs.iter().map(|buf| buf.len()).sum();
+        assert!(room > 0, "a read without room looks like an end");
+        let have = self.socks[sock].inbox.len();
+        if have == 0 {
+            if self.socks[sock].reset {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            return if self.socks[sock].fin { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
+        }
+        let count = self.part(room.min(have));
+        let mut left = count;
+        for buf in bufs {
+            for byte in buf.iter_mut().take(left) {
+                *byte = self.socks[sock].inbox.pop_front().unwrap();
+            }
+            left -= left.min(buf.len());
+        }
+        if count < room && (count < have || self.socks[sock].fin) {
+            let fin = self.socks[sock].fin;
+            self.edge(
+                sock,
+                Readiness { readable: true, read_closed: fin, ..Readiness::default() },
+            );
+        }
+        let peer = self.socks[sock].peer;
+        if std::mem::take(&mut self.socks[sock].peer_blocked) {
+            self.edge(peer, Readiness { writable: true, ..Readiness::default() });
+        }
+        Ok(count)
+    }
+
+    fn writev(&mut self, sock: SockId, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let sock = sock.0 as usize;
+        assert!(!self.socks[sock].closed, "write to closed socket {sock}");
+        assert!(!self.socks[sock].shut, "write behind FIN on socket {sock}");
+        let peer = self.socks[sock].peer;
+        if self.socks[sock].reset {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        if self.socks[peer].closed {
+            self.socks[sock].reset = true;
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let offered: usize = bufs.iter().map(|buf| buf.len()).sum();
+        let room = self.socks[peer].capacity.saturating_sub(self.socks[peer].inbox.len());
+        let can = room.min(offered);
+        let count = self.part(can);
+        if count < offered {
+            if count < can {
+                self.edge(sock, Readiness { writable: true, ..Readiness::default() });
+            } else {
+                self.socks[peer].peer_blocked = true;
+            }
+        }
+        if count == 0 && offered > 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let mut left = count;
+        for buf in bufs {
+            let take = left.min(buf.len());
+            self.socks[peer].inbox.extend(&buf[..take]);
+            left -= take;
+        }
+        self.total += count as u64;
+        self.edge(peer, Readiness { readable: true, ..Readiness::default() });
+        Ok(count)
+    }
+
+    fn connect_result(&mut self, sock: SockId) -> Poll<io::Result<()>> {
+        let index = sock.0 as usize;
+        match self.socks[index].connect {
+            Connect::Done => Poll::Ready(Ok(())),
+            Connect::Later(0) => {
+                self.socks[index].connect = Connect::Done;
+                Poll::Ready(Ok(()))
+            }
+            Connect::Later(looks) => {
+                self.socks[index].connect = Connect::Later(looks - 1);
+                self.edge(index, Readiness { writable: true, ..Readiness::default() });
+                Poll::Pending
+            }
+            Connect::Refused => Poll::Ready(Err(io::ErrorKind::ConnectionRefused.into())),
+            Connect::Never => Poll::Pending,
+        }
+    }
+
+    fn shutdown_write(&mut self, sock: SockId) -> io::Result<()> {
+        let sock = sock.0 as usize;
+        assert!(!self.socks[sock].closed && !self.socks[sock].shut, "FIN twice on {sock}");
+        if self.socks[sock].reset {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        self.socks[sock].shut = true;
+        let peer = self.socks[sock].peer;
+        self.socks[peer].fin = true;
+        self.edge(
+            peer,
+            Readiness { readable: true, read_closed: true, ..Readiness::default() },
+        );
+        Ok(())
+    }
+
+    fn close(&mut self, sock: SockId) {
+        self.leave(sock.0 as usize, false);
+    }
+
+    fn abort(&mut self, sock: SockId) {
+        self.leave(sock.0 as usize, true);
+    }
+}
