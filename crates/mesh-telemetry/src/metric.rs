@@ -129,7 +129,7 @@ metrics! {
     /// No labels.
     PROCESS_THREADS = "process_threads", Gauge, "threads";
     /// No labels.
-    PROCESS_CPU_SECONDS = "process_cpu_seconds_total", Gauge, "processor time used, user and system";
+    PROCESS_CPU_SECONDS = "process_cpu_seconds_total", Counter, "processor time used, user and system";
     /// No labels.
     PROCESS_START = "process_start_time_seconds", Gauge, "when the process started, Unix time";
 }

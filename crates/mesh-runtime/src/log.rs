@@ -1,0 +1,234 @@
+//! Logging: filtered events and access-log lines through one writer that never waits.
+
+mod writer;
+
+use std::io;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use mesh_telemetry::access_log::{early_denial_line, flow_line};
+use mesh_telemetry::{EarlyDenial, FlowRecord, LogFormat};
+use tracing::Level;
+use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+pub use writer::{FlushOnDrop, LineWriter, MAX_LINE_BYTES};
+
+/// How a program logs.
+#[derive(Clone, Debug)]
+pub struct LogConfig {
+    /// What is logged, as `tracing_subscriber::EnvFilter` reads it: `info`, `info,access=off`, `warn,culvert=debug`.
+    pub filter: String,
+    /// How lines look.
+    pub format: LogFormat,
+    /// Lines that wait for the sink at most; more are dropped and counted. At least 1; default 8192.
+    pub queue_lines: usize,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { filter: "info".to_owned(), format: LogFormat::Text, queue_lines: 8192 }
+    }
+}
+
+/// Logging that cannot be set up or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The filter cannot be read.
+    #[error("not a log filter: {filter:?}")]
+    Filter {
+        /// What was given.
+        filter: String,
+        /// Where it goes wrong.
+        #[source]
+        source: ParseError,
+    },
+    /// The thread of the writer cannot be started.
+    #[error("cannot start the log writer")]
+    Writer(#[source] io::Error),
+    /// Logging was set up before.
+    #[error("logging is set up already")]
+    Installed(#[source] TryInitError),
+    /// The subscriber is gone.
+    #[error("logging has ended")]
+    Gone(#[source] reload::Error),
+}
+
+/// Logging of this process. Dropping it waits up to a second for what is queued.
+#[derive(Debug)]
+pub struct Logging {
+    handle: LogHandle,
+    access: AccessLog,
+    _flush: FlushOnDrop,
+}
+
+impl Logging {
+    /// Installs the process's subscriber, writing to `sink` on a thread of its own.
+    ///
+    /// # Errors
+    /// [`LogError::Filter`], [`LogError::Writer`], or [`LogError::Installed`] on a second call.
+    pub fn start(
+        config: &LogConfig,
+        sink: impl io::Write + Send + 'static,
+    ) -> Result<Self, LogError> {
+        let filter = parse(&config.filter)?;
+        let (writer, flush) =
+            LineWriter::start(sink, config.queue_lines).map_err(LogError::Writer)?;
+        let (filter, reload) = reload::Layer::new(filter);
+        let events = fmt::layer().with_ansi(false).with_writer(writer.clone());
+        let registry = tracing_subscriber::registry().with(filter);
+        let installed = match config.format {
+            LogFormat::Text => registry.with(events).try_init(),
+            LogFormat::Json => {
+                registry.with(events.json().flatten_event(true).with_current_span(true)).try_init()
+            }
+        };
+        installed.map_err(LogError::Installed)?;
+        let initial: Arc<str> = config.filter.as_str().into();
+        Ok(Self {
+            handle: LogHandle { reload, initial, writer: writer.clone() },
+            access: AccessLog { writer, format: config.format },
+            _flush: flush,
+        })
+    }
+
+    /// For changing the filter at run time.
+    #[must_use]
+    pub fn handle(&self) -> LogHandle {
+        self.handle.clone()
+    }
+
+    /// For writing access-log lines.
+    #[must_use]
+    pub fn access(&self) -> AccessLog {
+        self.access.clone()
+    }
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::builder()
+        .parse(filter)
+        .map_err(|source| LogError::Filter { filter: filter.to_owned(), source })
+}
+
+/// Changes what is logged; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct LogHandle {
+    reload: reload::Handle<EnvFilter, Registry>,
+    initial: Arc<str>,
+    writer: LineWriter,
+}
+
+impl LogHandle {
+    /// The filter in use.
+    ///
+    /// # Errors
+    /// [`LogError::Gone`] once logging has ended.
+    pub fn filter(&self) -> Result<String, LogError> {
+        self.reload.with_current(ToString::to_string).map_err(LogError::Gone)
+    }
+
+    /// Replaces the filter.
+    ///
+    /// # Errors
+    /// [`LogError::Filter`], then nothing has changed; [`LogError::Gone`].
+    pub fn set_filter(&self, filter: &str) -> Result<(), LogError> {
+        self.reload.reload(parse(filter)?).map_err(LogError::Gone)
+    }
+
+    /// Goes back to the filter the process began with.
+    ///
+    /// # Errors
+    /// As [`set_filter`](Self::set_filter).
+    pub fn reset_filter(&self) -> Result<(), LogError> {
+        self.set_filter(&self.initial)
+    }
+
+    /// Lines dropped so far because the sink was slow.
+    #[must_use]
+    pub fn dropped_lines(&self) -> u64 {
+        self.writer.dropped_lines()
+    }
+}
+
+/// Writes access-log lines, where the filter lets the target `access` through at the line's level; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct AccessLog {
+    writer: LineWriter,
+    format: LogFormat,
+}
+
+impl AccessLog {
+    /// An access log on a writer of its own, in a file for example.
+    #[must_use]
+    pub const fn new(writer: LineWriter, format: LogFormat) -> Self {
+        Self { writer, format }
+    }
+
+    /// Writes the line of a flow that has ended now.
+    pub fn flow(&self, record: &FlowRecord) {
+        let ended_well = record.reason.response_flags() == "-";
+        let wanted = if ended_well {
+            tracing::enabled!(target: "access", Level::INFO)
+        } else {
+            tracing::enabled!(target: "access", Level::ERROR)
+        };
+        if wanted {
+            self.writer.line(flow_line(record, SystemTime::now(), self.format));
+        }
+    }
+
+    /// Writes the line of a connection that did not become a flow.
+    pub fn early_denial(&self, denial: &EarlyDenial) {
+        if tracing::enabled!(target: "access", Level::WARN) {
+            self.writer.line(early_denial_line(denial, SystemTime::now(), self.format));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The subscriber is one per process, so one test tells its whole story.
+    #[test]
+    fn the_filter_changes_while_the_process_runs() {
+        let sink = Shared::default();
+        let logging = Logging::start(&LogConfig::default(), sink.clone()).unwrap();
+        let handle = logging.handle();
+        tracing::debug!("hidden");
+        tracing::info!(flow.id = 7, "shown");
+        handle.set_filter("debug").unwrap();
+        tracing::debug!("shown later");
+        assert!(matches!(handle.set_filter("a=b=c"), Err(LogError::Filter { .. })));
+        assert_eq!(handle.filter().unwrap(), "debug");
+        handle.reset_filter().unwrap();
+        tracing::debug!("hidden again");
+        assert_eq!(handle.dropped_lines(), 0);
+        assert!(matches!(
+            Logging::start(&LogConfig::default(), io::sink()),
+            Err(LogError::Installed(_))
+        ));
+        drop(logging);
+        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        assert!(text.contains("shown flow.id=7") && text.contains("shown later"), "{text}");
+        assert!(!text.contains("hidden"), "{text}");
+    }
+}
