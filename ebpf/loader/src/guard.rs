@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use aya::programs::SchedClassifier;
 use aya::programs::tc::{
@@ -121,7 +122,7 @@ impl Guards {
             }
             let target = LinkTarget::Interface(interface);
             // Before the programs of others: one that redirects would end the chain.
-            let link = sys::link_create(program, target, side.tcx, LinkOrder::Before)?;
+            let link = patiently(|| sys::link_create(program, target, side.tcx, LinkOrder::Before))?;
             sys::pin(link.as_fd(), &path)?;
             Ok(true)
         })
@@ -188,7 +189,7 @@ impl Guards {
     pub(crate) fn detach(&self, pod: &Path, interface: u32) -> Result<(), CaptureError> {
         self.on_node(|| {
             for side in SIDES {
-                pins::remove(&link_path(pod, side, interface))?;
+                pins::detach(&link_path(pod, side, interface))?;
                 // Also with tcx: the agent may have run with the other attachment before. Dropping
                 // the link detaches it, in the namespace of this thread.
                 if let Ok(name) = sys::interface_name(interface) {
@@ -213,6 +214,20 @@ impl Guards {
     ) -> io::Result<T> {
         netns::inside(self.node.as_fd(), work)?
     }
+}
+
+/// Tries again while a link that lost its pin still holds the place: the kernel takes it away from
+/// a work queue.
+fn patiently<T>(mut attach: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    const PAUSE: Duration = Duration::from_millis(10);
+    const ATTEMPTS: usize = 200;
+    for _ in 1..ATTEMPTS {
+        match attach() {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => std::thread::sleep(PAUSE),
+            attached => return attached,
+        }
+    }
+    attach()
 }
 
 fn link_path(pod: &Path, side: Side, interface: u32) -> PathBuf {

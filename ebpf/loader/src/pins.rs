@@ -9,6 +9,7 @@
 //! ```
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use mesh_ebpf_abi::LAYOUT;
@@ -86,6 +87,18 @@ impl Pins {
     pub(crate) fn remove_layout(&self, layout: u32) -> io::Result<()> {
         remove_tree(&self.base.join(format!("v{layout}")))
     }
+}
+
+/// Detaches the link of a pin and removes the pin, if it is there.
+pub(crate) fn detach(path: &Path) -> io::Result<()> {
+    if let Some(link) = sys::open_pin(path)? {
+        match sys::link_detach(link.as_fd()) {
+            // Its target is gone.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+            detached => detached?,
+        }
+    }
+    remove(path)
 }
 
 /// Removes a directory of pins; what was attached by them alone is detached.

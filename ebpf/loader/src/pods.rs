@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
@@ -185,9 +185,7 @@ impl Pods {
         let directory = parts.pins.pod(pod);
         if is_new {
             let directory = directory.clone();
-            undo.push(move || {
-                pins::remove_tree(&directory).map_err(CaptureError::kernel("removing a pod's pins"))
-            });
+            undo.push(move || remove_pins(&directory));
         }
         std::fs::create_dir_all(&directory)
             .map_err(CaptureError::kernel("making a pod's pin directory"))?;
@@ -221,7 +219,7 @@ impl Pods {
             parts.guards.detach(&directory, interface)?;
             maps.guards.remove(&interface)?;
         }
-        pins::remove_tree(&directory).map_err(CaptureError::kernel("removing a pod's pins"))?;
+        remove_pins(&directory)?;
         remove_addresses(parts, pod, &[])?;
         maps.listeners.remove(&pod.0)?;
         if let Some(earlier) = earlier {
@@ -485,8 +483,15 @@ fn seed(
     Ok(())
 }
 
+/// Stops steering and removes the pod's directory; the guards are detached already.
+fn remove_pins(directory: &Path) -> Result<(), CaptureError> {
+    pins::detach(&directory.join("steer_inbound"))
+        .and_then(|()| pins::remove_tree(directory))
+        .map_err(CaptureError::kernel("removing a pod's pins"))
+}
+
 /// Makes sure that the pod's namespace runs this build's program.
-fn steer(path: &std::path::Path, namespace: &OwnedFd, program: &OwnedFd) -> std::io::Result<()> {
+fn steer(path: &Path, namespace: &OwnedFd, program: &OwnedFd) -> std::io::Result<()> {
     if let Some(link) = sys::open_pin(path)? {
         if sys::link_is_attached(link.as_fd())? {
             return sys::link_update(link.as_fd(), program.as_fd());

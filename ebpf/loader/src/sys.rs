@@ -37,6 +37,7 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// Order of a link among others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,6 +224,13 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
         old_program_fd: 0,
     };
     bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Detaches a link at once. Closing the last descriptor does so too, but only some time later, and
+/// until then the same program cannot be attached there again.
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = fd_number(link);
+    bpf(BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
 #[repr(C)]

@@ -1,1 +1,131 @@
+//! Capture outlives the process that loaded it, and its programs are replaced without a gap.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use mesh_ebpf::{Capture, CaptureError, CgroupOrder, GuardAttachment, PodSettings};
+
+use crate::lab::{Lab, OUTSIDE_V4, OUTSIDE_V6, POD_V4, at, dial, ip, listener, refused, run};
+
+#[test]
+fn what_is_pinned_captures_without_a_process_and_is_adopted() {
+    let lab = Lab::new();
+    let capture = lab.capture();
+    assert!(!capture.features().adopted);
+    assert_ne!(capture.features().cgroup_order, CgroupOrder::Adopted);
+    let agent = lab.enroll(&capture, PodSettings::default());
+    let cookie = agent.cookie;
+    lab.pod.inside(|| {
+        assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), format!("outbound {OUTSIDE_V4}:80"));
+    });
+    // All descriptors of the loader close, as they do when the process dies.
+    drop(agent);
+    drop(Arc::into_inner(capture));
+    lab.pod.inside(|| {
+        for _ in 0..50 {
+            assert!(refused(&dial(at(OUTSIDE_V4, 80))));
+            assert!(refused(&dial(at(OUTSIDE_V6, 80))));
+        }
+    });
+    lab.outside.inside(|| assert!(refused(&dial(at(POD_V4, 80)))));
+
+    let capture = lab.capture();
+    assert!(capture.features().adopted);
+    assert_eq!(capture.features().cgroup_order, CgroupOrder::Adopted);
+    let enrolled = capture.enrolled().unwrap();
+    assert_eq!(enrolled.len(), 1);
+    assert_eq!(enrolled[0].cookie, cookie);
+    assert_eq!(enrolled[0].addresses, [ip(POD_V4), ip("fd91:1::2")]);
+    assert_eq!((enrolled[0].guarded.len(), enrolled[0].steered), (1, true));
+    let inbound = lab.pod.inside(|| listener(15006));
+    capture.set_listener(cookie, crate::lab::borrow(&inbound)).unwrap();
+    let _agent = lab.agent(&capture, cookie, inbound);
+    lab.pod.inside(|| {
+        assert_eq!(dial(at(OUTSIDE_V6, 80)).unwrap(), format!("outbound [{OUTSIDE_V6}]:80"));
+    });
+    lab.outside.inside(|| {
+        assert_eq!(dial(at(POD_V4, 80)).unwrap(), format!("inbound {POD_V4}:80"));
+    });
+    capture.detach_all().unwrap();
+    assert_eq!(std::fs::read_dir(lab.bpffs.join("culvert")).unwrap().count(), 0);
+    lab.pod.inside(|| assert!(refused(&dial(at(OUTSIDE_V4, 80)))));
+}
+
+#[test]
+fn programs_are_replaced_under_load_without_a_failure() {
+    let lab = Lab::new();
+    let capture = lab.capture();
+    let _agent = lab.enroll(&capture, PodSettings::default());
+    let (stop, done) = (AtomicBool::new(false), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            lab.pod.inside(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let target = at(OUTSIDE_V4, 80);
+                    assert_eq!(dial(target).unwrap(), format!("outbound {target}"));
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        });
+        scope.spawn(|| {
+            lab.outside.inside(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let target = at(POD_V4, 80);
+                    assert_eq!(dial(target).unwrap(), format!("inbound {target}"));
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        });
+        for _ in 0..5 {
+            let before = done.load(Ordering::Relaxed);
+            lab.capture();
+            while done.load(Ordering::Relaxed) < before + 50 {
+                std::thread::yield_now();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(capture.counters().unwrap()["guard_dropped_no_flow"], 0);
+}
+
+#[test]
+fn a_pinned_map_of_another_shape_is_refused() {
+    let lab = Lab::new();
+    drop(lab.capture());
+    // The layout's number stays, the shape does not: one map in another's place.
+    let maps = lab.bpffs.join("culvert/v1/maps");
+    run(&format!("cd {} && mv PODS OTHER && mv ADDRESSES PODS", maps.display()));
+    let error = Capture::load_or_adopt(&lab.config()).unwrap_err();
+    assert!(matches!(error, CaptureError::IncompatiblePin { map: "PODS", .. }), "{error}");
+}
+
+#[test]
+fn another_layout_is_found_and_removed() {
+    let lab = Lab::new();
+    let capture = lab.capture();
+    assert!(capture.foreign_layouts().unwrap().is_empty());
+    std::fs::create_dir_all(lab.bpffs.join("culvert/v999/links")).unwrap();
+    assert_eq!(capture.foreign_layouts().unwrap(), [999]);
+    capture.remove_foreign_layouts().unwrap();
+    assert!(capture.foreign_layouts().unwrap().is_empty());
+}
+
+#[test]
+fn the_guard_comes_back_when_it_was_removed() {
+    let lab = Lab::new();
+    for preference in [mesh_ebpf::GuardPreference::Auto, mesh_ebpf::GuardPreference::Clsact] {
+        let config = mesh_ebpf::CaptureConfig { guard: preference, ..lab.config() };
+        let capture = Arc::new(Capture::load_or_adopt(&config).unwrap());
+        let agent = lab.enroll(&capture, PodSettings::default());
+        assert_eq!(capture.verify_guards().unwrap(), 0);
+        if capture.features().guard == GuardAttachment::Clsact {
+            run("tc qdisc del dev vpod clsact");
+        } else {
+            let pod = lab.bpffs.join(format!("culvert/v1/pods/{}", agent.cookie));
+            run(&format!("rm {}/guard_*", pod.display()));
+        }
+        assert_eq!(capture.verify_guards().unwrap(), 1);
+        assert_eq!(capture.verify_guards().unwrap(), 0);
+        capture.detach_all().unwrap();
+    }
+}
