@@ -71,7 +71,12 @@ pub struct RunArgs {
     #[arg(long, env = "CULVERT_UNKNOWN_EGRESS", value_enum, default_value_t = Egress::Allow)]
     pub unknown_egress: Egress,
     /// Namespace that is never captured; may repeat
-    #[arg(long = "exclude-namespace", env = "CULVERT_EXCLUDE_NAMESPACES", value_delimiter = ',', default_value = "kube-system")]
+    #[arg(
+        long = "exclude-namespace",
+        env = "CULVERT_EXCLUDE_NAMESPACES",
+        value_delimiter = ',',
+        default_value = "kube-system"
+    )]
     pub exclude_namespaces: Vec<String>,
     /// PEM file of certificate revocation lists, watched, added to the CA's own
     #[arg(long, env = "CULVERT_CRL_FILE")]
@@ -128,6 +133,9 @@ pub enum TokenCommand {
 pub enum CaCommand {
     /// Make a new root; certificates of the old one stay valid while they last
     RotateRoot {
+        /// Time for agents to learn the new root before it signs
+        #[arg(long, default_value = "10m", value_parser = parse_duration)]
+        overlap: Duration,
         /// The controller's state directory
         #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
         state_dir: PathBuf,
@@ -146,7 +154,7 @@ pub enum CaCommand {
         /// The controller's state directory
         #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
         state_dir: PathBuf,
-        /// Trust domain, when the CA is made by this command
+        /// Trust domain of an authority that this command makes
         #[arg(long, env = "CULVERT_TRUST_DOMAIN", default_value = "cluster.local")]
         trust_domain: String,
     },
@@ -166,7 +174,8 @@ fn parse_source(text: &str) -> Result<Source, String> {
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_source| format!("{text:?} does not start with a number"))?;
+    let number: u64 =
+        number.parse().map_err(|_source| format!("{text:?} does not start with a number"))?;
     let millis_per_unit: u64 = match unit {
         "ms" => 1,
         "s" => 1_000,
@@ -199,9 +208,22 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
-        assert!(Cli::try_parse_from(["culvert-controller", "run", "--source", "kubernetes"]).is_err());
-        let run = ["culvert-controller", "run", "--source", "directory:/m", "--san", "a,127.0.0.1", "--san", "b"];
-        let Command::Run(args) = Cli::try_parse_from(run).unwrap().command else { panic!("not run") };
+        assert!(
+            Cli::try_parse_from(["culvert-controller", "run", "--source", "kubernetes"]).is_err()
+        );
+        let run = [
+            "culvert-controller",
+            "run",
+            "--source",
+            "directory:/m",
+            "--san",
+            "a,127.0.0.1",
+            "--san",
+            "b",
+        ];
+        let Command::Run(args) = Cli::try_parse_from(run).unwrap().command else {
+            panic!("not run")
+        };
         assert_eq!(args.sans, ["a", "127.0.0.1", "b"]);
     }
 }

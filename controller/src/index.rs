@@ -203,9 +203,12 @@ impl Index {
     pub fn report(&mut self, node: &str, report: NodeReport) -> Delta {
         let changed = self.enrolment.report(node, report);
         let dirty = Dirty {
-            workloads: changed.into_iter().flat_map(|key| {
-                [WorkloadSource::Pod(key.clone()), WorkloadSource::WorkloadEntry(key)]
-            }).collect(),
+            workloads: changed
+                .into_iter()
+                .flat_map(|key| {
+                    [WorkloadSource::Pod(key.clone()), WorkloadSource::WorkloadEntry(key)]
+                })
+                .collect(),
             ..Dirty::default()
         };
         self.settle(dirty)
@@ -254,26 +257,31 @@ impl Index {
             return false;
         }
         let pods = self.objects.pods_by_node.get(node).into_iter().flatten();
-        pods.filter_map(|key| self.objects.pods.get(key))
-            .any(|pod| !pod.terminal && !pod.host_network && is_it(&pod.meta.namespace, &pod.service_account))
-            || in_namespace(&self.objects.workload_entries, identity.namespace()).any(|(_, entry)| {
-                *entry.node == *node && is_it(&entry.meta.namespace, &entry.endpoint.service_account)
-            })
+        pods.filter_map(|key| self.objects.pods.get(key)).any(|pod| {
+            !pod.terminal && !pod.host_network && is_it(&pod.meta.namespace, &pod.service_account)
+        }) || in_namespace(&self.objects.workload_entries, identity.namespace()).any(
+            |(_, entry)| {
+                *entry.node == *node
+                    && is_it(&entry.meta.namespace, &entry.endpoint.service_account)
+            },
+        )
     }
 
     /// How each policy object is enforced.
     #[must_use]
     pub fn policy_status(&self) -> BTreeMap<ObjectKey, PolicyStatus> {
         let view = self.view();
-        let key = |kind, key: &Key| ObjectKey { kind, namespace: key.namespace.clone(), name: key.name.clone() };
+        let key = |kind, key: &Key| ObjectKey {
+            kind,
+            namespace: key.namespace.clone(),
+            name: key.name.clone(),
+        };
         let authorizations = self.objects.authorizations.iter().map(|(at, policy)| {
             (key(Kind::AuthorizationPolicy, at), policies::authorization_status(view, policy))
         });
-        let peers = self
-            .objects
-            .peers
-            .iter()
-            .map(|(at, object)| (key(Kind::PeerAuthentication, at), policies::peer_status(view, object)));
+        let peers = self.objects.peers.iter().map(|(at, object)| {
+            (key(Kind::PeerAuthentication, at), policies::peer_status(view, object))
+        });
         authorizations.chain(peers).collect()
     }
 
@@ -282,10 +290,18 @@ impl Index {
     pub fn notes(&self) -> Vec<(String, String)> {
         let mut notes = Vec::new();
         for (key, pod) in &self.objects.pods {
-            let account = Key { namespace: key.namespace.clone(), name: pod.service_account.clone() };
-            let any_known = in_namespace(&self.objects.service_accounts, &key.namespace).next().is_some();
-            if any_known && *pod.service_account != *"default" && !self.objects.service_accounts.contains_key(&account) {
-                notes.push((format!("Pod {key}"), format!("service account {} does not exist", account.name)));
+            let account =
+                Key { namespace: key.namespace.clone(), name: pod.service_account.clone() };
+            let any_known =
+                in_namespace(&self.objects.service_accounts, &key.namespace).next().is_some();
+            if any_known
+                && *pod.service_account != *"default"
+                && !self.objects.service_accounts.contains_key(&account)
+            {
+                notes.push((
+                    format!("Pod {key}"),
+                    format!("service account {} does not exist", account.name),
+                ));
             }
         }
         for (key, entry) in &self.objects.service_entries {
@@ -296,7 +312,10 @@ impl Index {
         }
         for (key, slice) in &self.objects.slices {
             if slice.service.is_empty() {
-                notes.push((format!("EndpointSlice {key}"), "no label kubernetes.io/service-name: not used".into()));
+                notes.push((
+                    format!("EndpointSlice {key}"),
+                    "no label kubernetes.io/service-name: not used".into(),
+                ));
             }
         }
         notes
@@ -313,15 +332,23 @@ impl Index {
             Kind::Namespace => objects.namespaces.get(&id.name).cloned().map(Object::Namespace),
             Kind::Node => objects.nodes.get(&id.name).cloned().map(Object::Node),
             Kind::Pod => objects.pods.get(&id).cloned().map(Object::Pod),
-            Kind::ServiceAccount => objects.service_accounts.get(&id).cloned().map(Object::ServiceAccount),
+            Kind::ServiceAccount => {
+                objects.service_accounts.get(&id).cloned().map(Object::ServiceAccount)
+            }
             Kind::Service => objects.services.get(&id).cloned().map(Object::Service),
             Kind::EndpointSlice => objects.slices.get(&id).cloned().map(Object::EndpointSlice),
-            Kind::WorkloadEntry => objects.workload_entries.get(&id).cloned().map(Object::WorkloadEntry),
-            Kind::ServiceEntry => objects.service_entries.get(&id).cloned().map(Object::ServiceEntry),
+            Kind::WorkloadEntry => {
+                objects.workload_entries.get(&id).cloned().map(Object::WorkloadEntry)
+            }
+            Kind::ServiceEntry => {
+                objects.service_entries.get(&id).cloned().map(Object::ServiceEntry)
+            }
             Kind::AuthorizationPolicy => {
                 objects.authorizations.get(&id).cloned().map(Object::AuthorizationPolicy)
             }
-            Kind::PeerAuthentication => objects.peers.get(&id).cloned().map(Object::PeerAuthentication),
+            Kind::PeerAuthentication => {
+                objects.peers.get(&id).cloned().map(Object::PeerAuthentication)
+            }
         }
     }
 
@@ -335,7 +362,8 @@ impl Index {
                 let name = key.name;
                 dirty.workloads.extend(policies::workloads_in(view, Some(&name), |_| true));
                 let services = in_namespace(&objects.services, &name).map(|(key, _)| key.clone());
-                let entries = in_namespace(&objects.service_entries, &name).map(|(key, _)| key.clone());
+                let entries =
+                    in_namespace(&objects.service_entries, &name).map(|(key, _)| key.clone());
                 dirty.services.extend(services.map(ServiceSource::Service));
                 dirty.services.extend(entries.map(ServiceSource::ServiceEntry));
                 // Its waypoint label decides where policies with targetRefs are enforced.
@@ -350,13 +378,18 @@ impl Index {
                 let slices = objects
                     .slices
                     .iter()
-                    .filter(|(_, slice)| slice.endpoints.iter().any(|one| one.pod.is_none() && one.node == key.name))
+                    .filter(|(_, slice)| {
+                        slice.endpoints.iter().any(|one| one.pod.is_none() && one.node == key.name)
+                    })
                     .map(|(key, _)| WorkloadSource::Slice(key.clone()));
                 dirty.workloads.extend(slices);
             }
             Object::ServiceAccount(_) => {}
             Object::Pod(pod) => {
-                self.mark_ports(policies::targets_of_labels(view, &key.namespace, &pod.meta.labels, Some(&key)), dirty);
+                self.mark_ports(
+                    policies::targets_of_labels(view, &key.namespace, &pod.meta.labels, Some(&key)),
+                    dirty,
+                );
                 dirty.workloads.insert(WorkloadSource::Pod(key));
             }
             Object::Service(service) => {
@@ -365,7 +398,11 @@ impl Index {
                 // The object itself may be the old one, which is not stored any more.
                 if let Some(selector) = &service.selector {
                     let wanted = |labels: &BTreeMap<String, String>| selector.matches(labels);
-                    dirty.workloads.extend(policies::workloads_in(view, Some(&key.namespace), wanted));
+                    dirty.workloads.extend(policies::workloads_in(
+                        view,
+                        Some(&key.namespace),
+                        wanted,
+                    ));
                 }
                 dirty.vips |= service.cluster_ips.iter().any(|ip| vip::is_assignable(*ip));
                 let target = Target::Service(key.clone());
@@ -378,22 +415,34 @@ impl Index {
                 dirty.workloads.extend(slice_pods(slice).map(WorkloadSource::Pod));
                 // Its first and last slice switch a service between slices and selector.
                 if objects.slices_by_service.get(&service).is_none_or(|slices| slices.len() == 1)
-                    && let Some(selector) = objects.services.get(&service).and_then(|one| one.selector.as_ref())
+                    && let Some(selector) =
+                        objects.services.get(&service).and_then(|one| one.selector.as_ref())
                 {
                     let wanted = |labels: &BTreeMap<String, String>| selector.matches(labels);
-                    dirty.workloads.extend(policies::workloads_in(view, Some(&key.namespace), wanted));
+                    dirty.workloads.extend(policies::workloads_in(
+                        view,
+                        Some(&key.namespace),
+                        wanted,
+                    ));
                 }
                 self.mark_ports([Target::Service(service)], dirty);
                 dirty.workloads.insert(WorkloadSource::Slice(key));
             }
             Object::WorkloadEntry(entry) => {
-                self.mark_ports(policies::targets_of_labels(view, &key.namespace, &entry.endpoint.labels, None), dirty);
+                self.mark_ports(
+                    policies::targets_of_labels(view, &key.namespace, &entry.endpoint.labels, None),
+                    dirty,
+                );
                 dirty.workloads.insert(WorkloadSource::WorkloadEntry(key));
             }
             Object::ServiceEntry(entry) => {
                 if let Some(selector) = &entry.selector {
                     let wanted = |labels: &BTreeMap<String, String>| selector.matches(labels);
-                    dirty.workloads.extend(policies::workloads_in(view, Some(&key.namespace), wanted));
+                    dirty.workloads.extend(policies::workloads_in(
+                        view,
+                        Some(&key.namespace),
+                        wanted,
+                    ));
                 }
                 self.mark_ports([Target::ServiceEntry(key.clone())], dirty);
                 dirty.workloads.insert(WorkloadSource::ServiceEntry(key.clone()));
@@ -414,7 +463,10 @@ impl Index {
                 };
                 dirty.workloads.extend(policies::workloads_in(view, scope, wanted));
                 // What UNSET inherits decides what the selecting objects below become.
-                let below = objects.peers.keys().filter(|peer| everywhere || peer.namespace == key.namespace);
+                let below = objects
+                    .peers
+                    .keys()
+                    .filter(|peer| everywhere || peer.namespace == key.namespace);
                 dirty.policies.extend(below.cloned().map(PolicySource::Peer));
                 dirty.policies.insert(PolicySource::Peer(key));
             }
@@ -461,7 +513,8 @@ impl Index {
         self.settle_workloads(dirty.workloads, &mut delta);
         self.settle_policies(dirty.policies, &mut delta);
         for name in dirty.namespaces {
-            let new = self.objects.namespaces.get(&name).and_then(|namespace| namespace.unknown_egress);
+            let new =
+                self.objects.namespaces.get(&name).and_then(|namespace| namespace.unknown_egress);
             let old = match new {
                 Some(new) => self.egress.insert(name.clone(), new),
                 None => self.egress.remove(&name),
@@ -476,12 +529,14 @@ impl Index {
     fn settle_vips(&mut self, dirty: &mut Dirty) {
         let entries = self.objects.service_entries.values().flat_map(|entry| &entry.addresses);
         let cluster = self.objects.services.values().flat_map(|service| &service.cluster_ips);
-        let reserved: BTreeSet<IpAddr> = entries.chain(cluster).copied().filter(|ip| vip::is_assignable(*ip)).collect();
+        let reserved: BTreeSet<IpAddr> =
+            entries.chain(cluster).copied().filter(|ip| vip::is_assignable(*ip)).collect();
         let hosts = services::hosts_to_allocate(&self.objects);
         let assigned = vip::assign(hosts.iter(), &reserved);
         for (key, entry) in &self.objects.service_entries {
             let moved = entry.hosts.iter().any(|host| {
-                let host = NamespacedHostname { namespace: key.namespace.clone(), hostname: host.clone() };
+                let host =
+                    NamespacedHostname { namespace: key.namespace.clone(), hostname: host.clone() };
                 assigned.get(&host) != self.vips.get(&host)
             });
             if moved {
@@ -545,7 +600,8 @@ impl Index {
         for source in sources {
             let (workloads, pod) = self.compute(&source);
             self.settle_pod(&source, pod, delta);
-            let uids: Vec<WorkloadUid> = workloads.iter().map(|workload| workload.uid.clone()).collect();
+            let uids: Vec<WorkloadUid> =
+                workloads.iter().map(|workload| workload.uid.clone()).collect();
             for old in self.workloads_of.remove(&source).unwrap_or_default() {
                 if !uids.contains(&old) && self.workloads.remove(&old).is_some() {
                     delta.removed_workloads.push(old);
@@ -583,7 +639,8 @@ impl Index {
                     return (Vec::new(), None);
                 };
                 let ambient = pods::is_ambient_entry(view, entry);
-                let hbone = self.enrolment.is_hbone_entry(key, &entry.meta.uid, &entry.node, ambient);
+                let hbone =
+                    self.enrolment.is_hbone_entry(key, &entry.meta.uid, &entry.node, ambient);
                 let workload = workloads::of_workload_entry(view, key, hbone);
                 (workload.into_iter().collect(), pods::of_entry(view, key, entry, ambient))
             }

@@ -1,2 +1,96 @@
-//! To be written.
-fn main() {}
+//! `culvert-controller`: parse, build, run, drain.
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use mesh_controller::ca::authority::Authority;
+use mesh_controller::ca::tokens::Tokens;
+use mesh_controller::cli::{CaCommand, Cli, Command, RunArgs, TokenCommand};
+use mesh_controller::run::Controller;
+use mesh_controller::state_dir::StateDir;
+use mesh_runtime::{Drain, FlowMeterConfig, LogConfig, Logging, Metrics};
+use mesh_telemetry::LogFormat;
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Run(args) => run(*args),
+        Command::Token(TokenCommand::Create { node, ttl, state_dir }) => {
+            open(&state_dir).and_then(|files| {
+                let token = Tokens::open(files)?.create(&node, ttl, SystemTime::now())?;
+                say(&token)
+            })
+        }
+        Command::Ca(command) => ca(command),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&format!("culvert-controller: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: RunArgs) -> Result<()> {
+    let format = if args.log_json { LogFormat::Json } else { LogFormat::Text };
+    let log = LogConfig { filter: args.log.clone(), format, ..LogConfig::default() };
+    let logging = Logging::start(&log, io::stderr()).context("--log")?;
+    let metrics = Metrics::install(
+        "culvert-controller",
+        env!("CARGO_PKG_VERSION"),
+        FlowMeterConfig::default(),
+        Some(logging.handle()),
+    )?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("runtime")?;
+    let outcome = runtime.block_on(async {
+        let (trigger, drain) = Drain::new();
+        let controller = Controller::start(args, &drain).await?;
+        controller.serve_admin(metrics, logging.handle(), &drain).await?;
+        tracing::info!(address = %controller.local_addr()?, "listening for agents");
+        tokio::select! {
+            outcome = controller.serve(drain) => outcome,
+            signals = trigger.begin_on_signals() => signals.context("signals"),
+        }
+    });
+    runtime.shutdown_background();
+    outcome
+}
+
+fn ca(command: CaCommand) -> Result<()> {
+    let now = SystemTime::now();
+    match command {
+        CaCommand::RotateRoot { overlap, state_dir } => {
+            Authority::open_existing(open(&state_dir)?, now)?.rotate_root(overlap, now)?;
+            say("the new root is believed at once and signs after the overlap")
+        }
+        CaCommand::Revoke { serial, state_dir } => {
+            Authority::open_existing(open(&state_dir)?, now)?.revoke(&serial, now)?;
+            say("revoked")
+        }
+        CaCommand::Root { state_dir, trust_domain } => {
+            let authority = Authority::open(open(&state_dir)?, &trust_domain, now)?;
+            say(authority.root_bundle_pem().trim_end())
+        }
+    }
+}
+
+fn open(state_dir: &Path) -> Result<StateDir> {
+    StateDir::open(state_dir).with_context(|| format!("state directory {}", state_dir.display()))
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the last step of commands that can fail")]
+#[expect(clippy::print_stdout, reason = "the command's answer")]
+fn say(text: &str) -> Result<()> {
+    println!("{text}");
+    Ok(())
+}
+
+#[expect(clippy::print_stderr, reason = "there is no log yet, or it is gone")]
+fn complain(text: &str) {
+    eprintln!("{text}");
+}

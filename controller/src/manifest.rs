@@ -76,7 +76,9 @@ impl Kind {
     /// The versions that are read, newest first.
     const fn versions(self) -> &'static [&'static str] {
         match self {
-            Self::Namespace | Self::Node | Self::Pod | Self::ServiceAccount | Self::Service => &["v1"],
+            Self::Namespace | Self::Node | Self::Pod | Self::ServiceAccount | Self::Service => {
+                &["v1"]
+            }
             Self::EndpointSlice => &["v1", "v1beta1"],
             Self::WorkloadEntry | Self::ServiceEntry => &["v1", "v1beta1", "v1alpha3"],
             Self::AuthorizationPolicy | Self::PeerAuthentication => &["v1", "v1beta1"],
@@ -233,7 +235,9 @@ pub fn objects(value: &Value) -> Vec<(Vec<Segment>, Parsed)> {
     items
         .iter()
         .enumerate()
-        .map(|(index, item)| (vec![Segment::Key("items".into()), Segment::Index(index)], object(item)))
+        .map(|(index, item)| {
+            (vec![Segment::Key("items".into()), Segment::Index(index)], object(item))
+        })
         .collect()
 }
 
@@ -245,7 +249,11 @@ pub fn object(value: &Value) -> Parsed {
         Err(reason) => return Parsed::Refused { key: None, reason },
     };
     let (Some(api_version), Some(kind_name)) = (header.api_version, header.kind) else {
-        let reason = InvalidField::new("", "no apiVersion or kind", "this is no manifest; add both or move it away");
+        let reason = InvalidField::new(
+            "",
+            "no apiVersion or kind",
+            "this is no manifest; add both or move it away",
+        );
         return Parsed::Refused { key: None, reason };
     };
     let Some(kind) = Kind::of(&api_version, &kind_name) else {
@@ -254,7 +262,11 @@ pub fn object(value: &Value) -> Parsed {
     let meta = header.metadata;
     let key = meta.name().map(|name| ObjectKey {
         kind,
-        namespace: if kind.namespaced() { meta.namespace().unwrap_or("default").into() } else { "".into() },
+        namespace: if kind.namespaced() {
+            meta.namespace().unwrap_or("default").into()
+        } else {
+            "".into()
+        },
         name: name.into(),
     });
     let version = api_version.rsplit('/').next().unwrap_or_default();
@@ -278,22 +290,24 @@ fn body(kind: Kind, meta: Metadata, value: &Value) -> Result<Object, InvalidFiel
         Kind::Node => Object::Node(Arc::new(Node::parse(meta))),
         Kind::ServiceAccount => Object::ServiceAccount(Arc::new(ServiceAccount { meta })),
         Kind::Pod => Object::Pod(Arc::new(decode::<pod::RawPod>(value)?.parse(meta)?)),
-        Kind::Service => Object::Service(Arc::new(decode::<service::RawService>(value)?.parse(meta)?)),
-        Kind::EndpointSlice => {
-            Object::EndpointSlice(Arc::new(decode::<service::RawEndpointSlice>(value)?.parse(meta)?))
+        Kind::Service => {
+            Object::Service(Arc::new(decode::<service::RawService>(value)?.parse(meta)?))
         }
-        Kind::WorkloadEntry => {
-            Object::WorkloadEntry(Arc::new(decode::<service_entry::RawWorkloadEntry>(value)?.parse(meta)?))
-        }
-        Kind::ServiceEntry => {
-            Object::ServiceEntry(Arc::new(decode::<service_entry::RawServiceEntry>(value)?.parse(meta)?))
-        }
-        Kind::AuthorizationPolicy => {
-            Object::AuthorizationPolicy(Arc::new(decode::<policy::RawAuthorizationPolicy>(value)?.parse(meta)?))
-        }
-        Kind::PeerAuthentication => {
-            Object::PeerAuthentication(Arc::new(decode::<policy::RawPeerAuthentication>(value)?.parse(meta)?))
-        }
+        Kind::EndpointSlice => Object::EndpointSlice(Arc::new(
+            decode::<service::RawEndpointSlice>(value)?.parse(meta)?,
+        )),
+        Kind::WorkloadEntry => Object::WorkloadEntry(Arc::new(
+            decode::<service_entry::RawWorkloadEntry>(value)?.parse(meta)?,
+        )),
+        Kind::ServiceEntry => Object::ServiceEntry(Arc::new(
+            decode::<service_entry::RawServiceEntry>(value)?.parse(meta)?,
+        )),
+        Kind::AuthorizationPolicy => Object::AuthorizationPolicy(Arc::new(
+            decode::<policy::RawAuthorizationPolicy>(value)?.parse(meta)?,
+        )),
+        Kind::PeerAuthentication => Object::PeerAuthentication(Arc::new(
+            decode::<policy::RawPeerAuthentication>(value)?.parse(meta)?,
+        )),
     })
 }
 

@@ -63,7 +63,10 @@ pub(super) fn origin(policy: &AuthorizationPolicy) -> PolicyOrigin {
 pub(super) fn policy(policy: &AuthorizationPolicy, root_namespace: &str) -> (Policy, Vec<String>) {
     let Converted { rules, notes } = convert(policy);
     let built = Policy {
-        name: PolicyName { namespace: policy.meta.namespace.clone(), name: policy.meta.name.clone() },
+        name: PolicyName {
+            namespace: policy.meta.namespace.clone(),
+            name: policy.meta.name.clone(),
+        },
         origin: origin(policy),
         scope: scope(policy, root_namespace),
         action: action(policy),
@@ -100,7 +103,11 @@ pub(super) fn convert(policy: &AuthorizationPolicy) -> Converted {
             }
             PolicyAction::Deny | PolicyAction::Custom => {
                 let rule = widened_rule(rule);
-                let effect = if rule.clauses.is_empty() { "denies everything it selects" } else { "denies more than written" };
+                let effect = if rule.clauses.is_empty() {
+                    "denies everything it selects"
+                } else {
+                    "denies more than written"
+                };
                 converted.notes.push(format!(
                     "rule {index} {effect}: {l7} can only be judged by a waypoint, and none is bound"
                 ));
@@ -136,7 +143,9 @@ fn strict_rule(rule: &PolicyRule) -> Rule {
     if !rule.from.is_empty() {
         clauses.push(Clause { matches: rule.from.iter().map(source_match).collect() });
     }
-    clauses.extend(rule.when.iter().filter_map(condition_match).map(|only| Clause { matches: vec![only] }));
+    clauses.extend(
+        rule.when.iter().filter_map(condition_match).map(|only| Clause { matches: vec![only] }),
+    );
     Rule { clauses }
 }
 
@@ -178,15 +187,21 @@ fn source_match(source: &Source) -> Match {
 fn condition_match(condition: &Condition) -> Option<Match> {
     let blank = Match::default();
     Some(match condition {
-        Condition::SourceIp(blocks) => {
-            Match { source_ips: blocks.any_of.clone(), not_source_ips: blocks.none_of.clone(), ..blank }
-        }
-        Condition::DestinationIp(blocks) => {
-            Match { destination_ips: blocks.any_of.clone(), not_destination_ips: blocks.none_of.clone(), ..blank }
-        }
-        Condition::DestinationPort(ports) => {
-            Match { destination_ports: ports.any_of.clone(), not_destination_ports: ports.none_of.clone(), ..blank }
-        }
+        Condition::SourceIp(blocks) => Match {
+            source_ips: blocks.any_of.clone(),
+            not_source_ips: blocks.none_of.clone(),
+            ..blank
+        },
+        Condition::DestinationIp(blocks) => Match {
+            destination_ips: blocks.any_of.clone(),
+            not_destination_ips: blocks.none_of.clone(),
+            ..blank
+        },
+        Condition::DestinationPort(ports) => Match {
+            destination_ports: ports.any_of.clone(),
+            not_destination_ports: ports.none_of.clone(),
+            ..blank
+        },
         Condition::Namespace(names) => {
             let (namespaces, not_namespaces) = strings(names);
             Match { namespaces, not_namespaces, ..blank }
@@ -238,7 +253,8 @@ fn accounts(twin: &Twin<(String, String)>) -> (Vec<ServiceAccountMatch>, Vec<Ser
 
 /// Adds "on one of these ports" to each rule.
 pub(super) fn on_ports(rules: Vec<Rule>, ports: &[u16]) -> Vec<Rule> {
-    let only = Clause { matches: vec![Match { destination_ports: ports.to_vec(), ..Match::default() }] };
+    let only =
+        Clause { matches: vec![Match { destination_ports: ports.to_vec(), ..Match::default() }] };
     rules
         .into_iter()
         .map(|rule| Rule { clauses: [only.clone()].into_iter().chain(rule.clauses).collect() })
@@ -263,8 +279,11 @@ pub(super) fn negate(rules: &[Rule]) -> Option<Vec<Rule>> {
                 if next.len() >= MAX_NEGATED_RULES {
                     return None;
                 }
-                let opposites = clause.matches.iter().map(opposite).filter(|clause| !clause.matches.is_empty());
-                next.push(Rule { clauses: partial.clauses.iter().cloned().chain(opposites).collect() });
+                let opposites =
+                    clause.matches.iter().map(opposite).filter(|clause| !clause.matches.is_empty());
+                next.push(Rule {
+                    clauses: partial.clauses.iter().cloned().chain(opposites).collect(),
+                });
             }
         }
         negated = next;
@@ -276,9 +295,20 @@ pub(super) fn negate(rules: &[Rule]) -> Option<Vec<Rule>> {
 fn opposite(one: &Match) -> Clause {
     let blank = Match::default;
     let Match {
-        namespaces, not_namespaces, principals, not_principals, source_ips, not_source_ips,
-        destination_ips, not_destination_ips, destination_ports, not_destination_ports,
-        service_accounts, not_service_accounts, trust_domains, not_trust_domains,
+        namespaces,
+        not_namespaces,
+        principals,
+        not_principals,
+        source_ips,
+        not_source_ips,
+        destination_ips,
+        not_destination_ips,
+        destination_ports,
+        not_destination_ports,
+        service_accounts,
+        not_service_accounts,
+        trust_domains,
+        not_trust_domains,
     } = one.clone();
     let matches = [
         Match { not_namespaces: namespaces, ..blank() },
@@ -314,7 +344,9 @@ pub(super) fn target_allow(
         notes.extend(converted.notes);
     }
     let negated = negate(&rules).unwrap_or_else(|| {
-        notes.push(format!("its rules need more than {MAX_NEGATED_RULES} at L4: the target's ports are closed"));
+        notes.push(format!(
+            "its rules need more than {MAX_NEGATED_RULES} at L4: the target's ports are closed"
+        ));
         vec![Rule { clauses: Vec::new() }]
     });
     let origin = match policies {
@@ -322,7 +354,12 @@ pub(super) fn target_allow(
         [..] => PolicyOrigin {
             kind: PolicyKind::AuthorizationPolicy,
             namespace: name.namespace.clone(),
-            name: policies.iter().map(|policy| &*policy.meta.name).collect::<Vec<_>>().join("+").into(),
+            name: policies
+                .iter()
+                .map(|policy| &*policy.meta.name)
+                .collect::<Vec<_>>()
+                .join("+")
+                .into(),
         },
     };
     let policy = Policy {
@@ -356,11 +393,18 @@ pub(super) fn target_policy(
 
 /// Name of the policy that [`target_allow`] makes. The underscore keeps it apart from every object's name.
 pub(super) fn target_allow_name(target: &Key, kind: &str) -> PolicyName {
-    PolicyName { namespace: target.namespace.clone(), name: format!("allow_{kind}_{}", target.name).into() }
+    PolicyName {
+        namespace: target.namespace.clone(),
+        name: format!("allow_{kind}_{}", target.name).into(),
+    }
 }
 
 /// Name of the policy of one object at one target.
-pub(super) fn target_policy_name(policy: &AuthorizationPolicy, target: &Key, kind: &str) -> PolicyName {
+pub(super) fn target_policy_name(
+    policy: &AuthorizationPolicy,
+    target: &Key,
+    kind: &str,
+) -> PolicyName {
     PolicyName {
         namespace: target.namespace.clone(),
         name: format!("{}_{kind}_{}", policy.meta.name, target.name).into(),

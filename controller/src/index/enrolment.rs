@@ -56,7 +56,9 @@ impl Enrolment {
                     .pods
                     .iter()
                     .chain(&self.entries)
-                    .filter(|(key, one)| one.state == State::Joining && one.node == node && keys.contains(*key))
+                    .filter(|(key, one)| {
+                        one.state == State::Joining && one.node == node && keys.contains(*key)
+                    })
                     .map(|(key, _)| key.clone())
                     .collect();
                 self.enrolled.insert(node, keys);
@@ -66,14 +68,26 @@ impl Enrolment {
     }
 
     /// Decides about a pod as it is now. `ambient`: it is selected.
-    pub(super) fn is_hbone(&mut self, key: &Key, uid: &Arc<str>, node: &Arc<str>, ambient: bool) -> bool {
+    pub(super) fn is_hbone(
+        &mut self,
+        key: &Key,
+        uid: &Arc<str>,
+        node: &Arc<str>,
+        ambient: bool,
+    ) -> bool {
         let state = self.next(self.pods.get(key), key, uid, node, ambient);
         self.pods.insert(key.clone(), Tracked { uid: uid.clone(), state, node: node.clone() });
         state == State::Tunnelled
     }
 
     /// Decides about a WorkloadEntry as it is now.
-    pub(super) fn is_hbone_entry(&mut self, key: &Key, uid: &Arc<str>, node: &Arc<str>, ambient: bool) -> bool {
+    pub(super) fn is_hbone_entry(
+        &mut self,
+        key: &Key,
+        uid: &Arc<str>,
+        node: &Arc<str>,
+        ambient: bool,
+    ) -> bool {
         let state = self.next(self.entries.get(key), key, uid, node, ambient);
         self.entries.insert(key.clone(), Tracked { uid: uid.clone(), state, node: node.clone() });
         state == State::Tunnelled
@@ -89,7 +103,14 @@ impl Enrolment {
         self.entries.remove(key);
     }
 
-    fn next(&self, known: Option<&Tracked>, key: &Key, uid: &Arc<str>, node: &Arc<str>, ambient: bool) -> State {
+    fn next(
+        &self,
+        known: Option<&Tracked>,
+        key: &Key,
+        uid: &Arc<str>,
+        node: &Arc<str>,
+        ambient: bool,
+    ) -> State {
         if !ambient {
             return State::Plain;
         }

@@ -143,7 +143,11 @@ impl Objects {
 
     /// The slices of a service.
     pub(super) fn slices_of(&self, service: &Key) -> impl Iterator<Item = &Arc<EndpointSlice>> {
-        self.slices_by_service.get(service).into_iter().flatten().filter_map(|key| self.slices.get(key))
+        self.slices_by_service
+            .get(service)
+            .into_iter()
+            .flatten()
+            .filter_map(|key| self.slices.get(key))
     }
 
     /// True when the service's endpoints are given by slices, so that its selector is not consulted for pods.

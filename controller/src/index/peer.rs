@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use mesh_authorize::{
-    Action, Clause, Match, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, Rule, StringMatch,
+    Action, Clause, Match, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, Rule,
+    StringMatch,
 };
 
 use super::objects::{Objects, in_namespace};
@@ -20,7 +21,10 @@ pub(super) struct NamespaceLevel<'o> {
 }
 
 /// The oldest object of a namespace without a selector.
-pub(super) fn oldest_of<'o>(objects: &'o Objects, namespace: &'o str) -> Option<&'o Arc<PeerAuthentication>> {
+pub(super) fn oldest_of<'o>(
+    objects: &'o Objects,
+    namespace: &'o str,
+) -> Option<&'o Arc<PeerAuthentication>> {
     in_namespace(&objects.peers, namespace)
         .map(|(_, peer)| peer)
         .filter(|peer| peer.selector.is_none())
@@ -28,7 +32,11 @@ pub(super) fn oldest_of<'o>(objects: &'o Objects, namespace: &'o str) -> Option<
 }
 
 /// What holds for a namespace's workloads that no object selects.
-pub(super) fn namespace_level<'o>(objects: &'o Objects, namespace: &'o str, root: &'o str) -> NamespaceLevel<'o> {
+pub(super) fn namespace_level<'o>(
+    objects: &'o Objects,
+    namespace: &'o str,
+    root: &'o str,
+) -> NamespaceLevel<'o> {
     let object = [namespace, root]
         .into_iter()
         .filter_map(|level| oldest_of(objects, level))

@@ -56,7 +56,12 @@ pub(super) fn is_ambient_pod(view: View<'_>, pod: &Pod) -> bool {
 pub(super) fn is_ambient_entry(view: View<'_>, entry: &WorkloadEntry) -> bool {
     let label = |key: &str| entry.endpoint.labels.get(key).map(String::as_str);
     !entry.node.is_empty()
-        && is_selected(view, &entry.meta, label("culvert.dev/dataplane-mode"), label("istio.io/dataplane-mode"))
+        && is_selected(
+            view,
+            &entry.meta,
+            label("culvert.dev/dataplane-mode"),
+            label("istio.io/dataplane-mode"),
+        )
 }
 
 fn is_selected(view: View<'_>, meta: &Metadata, ours: Option<&str>, twin: Option<&str>) -> bool {
@@ -66,7 +71,8 @@ fn is_selected(view: View<'_>, meta: &Metadata, ours: Option<&str>, twin: Option
     }
     let own = ours.or_else(|| twin.filter(|_| settings.istio_labels));
     let namespace = view.objects.namespaces.get(&meta.namespace);
-    let inherited = || namespace.and_then(|namespace| settings.mesh_label(&namespace.meta, "dataplane-mode"));
+    let inherited =
+        || namespace.and_then(|namespace| settings.mesh_label(&namespace.meta, "dataplane-mode"));
     // A value that is neither says nothing about the pod, and its namespace decides.
     match own.filter(|mode| matches!(*mode, "ambient" | "none")).or_else(inherited) {
         Some(mode) => mode == "ambient",
@@ -89,7 +95,12 @@ pub(super) fn of_pod(view: View<'_>, key: &Key, pod: &Pod, ambient: bool) -> Opt
 }
 
 /// The settings of a WorkloadEntry that is bound to a node.
-pub(super) fn of_entry(view: View<'_>, key: &Key, entry: &WorkloadEntry, ambient: bool) -> Option<PodSettings> {
+pub(super) fn of_entry(
+    view: View<'_>,
+    key: &Key,
+    entry: &WorkloadEntry,
+    ambient: bool,
+) -> Option<PodSettings> {
     (!entry.node.is_empty()).then(|| PodSettings {
         uid: entry_uid(key, view.settings),
         pod_uid: entry.meta.uid.clone(),

@@ -79,7 +79,10 @@ pub(super) fn of_workload(
     let root = &view.settings.root_namespace;
     let mut names: BTreeSet<Arc<str>> = BTreeSet::new();
     let namespaces: BTreeSet<&str> = [namespace, root].into();
-    for (_, policy) in namespaces.into_iter().flat_map(|namespace| in_namespace(&view.objects.authorizations, namespace)) {
+    for (_, policy) in namespaces
+        .into_iter()
+        .flat_map(|namespace| in_namespace(&view.objects.authorizations, namespace))
+    {
         let selected = policy.selector.as_ref().is_some_and(|selector| selector.matches(labels));
         if selected && policy.targets.is_empty() {
             names.insert(format!("{}/{}", policy.meta.namespace, policy.meta.name).into());
@@ -143,7 +146,8 @@ pub(super) fn members(view: View<'_>, target: &Target) -> BTreeSet<WorkloadSourc
     }
     let Some(selector) = selector else { return members };
     if pods_too {
-        let pods = in_namespace(&objects.pods, &key.namespace).filter(|(_, pod)| selector.matches(&pod.meta.labels));
+        let pods = in_namespace(&objects.pods, &key.namespace)
+            .filter(|(_, pod)| selector.matches(&pod.meta.labels));
         members.extend(pods.map(|(key, _)| WorkloadSource::Pod(key.clone())));
     }
     let entries = in_namespace(&objects.workload_entries, &key.namespace)
@@ -208,7 +212,8 @@ pub(super) fn policies_of(view: View<'_>, source: &PolicySource) -> Vec<Policy> 
             peer::policy(object, level.strict, root).into_iter().collect()
         }
         PolicySource::TargetAllow(target) => {
-            let allow: Vec<_> = attached(view, target).into_iter().filter(|policy| joins_others(policy)).collect();
+            let allow: Vec<_> =
+                attached(view, target).into_iter().filter(|policy| joins_others(policy)).collect();
             if allow.is_empty() {
                 return Vec::new();
             }
@@ -226,10 +231,13 @@ pub(super) fn policies_of(view: View<'_>, source: &PolicySource) -> Vec<Policy> 
             Target::of(object)
                 .filter(|target| !behind_waypoint(view, target))
                 .map(|target| {
-                    let name = authorization::target_policy_name(object, target.key(), target.kind());
+                    let name =
+                        authorization::target_policy_name(object, target.key(), target.kind());
                     let ports = target_ports(view, &target);
                     match object.action {
-                        PolicyAction::Allow => authorization::target_allow(name, &[object], &ports, true).0,
+                        PolicyAction::Allow => {
+                            authorization::target_allow(name, &[object], &ports, true).0
+                        }
                         PolicyAction::Deny | PolicyAction::Audit | PolicyAction::Custom => {
                             authorization::target_policy(name, object, &ports).0
                         }
@@ -270,7 +278,10 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
         } else if behind_waypoint(view, &target) {
             places.push(format!("the waypoint of {} {key}", target.kind()));
         } else if members(view, &target).is_empty() {
-            notes.push(format!("target {} {key} has no workload in the mesh to enforce it at", target.kind()));
+            notes.push(format!(
+                "target {} {key} has no workload in the mesh to enforce it at",
+                target.kind()
+            ));
         } else {
             let ports = target_ports(view, &target);
             if ports.is_empty() {
@@ -281,7 +292,9 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
     }
     for target in &policy.targets {
         if let PolicyTarget::Gateway(kind, name) = target {
-            notes.push(format!("target {kind} {name} is not part of this mesh; nothing enforces it there"));
+            notes.push(format!(
+                "target {kind} {name} is not part of this mesh; nothing enforces it there"
+            ));
         }
     }
     if policy.dry_run {
@@ -291,7 +304,10 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
 }
 
 /// How a PeerAuthentication is enforced.
-pub(super) fn peer_status(view: View<'_>, object: &crate::manifest::PeerAuthentication) -> PolicyStatus {
+pub(super) fn peer_status(
+    view: View<'_>,
+    object: &crate::manifest::PeerAuthentication,
+) -> PolicyStatus {
     let root = &view.settings.root_namespace;
     let namespace = &object.meta.namespace;
     let mut notes = Vec::new();
@@ -318,7 +334,9 @@ pub(super) fn peer_status(view: View<'_>, object: &crate::manifest::PeerAuthenti
 pub(super) fn selected(view: View<'_>, policy: &AuthorizationPolicy) -> Vec<WorkloadSource> {
     let Some(selector) = policy.selector.as_ref() else { return Vec::new() };
     let everywhere = *policy.meta.namespace == *view.settings.root_namespace;
-    workloads_in(view, if everywhere { None } else { Some(&policy.meta.namespace) }, |labels| selector.matches(labels))
+    workloads_in(view, if everywhere { None } else { Some(&policy.meta.namespace) }, |labels| {
+        selector.matches(labels)
+    })
 }
 
 /// Pods and WorkloadEntries of a namespace, or of all, whose labels satisfy `wanted`.
@@ -357,7 +375,9 @@ pub(super) fn targets_of_labels(
         .filter(|(_, service)| selects(service, labels))
         .map(|(key, _)| Target::Service(key.clone()));
     let entries = in_namespace(&objects.service_entries, namespace)
-        .filter(|(_, entry)| entry.selector.as_ref().is_some_and(|selector| selector.matches(labels)))
+        .filter(|(_, entry)| {
+            entry.selector.as_ref().is_some_and(|selector| selector.matches(labels))
+        })
         .map(|(key, _)| Target::ServiceEntry(key.clone()));
     let slices = pod
         .and_then(|pod| objects.slices_by_pod.get(pod))

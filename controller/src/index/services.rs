@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_model::{
-    GatewayAddress, GatewayDestination, HealthPolicy, LoadBalancing, LoadBalancingMode, NamespacedHostname,
-    NetworkAddress, NetworkId, Scope, Service, ServicePort,
+    GatewayAddress, GatewayDestination, HealthPolicy, LoadBalancing, LoadBalancingMode,
+    NamespacedHostname, NetworkAddress, NetworkId, Scope, Service, ServicePort,
 };
 
+use super::IndexSettings;
 use super::objects::{Key, Objects};
 use super::vip::Vips;
-use super::IndexSettings;
 use crate::manifest::metadata::Metadata;
 use crate::manifest::service::{Distribution, Port, TRAFFIC_DISTRIBUTION, TargetPort};
 use crate::manifest::service_entry::Resolution;
@@ -36,9 +36,12 @@ pub(super) fn services_of(
     settings: &IndexSettings,
 ) -> Vec<Service> {
     match source {
-        ServiceSource::Service(key) => {
-            objects.services.get(key).and_then(|_| kubernetes_service(key, objects, settings)).into_iter().collect()
-        }
+        ServiceSource::Service(key) => objects
+            .services
+            .get(key)
+            .and_then(|_| kubernetes_service(key, objects, settings))
+            .into_iter()
+            .collect(),
         ServiceSource::ServiceEntry(key) => service_entry(key, objects, vips, settings),
     }
 }
@@ -70,7 +73,12 @@ fn kubernetes_service(key: &Key, objects: &Objects, settings: &IndexSettings) ->
 }
 
 fn namespace_distribution(objects: &Objects, namespace: &str) -> Option<Distribution> {
-    objects.namespaces.get(namespace)?.meta.annotation(TRAFFIC_DISTRIBUTION).map(Distribution::parse)
+    objects
+        .namespaces
+        .get(namespace)?
+        .meta
+        .annotation(TRAFFIC_DISTRIBUTION)
+        .map(Distribution::parse)
 }
 
 fn preference(distribution: Option<Distribution>) -> LoadBalancing {
@@ -141,16 +149,20 @@ fn ports(ports: &[Port]) -> Vec<ServicePort> {
 
 /// The hosts of a ServiceEntry that need addresses of their own.
 pub(super) fn hosts_to_allocate(objects: &Objects) -> Vec<NamespacedHostname> {
-    let needing = objects
-        .service_entries
-        .iter()
-        .filter(|(_, object)| object.allocate && object.addresses.is_empty() && object.cidrs.is_empty());
+    let needing = objects.service_entries.iter().filter(|(_, object)| {
+        object.allocate && object.addresses.is_empty() && object.cidrs.is_empty()
+    });
     let mut hosts: Vec<_> = needing
         .flat_map(|(key, object)| object.hosts.iter().map(move |host| (key, host)))
         .filter(|(_, host)| !host.starts_with("*."))
-        .map(|(key, host)| NamespacedHostname { namespace: key.namespace.clone(), hostname: host.clone() })
+        .map(|(key, host)| NamespacedHostname {
+            namespace: key.namespace.clone(),
+            hostname: host.clone(),
+        })
         .collect();
-    hosts.sort_by(|left, right| (&left.namespace, &left.hostname).cmp(&(&right.namespace, &right.hostname)));
+    hosts.sort_by(|left, right| {
+        (&left.namespace, &left.hostname).cmp(&(&right.namespace, &right.hostname))
+    });
     hosts.dedup();
     hosts
 }
@@ -172,7 +184,10 @@ pub(super) fn waypoint(
     if name == "none" || name.is_empty() {
         return None;
     }
-    let gateway = Key::new(settings.mesh_label(carrier, "use-waypoint-namespace").unwrap_or(&key.namespace), name);
+    let gateway = Key::new(
+        settings.mesh_label(carrier, "use-waypoint-namespace").unwrap_or(&key.namespace),
+        name,
+    );
     // A waypoint does not stand behind itself.
     if gateway == *key {
         return None;

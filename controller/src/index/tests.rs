@@ -1,7 +1,9 @@
 use std::collections::BTreeMap;
 
 use mesh_authorize::{Action, PolicyScope};
-use mesh_model::{HealthPolicy, HealthStatus, LoadBalancingMode, NetworkMode, TunnelProtocol, Visibility};
+use mesh_model::{
+    HealthPolicy, HealthStatus, LoadBalancingMode, NetworkMode, TunnelProtocol, Visibility,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -27,7 +29,11 @@ fn index_of(manifests: &str) -> Index {
 
 fn workload(index: &Index, uid: &str) -> Arc<Workload> {
     let all: Vec<_> = index.workloads().map(|workload| workload.uid.to_string()).collect();
-    index.workloads.get(&WorkloadUid::new(uid)).unwrap_or_else(|| panic!("{uid} not in {all:?}")).clone()
+    index
+        .workloads
+        .get(&WorkloadUid::new(uid))
+        .unwrap_or_else(|| panic!("{uid} not in {all:?}"))
+        .clone()
 }
 
 fn service(index: &Index, namespace: &str, host: &str) -> Arc<Service> {
@@ -94,16 +100,25 @@ fn a_pod_becomes_a_workload() {
     let cart = workload(&index, CART);
     assert_eq!(cart.identity().unwrap().as_str(), "spiffe://cluster.local/ns/shop/sa/cart");
     assert_eq!(cart.tunnel_protocol, TunnelProtocol::Hbone);
-    assert_eq!((&*cart.workload_name, &*cart.canonical_name, &*cart.canonical_revision), ("cart", "cart", "latest"));
+    assert_eq!(
+        (&*cart.workload_name, &*cart.canonical_name, &*cart.canonical_revision),
+        ("cart", "cart", "latest")
+    );
     assert_eq!((&*cart.locality.region, &*cart.locality.zone), ("eu", "eu-1"));
     assert_eq!(cart.addresses.len(), 2);
     let key = NamespacedHostname::new("shop", "cart.shop.svc.cluster.local");
-    assert_eq!(cart.services[&key], [mesh_model::ServicePort { service_port: 80, target_port: 8080 }]);
+    assert_eq!(
+        cart.services[&key],
+        [mesh_model::ServicePort { service_port: 80, target_port: 8080 }]
+    );
     let found = service(&index, "shop", "cart.shop.svc.cluster.local");
     assert!(found.canonical && found.vips.len() == 2);
     assert_eq!(found.ports, [mesh_model::ServicePort { service_port: 80, target_port: 0 }]);
     let pod = index.pods().next().unwrap();
-    assert_eq!((pod.mode, pod.probe_ports.iter().copied().collect::<Vec<_>>()), (PodMode::Ambient, vec![8080, 9000, 9001]));
+    assert_eq!(
+        (pod.mode, pod.probe_ports.iter().copied().collect::<Vec<_>>()),
+        (PodMode::Ambient, vec![8080, 9000, 9001])
+    );
     assert!(index.runs_on("n1", &cart.identity().unwrap()));
     assert!(!index.runs_on("n2", &cart.identity().unwrap()));
     assert!(!index.runs_on("n1", &SpiffeId::new("other", "shop", "cart").unwrap()));
@@ -122,11 +137,16 @@ fn pods_join_by_label_only() {
     ];
     for (label, namespace, istio_labels, expected) in cases {
         let mut index = Index::new(IndexSettings { istio_labels, ..IndexSettings::default() });
-        let namespace = if namespace.is_empty() { String::new() } else { format!("culvert.dev/dataplane-mode: {namespace}") };
+        let namespace = if namespace.is_empty() {
+            String::new()
+        } else {
+            format!("culvert.dev/dataplane-mode: {namespace}")
+        };
         index.apply(upserts(&format!(
             "apiVersion: v1\nkind: Namespace\nmetadata: {{name: a, labels: {{{namespace}}}}}\n---\napiVersion: v1\nkind: Pod\nmetadata: {{name: p, namespace: a, labels: {{{label}}}}}\nspec: {{nodeName: n}}\nstatus: {{podIP: 10.0.0.1}}\n"
         )));
-        let hbone = workload(&index, "Kubernetes//Pod/a/p").tunnel_protocol == TunnelProtocol::Hbone;
+        let hbone =
+            workload(&index, "Kubernetes//Pod/a/p").tunnel_protocol == TunnelProtocol::Hbone;
         assert_eq!(hbone, expected, "{label} {namespace} {istio_labels}");
     }
 }
@@ -153,15 +173,23 @@ fn some_pods_are_never_captured() {
 #[test]
 fn a_running_pod_that_joins_is_announced_when_its_agent_reports_it() {
     let plain = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nspec: {nodeName: n}\nstatus: {podIP: 10.0.0.1}\n";
-    let joined = plain.replace("namespace: a}", "namespace: a, labels: {culvert.dev/dataplane-mode: ambient}}");
+    let joined = plain
+        .replace("namespace: a}", "namespace: a, labels: {culvert.dev/dataplane-mode: ambient}}");
     let uid = "Kubernetes//Pod/a/p";
     let hbone = |index: &Index| workload(index, uid).tunnel_protocol == TunnelProtocol::Hbone;
     let mut index = index_of(plain);
     index.report("n", NodeReport::Connected);
     index.apply(upserts(&joined));
     assert!(!hbone(&index), "nobody would answer the tunnel yet");
-    assert_eq!(index.pods().next().unwrap().mode, PodMode::Ambient, "the agent is asked to capture it");
-    assert!(index.report("m", NodeReport::Enrolled([Key::new("a", "p")].into())).is_empty(), "another node's word");
+    assert_eq!(
+        index.pods().next().unwrap().mode,
+        PodMode::Ambient,
+        "the agent is asked to capture it"
+    );
+    assert!(
+        index.report("m", NodeReport::Enrolled([Key::new("a", "p")].into())).is_empty(),
+        "another node's word"
+    );
     assert!(!index.report("n", NodeReport::Enrolled([Key::new("a", "p")].into())).is_empty());
     assert!(hbone(&index));
     index.report("n", NodeReport::Enrolled(BTreeSet::new()));
@@ -188,10 +216,12 @@ endpoints:
 - {addresses: [192.0.2.7], nodeName: n1}
 "#;
     let key = NamespacedHostname::new("shop", "cart.shop.svc.cluster.local");
-    let port = |index: &Index| workload(index, CART).services.get(&key).map(|ports| ports[0].target_port);
+    let port =
+        |index: &Index| workload(index, CART).services.get(&key).map(|ports| ports[0].target_port);
     index.apply(upserts(&slice.replace("READY", "true")));
     assert_eq!(port(&index), Some(8081));
-    let outside = workload(&index, "Kubernetes/discovery.k8s.io/EndpointSlice/shop/cart-1/192.0.2.7");
+    let outside =
+        workload(&index, "Kubernetes/discovery.k8s.io/EndpointSlice/shop/cart-1/192.0.2.7");
     assert_eq!(outside.network_mode, NetworkMode::HostNetwork);
     index.apply(upserts(&slice.replace("READY", "false")));
     assert_eq!(port(&index), None);
@@ -213,20 +243,34 @@ fn services_of_every_shape() {
     assert!(one("clusterIP: None").vips.is_empty());
     assert_eq!(one("internalTrafficPolicy: Local").load_balancing.mode, LoadBalancingMode::Strict);
     assert_eq!(one("trafficDistribution: PreferClose").load_balancing.routing_preference.len(), 3);
-    assert_eq!(one("trafficDistribution: PreferSameNode").load_balancing.routing_preference.len(), 5);
-    assert_eq!(one("publishNotReadyAddresses: true").load_balancing.health_policy, HealthPolicy::AllowAll);
+    assert_eq!(
+        one("trafficDistribution: PreferSameNode").load_balancing.routing_preference.len(),
+        5
+    );
+    assert_eq!(
+        one("publishNotReadyAddresses: true").load_balancing.health_policy,
+        HealthPolicy::AllowAll
+    );
     assert_eq!(one("ipFamilies: [IPv6]").ip_families, mesh_model::IpFamilies::Ipv6Only);
 }
 
 #[test]
 fn service_entries_of_every_resolution() {
-    let entry = |spec: &str| index_of(&format!(
-        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: e, namespace: a}}\nspec: {{hosts: [x.example.com], ports: [{{number: 443, name: tls, protocol: TLS, targetPort: 8443}}], {spec}}}"
-    ));
-    let none = service(&entry("addresses: [192.0.2.0/24, 198.51.100.1], resolution: NONE"), "a", "x.example.com");
+    let entry = |spec: &str| {
+        index_of(&format!(
+            "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: e, namespace: a}}\nspec: {{hosts: [x.example.com], ports: [{{number: 443, name: tls, protocol: TLS, targetPort: 8443}}], {spec}}}"
+        ))
+    };
+    let none = service(
+        &entry("addresses: [192.0.2.0/24, 198.51.100.1], resolution: NONE"),
+        "a",
+        "x.example.com",
+    );
     assert_eq!(none.load_balancing.mode, LoadBalancingMode::Passthrough);
     assert_eq!((none.vips.len(), none.cidr_vips.len()), (1, 1));
-    let fixed = entry("resolution: STATIC, exportTo: ['.'], endpoints: [{address: 10.1.1.1, ports: {tls: 9443}, weight: 3}, {address: 10.1.1.1}]");
+    let fixed = entry(
+        "resolution: STATIC, exportTo: ['.'], endpoints: [{address: 10.1.1.1, ports: {tls: 9443}, weight: 3}, {address: 10.1.1.1}]",
+    );
     assert_eq!(service(&fixed, "a", "x.example.com").visibility, Visibility::Namespace);
     assert_eq!(service(&fixed, "a", "x.example.com").vips.len(), 2, "both families are assigned");
     let first = workload(&fixed, "Kubernetes/networking.istio.io/ServiceEntry/a/e/10.1.1.1");
@@ -237,10 +281,21 @@ fn service_entries_of_every_resolution() {
     let dns = entry("resolution: DNS");
     let implied = workload(&dns, "Kubernetes/networking.istio.io/ServiceEntry/a/e/x.example.com");
     assert_eq!((&*implied.hostname, implied.addresses.len()), ("x.example.com", 0));
-    assert_eq!(service(&dns, "a", "x.example.com").vips, service(&entry("resolution: DNS"), "a", "x.example.com").vips);
-    let selecting = index_of(&format!("{}\n---\n{}", SHOP, "apiVersion: networking.istio.io/v1beta1\nkind: ServiceEntry\nmetadata: {name: e, namespace: shop}\nspec: {hosts: [c.example], resolution: STATIC, ports: [{number: 70, name: web}], workloadSelector: {labels: {app: cart}}}\n---\napiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: vm, namespace: shop, annotations: {culvert.dev/node: n1}}\nspec: {address: 10.7.0.1, labels: {app: cart}, serviceAccount: vm, ports: {web: 7070}}"));
+    assert_eq!(
+        service(&dns, "a", "x.example.com").vips,
+        service(&entry("resolution: DNS"), "a", "x.example.com").vips
+    );
+    let selecting = index_of(&format!(
+        "{}\n---\n{}",
+        SHOP,
+        "apiVersion: networking.istio.io/v1beta1\nkind: ServiceEntry\nmetadata: {name: e, namespace: shop}\nspec: {hosts: [c.example], resolution: STATIC, ports: [{number: 70, name: web}], workloadSelector: {labels: {app: cart}}}\n---\napiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: vm, namespace: shop, annotations: {culvert.dev/node: n1}}\nspec: {address: 10.7.0.1, labels: {app: cart}, serviceAccount: vm, ports: {web: 7070}}"
+    ));
     let key = NamespacedHostname::new("shop", "c.example");
-    assert_eq!(workload(&selecting, CART).services[&key][0].target_port, 8080, "the pod's port of that name");
+    assert_eq!(
+        workload(&selecting, CART).services[&key][0].target_port,
+        8080,
+        "the pod's port of that name"
+    );
     let vm = workload(&selecting, "Kubernetes/networking.istio.io/WorkloadEntry/shop/vm");
     assert_eq!(vm.services[&key][0].target_port, 7070);
     assert_eq!((vm.tunnel_protocol, vm.status), (TunnelProtocol::Hbone, HealthStatus::Healthy));
@@ -250,32 +305,59 @@ fn service_entries_of_every_resolution() {
 #[test]
 fn a_kubernetes_service_wins_over_an_entry_of_the_same_host() {
     let entry = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: NAME, namespace: NS, creationTimestamp: \"TIME\"}\nspec: {hosts: [cart.shop.svc.cluster.local], ports: [{number: 1}], resolution: STATIC}\n";
-    let of = |name: &str, namespace: &str, time: &str| entry.replace("NAME", name).replace("NS", namespace).replace("TIME", time);
-    let both = format!("{SHOP}\n---\n{}---\n{}", of("a", "shop", "2020-01-01T00:00:00Z"), of("b", "other", "2021-01-01T00:00:00Z"));
+    let of = |name: &str, namespace: &str, time: &str| {
+        entry.replace("NAME", name).replace("NS", namespace).replace("TIME", time)
+    };
+    let both = format!(
+        "{SHOP}\n---\n{}---\n{}",
+        of("a", "shop", "2020-01-01T00:00:00Z"),
+        of("b", "other", "2021-01-01T00:00:00Z")
+    );
     let index = index_of(&both);
     assert_eq!(&*service(&index, "shop", "cart.shop.svc.cluster.local").name, "cart");
     assert!(!service(&index, "other", "cart.shop.svc.cluster.local").canonical);
-    let entries = index_of(&format!("{}---\n{}", of("young", "shop", "2022-01-01T00:00:00Z"), of("old", "other", "2021-01-01T00:00:00Z")));
+    let entries = index_of(&format!(
+        "{}---\n{}",
+        of("young", "shop", "2022-01-01T00:00:00Z"),
+        of("old", "other", "2021-01-01T00:00:00Z")
+    ));
     assert!(service(&entries, "other", "cart.shop.svc.cluster.local").canonical);
     assert!(!service(&entries, "shop", "cart.shop.svc.cluster.local").canonical);
 }
 
 fn authorization(metadata: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{{metadata}}}\nspec: {{{spec}}}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{{metadata}}}\nspec: {{{spec}}}\n"
+    )
 }
 
 #[test]
 fn policies_get_their_scope() {
     let rules = "rules: [{from: [{source: {principals: [\"cluster.local/ns/a/*\"]}}]}]";
-    let index = index_of(&[
-        SHOP,
-        &authorization("name: mesh, namespace: istio-system", rules),
-        &authorization("name: all, namespace: shop", rules),
-        &authorization("name: cart, namespace: shop", &format!("selector: {{matchLabels: {{app: cart}}}}, {rules}")),
-        &authorization("name: other, namespace: shop", &format!("selector: {{matchLabels: {{app: other}}}}, {rules}")),
-        &authorization("name: everywhere, namespace: istio-system", &format!("selector: {{matchLabels: {{app: cart}}}}, {rules}")),
-        &authorization("name: dry, namespace: shop, annotations: {istio.io/dry-run: \"true\"}", "action: AUDIT, rules: [{}]"),
-    ].concat());
+    let index = index_of(
+        &[
+            SHOP,
+            &authorization("name: mesh, namespace: istio-system", rules),
+            &authorization("name: all, namespace: shop", rules),
+            &authorization(
+                "name: cart, namespace: shop",
+                &format!("selector: {{matchLabels: {{app: cart}}}}, {rules}"),
+            ),
+            &authorization(
+                "name: other, namespace: shop",
+                &format!("selector: {{matchLabels: {{app: other}}}}, {rules}"),
+            ),
+            &authorization(
+                "name: everywhere, namespace: istio-system",
+                &format!("selector: {{matchLabels: {{app: cart}}}}, {rules}"),
+            ),
+            &authorization(
+                "name: dry, namespace: shop, annotations: {istio.io/dry-run: \"true\"}",
+                "action: AUDIT, rules: [{}]",
+            ),
+        ]
+        .concat(),
+    );
     assert_eq!(policy(&index, "istio-system/mesh").scope, PolicyScope::Global);
     assert_eq!(policy(&index, "shop/all").scope, PolicyScope::Namespace);
     assert_eq!(listed(&index, CART), ["istio-system/everywhere", "shop/cart"]);
@@ -290,15 +372,23 @@ fn layer_7_content_fails_closed_and_says_so() {
         let status = index.policy_status().into_values().next().unwrap();
         (policy(&index, "shop/p"), status)
     };
-    let (allow, status) = of("rules: [{to: [{operation: {methods: [GET]}}]}, {to: [{operation: {ports: [\"80\"]}}]}]");
+    let (allow, status) = of(
+        "rules: [{to: [{operation: {methods: [GET]}}]}, {to: [{operation: {ports: [\"80\"]}}]}]",
+    );
     assert_eq!(allow.rules.len(), 1, "the rule that cannot be judged allows nothing");
     assert!(!status.enforced_as_written && status.notes[0].contains("methods"), "{status:?}");
-    let (deny, _) = of("action: DENY, rules: [{from: [{source: {namespaces: [x]}}], to: [{operation: {methods: [GET], ports: [\"80\"]}}]}]");
+    let (deny, _) = of(
+        "action: DENY, rules: [{from: [{source: {namespaces: [x]}}], to: [{operation: {methods: [GET], ports: [\"80\"]}}]}]",
+    );
     assert_eq!(deny.rules[0].clauses.len(), 2);
     assert_eq!(deny.rules[0].clauses[0].matches[0].destination_ports, [80]);
-    let (wider, _) = of("action: DENY, rules: [{from: [{source: {namespaces: [x]}}], to: [{operation: {methods: [GET]}}]}]");
+    let (wider, _) = of(
+        "action: DENY, rules: [{from: [{source: {namespaces: [x]}}], to: [{operation: {methods: [GET]}}]}]",
+    );
     assert_eq!(wider.rules[0].clauses.len(), 1, "only `from` is left");
-    let (everything, status) = of("action: DENY, rules: [{to: [{operation: {paths: [/admin]}}], when: [{key: \"request.headers[x]\", values: [y]}]}]");
+    let (everything, status) = of(
+        "action: DENY, rules: [{to: [{operation: {paths: [/admin]}}], when: [{key: \"request.headers[x]\", values: [y]}]}]",
+    );
     assert!(everything.rules[0].clauses.is_empty());
     assert!(status.notes[0].contains("denies everything it selects"), "{status:?}");
 }
@@ -306,12 +396,24 @@ fn layer_7_content_fails_closed_and_says_so() {
 #[test]
 fn target_policies_are_enforced_at_the_endpoints() {
     let target = "targetRefs: [{kind: Service, name: cart}]";
-    let index = index_of(&[
-        SHOP,
-        &authorization("name: one, namespace: shop", &format!("{target}, rules: [{{from: [{{source: {{namespaces: [a]}}}}]}}]")),
-        &authorization("name: two, namespace: shop", &format!("{target}, rules: [{{from: [{{source: {{namespaces: [b]}}}}]}}]")),
-        &authorization("name: no, namespace: shop", &format!("{target}, action: DENY, rules: [{{}}]")),
-    ].concat());
+    let index = index_of(
+        &[
+            SHOP,
+            &authorization(
+                "name: one, namespace: shop",
+                &format!("{target}, rules: [{{from: [{{source: {{namespaces: [a]}}}}]}}]"),
+            ),
+            &authorization(
+                "name: two, namespace: shop",
+                &format!("{target}, rules: [{{from: [{{source: {{namespaces: [b]}}}}]}}]"),
+            ),
+            &authorization(
+                "name: no, namespace: shop",
+                &format!("{target}, action: DENY, rules: [{{}}]"),
+            ),
+        ]
+        .concat(),
+    );
     assert_eq!(listed(&index, CART), ["shop/allow_service_cart", "shop/no_service_cart"]);
     let allow = policy(&index, "shop/allow_service_cart");
     assert_eq!((allow.action, allow.rules.len()), (Action::Deny, 1));
@@ -320,7 +422,10 @@ fn target_policies_are_enforced_at_the_endpoints() {
     assert_eq!(clauses.len(), 3, "neither from a nor from b");
     assert_eq!(&*allow.origin.name, "one+two");
     let mut bound = index;
-    let label = SHOP.replace("name: cart, namespace: shop}", "name: cart, namespace: shop, labels: {culvert.dev/use-waypoint: wp}}");
+    let label = SHOP.replace(
+        "name: cart, namespace: shop}",
+        "name: cart, namespace: shop, labels: {culvert.dev/use-waypoint: wp}}",
+    );
     bound.apply(upserts(&label));
     assert!(listed(&bound, CART).is_empty(), "the waypoint enforces them");
     assert!(bound.policies().next().is_none());
@@ -328,7 +433,9 @@ fn target_policies_are_enforced_at_the_endpoints() {
 }
 
 fn peer(metadata: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{{metadata}}}\nspec: {{{spec}}}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{{metadata}}}\nspec: {{{spec}}}\n"
+    )
 }
 
 #[test]
@@ -336,8 +443,14 @@ fn the_closest_peer_authentication_counts() {
     let mesh = peer("name: mesh, namespace: istio-system", "mtls: {mode: STRICT}");
     let selector = "selector: {matchLabels: {app: cart}}";
     let own = |spec: &str| peer("name: own, namespace: shop", &format!("{selector}, {spec}"));
-    let namespace = |mode: &str| peer("name: ns, namespace: shop", &format!("mtls: {{mode: {mode}}}"));
-    let converted = |name: &str| vec![format!("{}/converted_peer_authentication_{name}", if name == "mesh" { "istio-system" } else { "shop" })];
+    let namespace =
+        |mode: &str| peer("name: ns, namespace: shop", &format!("mtls: {{mode: {mode}}}"));
+    let converted = |name: &str| {
+        vec![format!(
+            "{}/converted_peer_authentication_{name}",
+            if name == "mesh" { "istio-system" } else { "shop" }
+        )]
+    };
     let cases = [
         (vec![], vec![]),
         (vec![mesh.clone()], converted("mesh")),
@@ -350,7 +463,13 @@ fn the_closest_peer_authentication_counts() {
         (vec![own("portLevelMtls: {8080: {mode: STRICT}}")], converted("own")),
         (vec![mesh.clone(), own("portLevelMtls: {8080: {mode: STRICT}}")], converted("mesh")),
         (vec![mesh, own("portLevelMtls: {8080: {mode: PERMISSIVE}}")], converted("own")),
-        (vec![peer("name: mesh, namespace: istio-system", &format!("{selector}, mtls: {{mode: STRICT}}"))], vec![]),
+        (
+            vec![peer(
+                "name: mesh, namespace: istio-system",
+                &format!("{selector}, mtls: {{mode: STRICT}}"),
+            )],
+            vec![],
+        ),
     ];
     for (objects, expected) in cases {
         let index = index_of(&format!("{SHOP}{}", objects.concat()));
@@ -448,7 +567,13 @@ impl Mirror {
 }
 
 fn label() -> impl Strategy<Value = &'static str> {
-    prop_oneof![Just(""), Just("app: a"), Just("app: b"), Just("app: a, culvert.dev/dataplane-mode: ambient"), Just("app: b, culvert.dev/use-waypoint: s0")]
+    prop_oneof![
+        Just(""),
+        Just("app: a"),
+        Just("app: b"),
+        Just("app: a, culvert.dev/dataplane-mode: ambient"),
+        Just("app: b, culvert.dev/use-waypoint: s0")
+    ]
 }
 
 fn selector() -> impl Strategy<Value = &'static str> {

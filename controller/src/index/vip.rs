@@ -22,9 +22,12 @@ pub(super) fn assign<'h>(
     hosts: impl Iterator<Item = &'h NamespacedHostname>,
     reserved: &BTreeSet<IpAddr>,
 ) -> BTreeMap<NamespacedHostname, Vips> {
-    let mut ordered: Vec<(u64, &NamespacedHostname)> = hosts.map(|host| (hash(host), host)).collect();
+    let mut ordered: Vec<(u64, &NamespacedHostname)> =
+        hosts.map(|host| (hash(host), host)).collect();
     ordered.sort_by(|left, right| {
-        let key = |(hash, host): &(u64, &NamespacedHostname)| (*hash, host.namespace.clone(), host.hostname.clone());
+        let key = |(hash, host): &(u64, &NamespacedHostname)| {
+            (*hash, host.namespace.clone(), host.hostname.clone())
+        };
         key(left).cmp(&key(right))
     });
     let mut taken = BTreeSet::new();
@@ -35,7 +38,8 @@ pub(super) fn assign<'h>(
             break;
         }
         let free = (0..SLOTS).map(|step| (start + step) % SLOTS).find(|slot| {
-            !taken.contains(slot) && addresses(*slot).iter().all(|address| !reserved.contains(address))
+            !taken.contains(slot)
+                && addresses(*slot).iter().all(|address| !reserved.contains(address))
         });
         if let Some(slot) = free {
             taken.insert(slot);
@@ -56,7 +60,10 @@ pub(super) fn is_assignable(ip: IpAddr) -> bool {
 fn addresses(slot: u32) -> Vips {
     let [_, _, high, low] = (slot + 1).to_be_bytes();
     let host = u16::from_be_bytes([high, low]);
-    [Ipv4Addr::new(240, 240, high, low).into(), Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0xf0f0, host).into()]
+    [
+        Ipv4Addr::new(240, 240, high, low).into(),
+        Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0xf0f0, host).into(),
+    ]
 }
 
 /// FNV-1a, 64 bits: any stable hash would do.
@@ -64,7 +71,9 @@ fn hash(host: &NamespacedHostname) -> u64 {
     [host.hostname.as_bytes(), b"/", host.namespace.as_bytes()]
         .concat()
         .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3))
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        })
 }
 
 #[cfg(test)]
@@ -73,8 +82,10 @@ mod tests {
 
     #[test]
     fn addresses_are_unique_and_depend_on_the_set_alone() {
-        let hosts: Vec<_> = (0..2_000).map(|n| NamespacedHostname::new("ns", &format!("h{n}.example"))).collect();
-        let reserved = assign(hosts.iter().take(1), &BTreeSet::new())[&hosts[0]].into_iter().collect();
+        let hosts: Vec<_> =
+            (0..2_000).map(|n| NamespacedHostname::new("ns", &format!("h{n}.example"))).collect();
+        let reserved =
+            assign(hosts.iter().take(1), &BTreeSet::new())[&hosts[0]].into_iter().collect();
         let forward = assign(hosts.iter(), &reserved);
         let backward = assign(hosts.iter().rev(), &reserved);
         assert_eq!(forward, backward);
@@ -85,7 +96,8 @@ mod tests {
 
     #[test]
     fn more_hosts_than_slots_leave_some_without() {
-        let hosts: Vec<_> = (0..SLOTS + 5).map(|n| NamespacedHostname::new("ns", &format!("h{n}"))).collect();
+        let hosts: Vec<_> =
+            (0..SLOTS + 5).map(|n| NamespacedHostname::new("ns", &format!("h{n}"))).collect();
         let reserved = BTreeSet::new();
         let few = assign(hosts.iter().take(100), &reserved);
         assert_eq!(few.len(), 100);

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::{
-    HealthStatus, Locality, NamespacedHostname, NetworkId, NetworkMode, ServicePort, TunnelProtocol,
-    Workload, WorkloadUid,
+    HealthStatus, Locality, NamespacedHostname, NetworkId, NetworkMode, ServicePort,
+    TunnelProtocol, Workload, WorkloadUid,
 };
 
 use super::objects::{Key, Objects, in_namespace, slice_service};
@@ -63,8 +63,9 @@ pub(super) fn of_pod(view: View<'_>, key: &Key, pod: &Pod, hbone: bool) -> Optio
     }
     workload.waypoint = own_waypoint(&pod.meta, key, view);
     workload.node = pod.node.clone();
-    workload.canonical_name = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
-        .map_or_else(|| owner.clone(), Into::into);
+    workload.canonical_name =
+        label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
+            .map_or_else(|| owner.clone(), Into::into);
     workload.canonical_revision =
         label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
             .unwrap_or("latest")
@@ -72,7 +73,11 @@ pub(super) fn of_pod(view: View<'_>, key: &Key, pod: &Pod, hbone: bool) -> Optio
     workload.workload_name = owner;
     let services = services_of_pod(view, key, pod);
     workload.services = services.ports;
-    workload.status = if pod.ready && !pod.meta.deleting { HealthStatus::Healthy } else { HealthStatus::Unhealthy };
+    workload.status = if pod.ready && !pod.meta.deleting {
+        HealthStatus::Healthy
+    } else {
+        HealthStatus::Unhealthy
+    };
     workload.locality =
         objects.nodes.get(&pod.node).map(|node| node.locality.clone()).unwrap_or_default();
     workload.authorization_policies =
@@ -126,7 +131,12 @@ struct Membership {
 }
 
 impl Membership {
-    fn add(&mut self, hosts: impl IntoIterator<Item = NamespacedHostname>, ports: &[ServicePort], target: policies::Target) {
+    fn add(
+        &mut self,
+        hosts: impl IntoIterator<Item = NamespacedHostname>,
+        ports: &[ServicePort],
+        target: policies::Target,
+    ) {
         self.sources.insert(target);
         if ports.is_empty() {
             return;
@@ -146,13 +156,22 @@ impl Membership {
 fn services_of_pod(view: View<'_>, key: &Key, pod: &Pod) -> Membership {
     let View { objects, settings } = view;
     let mut membership = Membership::default();
-    for slice in objects.slices_by_pod.get(key).into_iter().flatten().filter_map(|slice| objects.slices.get(slice)) {
+    for slice in objects
+        .slices_by_pod
+        .get(key)
+        .into_iter()
+        .flatten()
+        .filter_map(|slice| objects.slices.get(slice))
+    {
         let service_key = slice_service(slice);
-        let Some(service) = objects.services.get(&service_key).filter(|service| !service.external_name) else {
+        let Some(service) =
+            objects.services.get(&service_key).filter(|service| !service.external_name)
+        else {
             continue;
         };
         let ready = slice.endpoints.iter().any(|endpoint| {
-            endpoint.pod.as_deref() == Some(&*key.name) && (endpoint.ready || service.publish_not_ready)
+            endpoint.pod.as_deref() == Some(&*key.name)
+                && (endpoint.ready || service.publish_not_ready)
         });
         let ports = if ready { slice_ports(service, slice) } else { Vec::new() };
         let target = policies::Target::Service(service_key.clone());
@@ -169,14 +188,19 @@ fn services_of_pod(view: View<'_>, key: &Key, pod: &Pod) -> Membership {
     for (entry_key, entry) in selecting_entries(objects, &key.namespace, &pod.meta.labels) {
         // A port that the pod has by that name is meant, whatever number the entry gives. Source: Istio's ambient index.
         let ports = entry_ports(&entry.ports, |name| pod.named_ports.get(name).copied());
-        membership.add(entry_hosts(entry_key, entry), &ports, policies::Target::ServiceEntry(entry_key.clone()));
+        membership.add(
+            entry_hosts(entry_key, entry),
+            &ports,
+            policies::Target::ServiceEntry(entry_key.clone()),
+        );
     }
     membership
 }
 
 /// True when a service's selector picks these labels.
 pub(super) fn selects(service: &Service, labels: &BTreeMap<String, String>) -> bool {
-    !service.external_name && service.selector.as_ref().is_some_and(|selector| selector.matches(labels))
+    !service.external_name
+        && service.selector.as_ref().is_some_and(|selector| selector.matches(labels))
 }
 
 fn selecting_entries<'o>(
@@ -184,13 +208,17 @@ fn selecting_entries<'o>(
     namespace: &'o str,
     labels: &'o BTreeMap<String, String>,
 ) -> impl Iterator<Item = (&'o Key, &'o Arc<ServiceEntry>)> {
-    in_namespace(&objects.service_entries, namespace)
-        .filter(|(_, entry)| entry.selector.as_ref().is_some_and(|selector| selector.matches(labels)))
+    in_namespace(&objects.service_entries, namespace).filter(|(_, entry)| {
+        entry.selector.as_ref().is_some_and(|selector| selector.matches(labels))
+    })
 }
 
 fn entry_hosts(key: &Key, entry: &ServiceEntry) -> impl Iterator<Item = NamespacedHostname> {
     let namespace = key.namespace.clone();
-    entry.hosts.iter().map(move |host| NamespacedHostname { namespace: namespace.clone(), hostname: host.clone() })
+    entry.hosts.iter().map(move |host| NamespacedHostname {
+        namespace: namespace.clone(),
+        hostname: host.clone(),
+    })
 }
 
 /// Port mapping of a slice: its ports carry the names of the service's.
@@ -239,7 +267,10 @@ pub(super) fn target_ports_on(pod: &Pod, ports: &[Port]) -> impl Iterator<Item =
 }
 
 /// The ports that a service's slices name.
-pub(super) fn target_ports_in(service: &Service, slice: &EndpointSlice) -> impl Iterator<Item = u16> {
+pub(super) fn target_ports_in(
+    service: &Service,
+    slice: &EndpointSlice,
+) -> impl Iterator<Item = u16> {
     slice_ports(service, slice).into_iter().map(|port| port.target_port)
 }
 
@@ -262,7 +293,9 @@ pub(super) fn of_workload_entry(view: View<'_>, key: &Key, hbone: bool) -> Optio
                 .filter_map(|port| {
                     let target = match &port.target {
                         TargetPort::Number(number) => named(port).unwrap_or(*number),
-                        TargetPort::Name(name) => entry.endpoint.ports.get(name).copied().or_else(|| named(port))?,
+                        TargetPort::Name(name) => {
+                            entry.endpoint.ports.get(name).copied().or_else(|| named(port))?
+                        }
                     };
                     Some(ServicePort { service_port: port.number, target_port: target })
                 })
@@ -272,11 +305,17 @@ pub(super) fn of_workload_entry(view: View<'_>, key: &Key, hbone: bool) -> Optio
         }
     }
     for (entry_key, service_entry) in selecting_entries(objects, &key.namespace, labels) {
-        let ports = entry_ports(&service_entry.ports, |name| entry.endpoint.ports.get(name).copied());
-        membership.add(entry_hosts(entry_key, service_entry), &ports, policies::Target::ServiceEntry(entry_key.clone()));
+        let ports =
+            entry_ports(&service_entry.ports, |name| entry.endpoint.ports.get(name).copied());
+        membership.add(
+            entry_hosts(entry_key, service_entry),
+            &ports,
+            policies::Target::ServiceEntry(entry_key.clone()),
+        );
     }
     workload.services = membership.ports;
-    workload.status = if entry.meta.deleting { HealthStatus::Unhealthy } else { HealthStatus::Healthy };
+    workload.status =
+        if entry.meta.deleting { HealthStatus::Unhealthy } else { HealthStatus::Healthy };
     workload.authorization_policies =
         policies::of_workload(view, &key.namespace, labels, &membership.sources);
     Some(workload)
@@ -292,9 +331,11 @@ fn of_endpoint(view: View<'_>, uid: &WorkloadUid, key: &Key, endpoint: &EntryEnd
     if !endpoint.network.is_empty() {
         workload.network = NetworkId::new(&endpoint.network);
     }
-    let label = |keys: &[&str]| keys.iter().find_map(|key| endpoint.labels.get(*key)).map(String::as_str);
-    workload.canonical_name = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
-        .map_or_else(|| key.name.clone(), Into::into);
+    let label =
+        |keys: &[&str]| keys.iter().find_map(|key| endpoint.labels.get(*key)).map(String::as_str);
+    workload.canonical_name =
+        label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
+            .map_or_else(|| key.name.clone(), Into::into);
     workload.canonical_revision =
         label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
             .unwrap_or("latest")
@@ -311,8 +352,13 @@ pub(super) fn of_service_entry(view: View<'_>, key: &Key) -> Vec<Workload> {
     let Some(entry) = view.objects.service_entries.get(key) else { return Vec::new() };
     let prefix = format!("{}/networking.istio.io/ServiceEntry/{key}", view.settings.cluster_id);
     let mut workloads: Vec<Workload> = Vec::new();
-    let mut add = |address: &str, endpoint: &EntryEndpoint, hosts: &mut dyn Iterator<Item = NamespacedHostname>| {
-        let twins = workloads.iter().filter(|one| one.uid.as_str().starts_with(&format!("{prefix}/{address}"))).count();
+    let mut add = |address: &str,
+                   endpoint: &EntryEndpoint,
+                   hosts: &mut dyn Iterator<Item = NamespacedHostname>| {
+        let twins = workloads
+            .iter()
+            .filter(|one| one.uid.as_str().starts_with(&format!("{prefix}/{address}")))
+            .count();
         // Two endpoints at one address differ in their ports only.
         let suffix = if twins == 0 { String::new() } else { format!("/{twins}") };
         let uid = WorkloadUid::new(&format!("{prefix}/{address}{suffix}"));
@@ -354,7 +400,8 @@ pub(super) fn of_slice(view: View<'_>, key: &Key) -> Vec<Workload> {
     let View { objects, settings } = view;
     let Some(slice) = objects.slices.get(key) else { return Vec::new() };
     let service_key = slice_service(slice);
-    let Some(service) = objects.services.get(&service_key).filter(|service| !service.external_name) else {
+    let Some(service) = objects.services.get(&service_key).filter(|service| !service.external_name)
+    else {
         return Vec::new();
     };
     let host = kubernetes_hostname(&service_key, settings);
@@ -375,7 +422,8 @@ pub(super) fn of_slice(view: View<'_>, key: &Key) -> Vec<Workload> {
                 || Locality { zone: endpoint.zone.clone(), ..Locality::default() },
                 |node| node.locality.clone(),
             );
-            workload.status = if endpoint.ready { HealthStatus::Healthy } else { HealthStatus::Unhealthy };
+            workload.status =
+                if endpoint.ready { HealthStatus::Healthy } else { HealthStatus::Unhealthy };
             workload.services = [(host.clone(), ports.clone())].into();
             workloads.push(workload);
         }

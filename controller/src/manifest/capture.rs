@@ -52,7 +52,10 @@ impl CaptureSettings {
 }
 
 fn one_port(text: &str) -> Result<u16, &'static str> {
-    text.parse::<u16>().ok().filter(|port| *port != 0).ok_or("write ports from 1 to 65535, separated by commas")
+    text.parse::<u16>()
+        .ok()
+        .filter(|port| *port != 0)
+        .ok_or("write ports from 1 to 65535, separated by commas")
 }
 
 fn one_cidr(text: &str) -> Result<IpPrefix, &'static str> {
@@ -76,12 +79,18 @@ fn list<T: Ord>(
     }
     if text.split(',').any(|part| part.trim() == "*") {
         if name.starts_with("exclude") {
-            return Err(complain("*", "name ports or CIDRs; to leave a pod out, label it culvert.dev/dataplane-mode: none"));
+            return Err(complain(
+                "*",
+                "name ports or CIDRs; to leave a pod out, label it culvert.dev/dataplane-mode: none",
+            ));
         }
         return Ok(Vec::new());
     }
     if entries.len() > MAX_ENTRIES {
-        return Err(complain(&format!("{} entries", entries.len()), "use at most 64; a wider CIDR may do"));
+        return Err(complain(
+            &format!("{} entries", entries.len()),
+            "use at most 64; a wider CIDR may do",
+        ));
     }
     entries.sort();
     entries.dedup();

@@ -24,7 +24,11 @@ impl Namespace {
             Some("allow") => Some(UnknownEgress::Allow),
             Some("deny") => Some(UnknownEgress::Deny),
             Some(other) => {
-                let place = if meta.annotation(UNKNOWN_EGRESS).is_some() { "annotations" } else { "labels" };
+                let place = if meta.annotation(UNKNOWN_EGRESS).is_some() {
+                    "annotations"
+                } else {
+                    "labels"
+                };
                 return Err(InvalidField::new(
                     &format!("metadata.{place}"),
                     format!("{UNKNOWN_EGRESS} is {other:?}"),
@@ -47,9 +51,14 @@ pub struct Node {
 
 impl Node {
     pub(super) fn parse(meta: Metadata) -> Self {
-        let part = |keys: [&str; 2]| keys.iter().find_map(|key| meta.label(key)).unwrap_or_default().into();
+        let part = |keys: [&str; 2]| {
+            keys.iter().find_map(|key| meta.label(key)).unwrap_or_default().into()
+        };
         let locality = Locality {
-            region: part(["topology.kubernetes.io/region", "failure-domain.beta.kubernetes.io/region"]),
+            region: part([
+                "topology.kubernetes.io/region",
+                "failure-domain.beta.kubernetes.io/region",
+            ]),
             zone: part(["topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone"]),
             subzone: part(["culvert.dev/subzone", "topology.istio.io/subzone"]),
         };

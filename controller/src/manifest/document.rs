@@ -92,7 +92,8 @@ fn locate(document: &Document<'_>, path: &[Segment]) -> Option<usize> {
 /// (YAML 1.2 §9.1.2), so that no parser is needed to find it.
 fn split_yaml(text: &str) -> Vec<(usize, &str)> {
     let is_marker = |line: &str, marker: &str| {
-        line.strip_prefix(marker).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+        line.strip_prefix(marker)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
     };
     let mut parts = Vec::new();
     let (mut start, mut start_line, mut offset) = (0, 1, 0);
@@ -125,7 +126,10 @@ fn yaml_document(text: &str, first_line: usize) -> Result<Document<'_>, InvalidD
         .map(|value| Document { text, format: Format::Yaml, first_line, value })
         .map_err(|error| {
             let line = error.location().map_or(1, |location| location.line());
-            InvalidDocument { line: first_line + line.saturating_sub(1), problem: error.to_string() }
+            InvalidDocument {
+                line: first_line + line.saturating_sub(1),
+                problem: error.to_string(),
+            }
         })
 }
 
@@ -161,7 +165,10 @@ fn json_documents(text: &str) -> Vec<Result<Document<'_>, InvalidDocument>> {
 }
 
 fn invalid_json(error: &serde_json::Error, first_line: usize) -> InvalidDocument {
-    InvalidDocument { line: first_line + error.line().saturating_sub(1), problem: error.to_string() }
+    InvalidDocument {
+        line: first_line + error.line().saturating_sub(1),
+        problem: error.to_string(),
+    }
 }
 
 fn count_lines(text: &str) -> usize {
@@ -435,7 +442,14 @@ mod tests {
             bomb.push_str(&format!("a{level}: &a{level} [{inner}]\n"));
         }
         let deep = format!("a: {}{}", "[".repeat(5_000), "]".repeat(5_000));
-        for text in [bomb.as_str(), deep.as_str(), "a: 1\na: 2\n", "a: &x {b: 1}\nc:\n  <<: *x\n", "a: !tag 1", "? [a]\n: 1"] {
+        for text in [
+            bomb.as_str(),
+            deep.as_str(),
+            "a: 1\na: 2\n",
+            "a: &x {b: 1}\nc:\n  <<: *x\n",
+            "a: !tag 1",
+            "? [a]\n: 1",
+        ] {
             let read = documents(text, Format::Yaml);
             assert!(read[0].is_err(), "{:.60}", text);
         }

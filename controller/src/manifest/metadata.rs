@@ -170,13 +170,15 @@ impl RawMetadata {
         }
         let created = match self.creation_timestamp {
             None => i64::MAX,
-            Some(text) => text.parse::<jiff::Timestamp>().map(jiff::Timestamp::as_second).map_err(|error| {
-                InvalidField::new(
-                    "metadata.creationTimestamp",
-                    format!("{text:?} is no time: {error}"),
-                    "write it as 2026-01-31T12:00:00Z or leave it out",
-                )
-            })?,
+            Some(text) => text.parse::<jiff::Timestamp>().map(jiff::Timestamp::as_second).map_err(
+                |error| {
+                    InvalidField::new(
+                        "metadata.creationTimestamp",
+                        format!("{text:?} is no time: {error}"),
+                        "write it as 2026-01-31T12:00:00Z or leave it out",
+                    )
+                },
+            )?,
         };
         let mut owners = self.owner_references.unwrap_or_default();
         owners.sort_by_key(|owner| owner.controller != Some(true));
@@ -214,7 +216,9 @@ pub(super) enum NameRule {
 impl fmt::Display for NameRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Subdomain => "use lower-case letters, digits, '-' and '.', at most 253 characters",
+            Self::Subdomain => {
+                "use lower-case letters, digits, '-' and '.', at most 253 characters"
+            }
             Self::Label => "use lower-case letters, digits and '-', at most 63 characters",
         })
     }
@@ -249,6 +253,10 @@ pub(super) fn port(path: &str, value: i64) -> Result<u16, InvalidField> {
 /// An IP address.
 pub(super) fn ip(path: &str, text: &str) -> Result<std::net::IpAddr, InvalidField> {
     text.parse().map(mesh_model::address::canonical_ip).map_err(|_source| {
-        InvalidField::new(path, format!("{text:?} is no IP address"), "write an IPv4 or IPv6 address")
+        InvalidField::new(
+            path,
+            format!("{text:?} is no IP address"),
+            "write an IPv4 or IPv6 address",
+        )
     })
 }

@@ -137,8 +137,12 @@ impl RawPod {
             .find(|name| !name.is_empty())
             .unwrap_or_else(|| "default".to_owned());
         check_name("spec.serviceAccountName", &account, NameRule::Subdomain)?;
-        let containers: Vec<RawContainer> =
-            spec.containers.into_iter().flatten().chain(spec.init_containers.into_iter().flatten()).collect();
+        let containers: Vec<RawContainer> = spec
+            .containers
+            .into_iter()
+            .flatten()
+            .chain(spec.init_containers.into_iter().flatten())
+            .collect();
         let named_ports = named_ports(&containers)?;
         let probe_ports = probe_ports(&containers, &named_ports)?;
         let capture = CaptureSettings::parse(&meta)?;
@@ -150,16 +154,17 @@ impl RawPod {
                 ips.push(address);
             }
         }
-        if let (true, Some(text)) = (ips.is_empty(), status.pod_ip.filter(|text| !text.is_empty())) {
+        if let (true, Some(text)) = (ips.is_empty(), status.pod_ip.filter(|text| !text.is_empty()))
+        {
             ips.push(ip("status.podIP", &text)?);
         }
         let phase = status.phase.unwrap_or_default();
         // A manifest written by hand has no status: a pod with addresses counts as running and ready then.
         let ready = match status.conditions {
             None => matches!(phase.as_str(), "" | "Running"),
-            Some(conditions) => {
-                conditions.iter().any(|condition| condition.kind == "Ready" && condition.status == "True")
-            }
+            Some(conditions) => conditions
+                .iter()
+                .any(|condition| condition.kind == "Ready" && condition.status == "True"),
         };
         Ok(Pod {
             node: node.into(),
@@ -206,11 +211,17 @@ fn probe_ports(
             ("lifecycle.postStart", hooks.and_then(|hooks| hooks.post_start.as_ref())),
             ("lifecycle.preStop", hooks.and_then(|hooks| hooks.pre_stop.as_ref())),
         ];
-        for (field, probe) in probes.iter().filter_map(|(field, probe)| probe.map(|probe| (field, probe))) {
-            for (action, target) in
-                [("httpGet", &probe.http_get), ("tcpSocket", &probe.tcp_socket), ("grpc", &probe.grpc)]
-            {
-                let Some(target) = target.as_ref().filter(|target| target.host.as_deref().is_none_or(str::is_empty))
+        for (field, probe) in
+            probes.iter().filter_map(|(field, probe)| probe.map(|probe| (field, probe)))
+        {
+            for (action, target) in [
+                ("httpGet", &probe.http_get),
+                ("tcpSocket", &probe.tcp_socket),
+                ("grpc", &probe.grpc),
+            ] {
+                let Some(target) = target
+                    .as_ref()
+                    .filter(|target| target.host.as_deref().is_none_or(str::is_empty))
                 else {
                     continue;
                 };

@@ -263,15 +263,27 @@ impl RawAuthorizationPolicy {
             }
         };
         if spec.provider.is_some() != (action == PolicyAction::Custom) {
-            return Err(InvalidField::new("spec.provider", "provider and action CUSTOM need each other", "give both or neither"));
+            return Err(InvalidField::new(
+                "spec.provider",
+                "provider and action CUSTOM need each other",
+                "give both or neither",
+            ));
         }
         let targets = targets(spec.target_ref, spec.target_refs, &meta)?;
         if spec.selector.is_some() && !targets.is_empty() {
-            return Err(InvalidField::new("spec.selector", "given together with targetRefs", "use one of the two"));
+            return Err(InvalidField::new(
+                "spec.selector",
+                "given together with targetRefs",
+                "use one of the two",
+            ));
         }
         let mut rules = Vec::new();
         for (index, rule) in spec.rules.unwrap_or_default().into_iter().enumerate() {
-            rules.push(parse_rule(rule.unwrap_or_default(), &format!("spec.rules[{index}]"), &meta)?);
+            rules.push(parse_rule(
+                rule.unwrap_or_default(),
+                &format!("spec.rules[{index}]"),
+                &meta,
+            )?);
         }
         if rules.is_empty() && matches!(action, PolicyAction::Deny | PolicyAction::Custom) {
             return Err(InvalidField::new(
@@ -280,14 +292,22 @@ impl RawAuthorizationPolicy {
                 "add a rule; `- {}` matches everything",
             ));
         }
-        let dry_run = match meta.annotation("culvert.dev/dry-run").or_else(|| meta.annotation("istio.io/dry-run")) {
+        let dry_run = match meta
+            .annotation("culvert.dev/dry-run")
+            .or_else(|| meta.annotation("istio.io/dry-run"))
+        {
             None | Some("false") => false,
             Some("true") => true,
             Some(other) => {
-                return Err(InvalidField::new("metadata.annotations", format!("dry-run is {other:?}"), "use \"true\" or \"false\""));
+                return Err(InvalidField::new(
+                    "metadata.annotations",
+                    format!("dry-run is {other:?}"),
+                    "use \"true\" or \"false\"",
+                ));
             }
         };
-        let selector = spec.selector.map(|selector| Selector(selector.match_labels.unwrap_or_default()));
+        let selector =
+            spec.selector.map(|selector| Selector(selector.match_labels.unwrap_or_default()));
         Ok(AuthorizationPolicy { selector, targets, action, dry_run, rules, meta })
     }
 }
@@ -300,7 +320,9 @@ fn targets(
     let mut targets = Vec::new();
     let single = one.into_iter().map(|target| ("spec.targetRef".to_owned(), target));
     let listed = many.into_iter().flatten().enumerate();
-    for (path, target) in single.chain(listed.map(|(index, target)| (format!("spec.targetRefs[{index}]"), target))) {
+    for (path, target) in
+        single.chain(listed.map(|(index, target)| (format!("spec.targetRefs[{index}]"), target)))
+    {
         if target.namespace.as_deref().is_some_and(|namespace| namespace != &*meta.namespace) {
             return Err(InvalidField::new(
                 &format!("{path}.namespace"),
@@ -325,7 +347,11 @@ fn targets(
         });
     }
     if targets.len() > 16 {
-        return Err(InvalidField::new("spec.targetRefs", "more than 16 targets", "split the policy"));
+        return Err(InvalidField::new(
+            "spec.targetRefs",
+            "more than 16 targets",
+            "split the policy",
+        ));
     }
     targets.sort();
     targets.dedup();
@@ -367,7 +393,9 @@ fn source(raw: RawSource, path: &str, meta: &Metadata) -> Result<Source, Invalid
         ip_blocks: blocks(raw.ip_blocks, raw.not_ip_blocks, path)?,
         l7_fields,
     };
-    if !source.service_accounts.is_empty() && !(source.principals.is_empty() && source.namespaces.is_empty()) {
+    if !source.service_accounts.is_empty()
+        && !(source.principals.is_empty() && source.namespaces.is_empty())
+    {
         return Err(InvalidField::new(
             &format!("{path}.serviceAccounts"),
             "given together with principals or namespaces",
@@ -375,7 +403,11 @@ fn source(raw: RawSource, path: &str, meta: &Metadata) -> Result<Source, Invalid
         ));
     }
     if source == Source::default() {
-        return Err(InvalidField::new(path, "a source without any field", "give it a field, or leave `from` out to mean any source"));
+        return Err(InvalidField::new(
+            path,
+            "a source without any field",
+            "give it a field, or leave `from` out to mean any source",
+        ));
     }
     Ok(source)
 }
@@ -393,9 +425,14 @@ fn operation(raw: RawOperation, path: &str) -> Result<Operation, InvalidField> {
     .filter(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty()))
     .map(|(name, _)| name)
     .collect();
-    let operation = Operation { ports: ports(texts(raw.ports), texts(raw.not_ports), path)?, l7_fields };
+    let operation =
+        Operation { ports: ports(texts(raw.ports), texts(raw.not_ports), path)?, l7_fields };
     if operation == Operation::default() {
-        return Err(InvalidField::new(path, "an operation without any field", "give it a field, or leave `to` out to mean any operation"));
+        return Err(InvalidField::new(
+            path,
+            "an operation without any field",
+            "give it a field, or leave `to` out to mean any operation",
+        ));
     }
     Ok(operation)
 }
@@ -403,7 +440,11 @@ fn operation(raw: RawOperation, path: &str) -> Result<Operation, InvalidField> {
 fn condition(raw: RawCondition, path: &str, meta: &Metadata) -> Result<Condition, InvalidField> {
     let (values, not_values) = (texts(raw.values), texts(raw.not_values));
     if values.iter().chain(&not_values).all(Vec::is_empty) {
-        return Err(InvalidField::new(path, "neither values nor notValues", "give at least one value"));
+        return Err(InvalidField::new(
+            path,
+            "neither values nor notValues",
+            "give at least one value",
+        ));
     }
     Ok(match raw.key.as_str() {
         "source.ip" => Condition::SourceIp(blocks(values, not_values, path)?),
@@ -411,10 +452,18 @@ fn condition(raw: RawCondition, path: &str, meta: &Metadata) -> Result<Condition
         "destination.port" => Condition::DestinationPort(ports(values, not_values, path)?),
         "source.namespace" => Condition::Namespace(strings(values, not_values, path, "alues")?),
         "source.principal" => Condition::Principal(strings(values, not_values, path, "alues")?),
-        "source.serviceAccount" => Condition::ServiceAccount(accounts(values, not_values, path, meta)?),
+        "source.serviceAccount" => {
+            Condition::ServiceAccount(accounts(values, not_values, path, meta)?)
+        }
         "source.trustDomain" => Condition::TrustDomain(strings(values, not_values, path, "alues")?),
-        key if ["remote.ip", "connection.sni", "request.auth.principal", "request.auth.audiences", "request.auth.presenter"]
-            .contains(&key)
+        key if [
+            "remote.ip",
+            "connection.sni",
+            "request.auth.principal",
+            "request.auth.audiences",
+            "request.auth.presenter",
+        ]
+        .contains(&key)
             || ["request.headers[", "request.auth.claims[", "experimental.envoy.filters."]
                 .iter()
                 .any(|prefix| key.starts_with(prefix)) =>
@@ -432,16 +481,29 @@ fn condition(raw: RawCondition, path: &str, meta: &Metadata) -> Result<Condition
 }
 
 /// `tail` names the field after its first letter, so that the path is right for the plain and for the `not` form.
-fn strings(any_of: Strings, none_of: Strings, path: &str, tail: &str) -> Result<Twin<String>, InvalidField> {
+fn strings(
+    any_of: Strings,
+    none_of: Strings,
+    path: &str,
+    tail: &str,
+) -> Result<Twin<String>, InvalidField> {
     let twin = Twin { any_of: any_of.unwrap_or_default(), none_of: none_of.unwrap_or_default() };
     if twin.any_of.iter().chain(&twin.none_of).any(|text| text.is_empty()) {
-        return Err(InvalidField::new(path, format!("an empty value in …{tail}"), "remove it; \"*\" means any"));
+        return Err(InvalidField::new(
+            path,
+            format!("an empty value in …{tail}"),
+            "remove it; \"*\" means any",
+        ));
     }
     let stars = |text: &str| text.matches('*').count();
     if let Some(text) = twin.any_of.iter().chain(&twin.none_of).find(|text| {
         stars(text) > 1 || (stars(text) == 1 && !text.starts_with('*') && !text.ends_with('*'))
     }) {
-        return Err(InvalidField::new(path, format!("{text:?} is no pattern"), "use one * at one end, or \"*\" alone"));
+        return Err(InvalidField::new(
+            path,
+            format!("{text:?} is no pattern"),
+            "use one * at one end, or \"*\" alone",
+        ));
     }
     Ok(twin)
 }
@@ -457,7 +519,11 @@ fn accounts(
             .into_iter()
             .map(|text| {
                 let (namespace, name) = text.split_once('/').unwrap_or((&meta.namespace, &text));
-                if namespace.is_empty() || name.is_empty() || text.contains('*') || name.contains('/') {
+                if namespace.is_empty()
+                    || name.is_empty()
+                    || text.contains('*')
+                    || name.contains('/')
+                {
                     return Err(InvalidField::new(
                         path,
                         format!("{text:?} is no service account"),
@@ -477,7 +543,11 @@ fn blocks(any_of: Strings, none_of: Strings, path: &str) -> Result<Twin<IpPrefix
             .into_iter()
             .map(|text| {
                 text.parse().map_err(|_source| {
-                    InvalidField::new(path, format!("{text:?} is neither an IP address nor a CIDR"), "write 10.0.0.1 or 10.0.0.0/8")
+                    InvalidField::new(
+                        path,
+                        format!("{text:?} is neither an IP address nor a CIDR"),
+                        "write 10.0.0.1 or 10.0.0.0/8",
+                    )
                 })
             })
             .collect()
@@ -491,7 +561,11 @@ fn ports(any_of: Strings, none_of: Strings, path: &str) -> Result<Twin<u16>, Inv
             .into_iter()
             .map(|text| {
                 text.parse().ok().filter(|port| *port != 0).ok_or_else(|| {
-                    InvalidField::new(path, format!("{text:?} is no port"), "use numbers from 1 to 65535")
+                    InvalidField::new(
+                        path,
+                        format!("{text:?} is no port"),
+                        "use numbers from 1 to 65535",
+                    )
                 })
             })
             .collect()
@@ -556,12 +630,20 @@ impl RawPeerAuthentication {
         for (key, mtls) in spec.port_level_mtls.unwrap_or_default() {
             let path = format!("spec.portLevelMtls.{key}");
             let number = key.parse().map_err(|_source| {
-                InvalidField::new(&path, format!("{key:?} is no port"), "use the workload's port number as key")
+                InvalidField::new(
+                    &path,
+                    format!("{key:?} is no port"),
+                    "use the workload's port number as key",
+                )
             })?;
             ports.insert(port(&path, number)?, mode(mtls, &path)?);
         }
         if selector.is_none() && !ports.is_empty() {
-            return Err(InvalidField::new("spec.portLevelMtls", "needs a selector", "add selector.matchLabels"));
+            return Err(InvalidField::new(
+                "spec.portLevelMtls",
+                "needs a selector",
+                "add selector.matchLabels",
+            ));
         }
         Ok(PeerAuthentication { selector, mode: mode(spec.mtls, "spec.mtls")?, ports, meta })
     }

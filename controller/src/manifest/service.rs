@@ -122,7 +122,9 @@ impl RawService {
             Some(_) | None => spec.cluster_ip.into_iter().collect(),
         };
         let mut cluster_ips = Vec::new();
-        for (index, text) in listed.iter().enumerate().filter(|(_, text)| !matches!(text.as_str(), "" | "None")) {
+        for (index, text) in
+            listed.iter().enumerate().filter(|(_, text)| !matches!(text.as_str(), "" | "None"))
+        {
             cluster_ips.push(ip(&format!("spec.clusterIPs[{index}]"), text)?);
         }
         let mut ports = Vec::new();
@@ -250,7 +252,8 @@ impl RawEndpointSlice {
         let mut endpoints = Vec::new();
         for (index, raw) in self.endpoints.unwrap_or_default().into_iter().enumerate() {
             let mut ips = Vec::new();
-            for (at, text) in raw.addresses.unwrap_or_default().iter().enumerate().filter(|_| !fqdn) {
+            for (at, text) in raw.addresses.unwrap_or_default().iter().enumerate().filter(|_| !fqdn)
+            {
                 ips.push(ip(&format!("endpoints[{index}].addresses[{at}]"), text)?);
             }
             let pod = raw
@@ -270,7 +273,10 @@ impl RawEndpointSlice {
         for (index, raw) in self.ports.unwrap_or_default().into_iter().enumerate() {
             let tcp = raw.protocol.is_none_or(|protocol| protocol == "TCP");
             if let (true, Some(number)) = (tcp, raw.port) {
-                ports.push((raw.name.unwrap_or_default(), port(&format!("ports[{index}].port"), number)?));
+                ports.push((
+                    raw.name.unwrap_or_default(),
+                    port(&format!("ports[{index}].port"), number)?,
+                ));
             }
         }
         let service = meta.label("kubernetes.io/service-name").unwrap_or_default().into();

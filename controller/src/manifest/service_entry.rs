@@ -167,7 +167,10 @@ impl RawEndpoint {
             let number = port(&format!("{at}.ports.{name}"), number)?;
             ports.insert(name, number);
         }
-        let account = self.service_account.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".into());
+        let account = self
+            .service_account
+            .filter(|name| !name.is_empty())
+            .unwrap_or_else(|| "default".into());
         check_name(&format!("{at}.serviceAccount"), &account, NameRule::Subdomain)?;
         let locality = self.locality.unwrap_or_default();
         let mut parts = locality.splitn(3, '/').map(Arc::from);
@@ -191,7 +194,11 @@ impl RawWorkloadEntry {
     pub(super) fn parse(self, meta: Metadata) -> Result<WorkloadEntry, InvalidField> {
         let mut endpoint = self.spec.parse("spec")?;
         if endpoint.address.is_none() && endpoint.network.is_empty() {
-            return Err(InvalidField::new("spec.address", "missing", "give an IP address, a DNS name or a network"));
+            return Err(InvalidField::new(
+                "spec.address",
+                "missing",
+                "give an IP address, a DNS name or a network",
+            ));
         }
         for (key, value) in &meta.labels {
             endpoint.labels.entry(key.clone()).or_insert_with(|| value.clone());
@@ -247,7 +254,9 @@ impl RawServiceEntry {
         }
         if let (Resolution::Static, Some(index)) = (
             resolution,
-            endpoints.iter().position(|endpoint| matches!(endpoint.address, Some(EndpointAddress::Name(_)))),
+            endpoints
+                .iter()
+                .position(|endpoint| matches!(endpoint.address, Some(EndpointAddress::Name(_)))),
         ) {
             return Err(InvalidField::new(
                 &format!("spec.endpoints[{index}].address"),
@@ -268,7 +277,12 @@ impl RawServiceEntry {
             visibility: visibility(&export),
             visibility_narrowed: visibility(&export) == Visibility::Namespace
                 && export.iter().any(|entry| !known.contains(&entry.as_str())),
-            subject_alt_names: spec.subject_alt_names.unwrap_or_default().into_iter().map(Into::into).collect(),
+            subject_alt_names: spec
+                .subject_alt_names
+                .unwrap_or_default()
+                .into_iter()
+                .map(Into::into)
+                .collect(),
             allocate: resolution != Resolution::None
                 && meta.setting("networking.istio.io/enable-autoallocate-ip") != Some("false"),
             meta,
@@ -285,11 +299,19 @@ fn hosts(listed: Vec<String>) -> Result<Vec<Arc<str>>, InvalidField> {
         let path = format!("spec.hosts[{index}]");
         let host = host.to_ascii_lowercase();
         if host == "*" {
-            return Err(InvalidField::new(&path, "\"*\" would stand for every name", "use a name or *.domain"));
+            return Err(InvalidField::new(
+                &path,
+                "\"*\" would stand for every name",
+                "use a name or *.domain",
+            ));
         }
         check_name(&path, host.strip_prefix("*.").unwrap_or(&host), NameRule::Subdomain)?;
         if hosts.iter().any(|known| **known == *host) {
-            return Err(InvalidField::new(&path, format!("{host} is listed twice"), "list each host once"));
+            return Err(InvalidField::new(
+                &path,
+                format!("{host} is listed twice"),
+                "list each host once",
+            ));
         }
         hosts.push(host.into());
     }
@@ -322,7 +344,11 @@ fn ports(listed: Vec<RawPort>) -> Result<Vec<Port>, InvalidField> {
             None => number,
             Some(target) => port(&format!("{path}.targetPort"), target)?,
         };
-        ports.push(Port { name: raw.name.unwrap_or_default(), number, target: TargetPort::Number(target) });
+        ports.push(Port {
+            name: raw.name.unwrap_or_default(),
+            number,
+            target: TargetPort::Number(target),
+        });
     }
     Ok(ports)
 }

@@ -164,7 +164,9 @@ impl Tree {
         }
         for (directory, problem) in walk.unreadable {
             for path in self.seen.keys().filter(|path| path.starts_with(&directory)) {
-                files.entry(path.clone()).or_insert_with(|| FileContent::Unreadable(problem.clone()));
+                files
+                    .entry(path.clone())
+                    .or_insert_with(|| FileContent::Unreadable(problem.clone()));
             }
             files.entry(directory).or_insert(FileContent::Unreadable(problem));
         }
@@ -179,10 +181,18 @@ impl Tree {
         if self.last_status.as_ref() != Some(self.scan.status()) {
             let status = self.scan.status().clone();
             for refusal in &status.refused {
-                let known = self.last_status.as_ref().is_some_and(|last| last.refused.contains(refusal));
+                let known =
+                    self.last_status.as_ref().is_some_and(|last| last.refused.contains(refusal));
                 if !known {
-                    warn!(file = refusal.file, line = refusal.line, object = refusal.object, field = refusal.field,
-                        problem = refusal.problem, remedy = refusal.remedy, "manifest refused");
+                    warn!(
+                        file = refusal.file,
+                        line = refusal.line,
+                        object = refusal.object,
+                        field = refusal.field,
+                        problem = refusal.problem,
+                        remedy = refusal.remedy,
+                        "manifest refused"
+                    );
                 }
             }
             self.last_status = Some(status.clone());
@@ -204,7 +214,9 @@ impl Tree {
             return FileContent::Unreadable(format!("it has more than {MAX_FILE_BYTES} bytes"));
         }
         // An editor that truncates and then writes shows an empty file in between: its objects stay for a moment.
-        if stamp.size == 0 && known.is_some_and(|known| known.size > 0 || self.emptied.contains_key(path)) {
+        if stamp.size == 0
+            && known.is_some_and(|known| known.size > 0 || self.emptied.contains_key(path))
+        {
             let since = *self.emptied.entry(path.to_path_buf()).or_insert_with(Instant::now);
             if since.elapsed() < EMPTY_GRACE {
                 self.unsettled = true;
@@ -232,7 +244,10 @@ struct Walk {
 impl Walk {
     fn directory(&mut self, path: &Path, depth: usize) {
         if depth > MAX_DEPTH {
-            self.unreadable.push((path.to_path_buf(), format!("it is more than {MAX_DEPTH} directories deep")));
+            self.unreadable.push((
+                path.to_path_buf(),
+                format!("it is more than {MAX_DEPTH} directories deep"),
+            ));
             return;
         }
         let entries = fs::metadata(path).and_then(|metadata| {
@@ -261,7 +276,8 @@ impl Walk {
                 Ok(metadata) if metadata.is_dir() => self.directory(&path, depth + 1),
                 Ok(metadata) if metadata.is_file() && is_manifest(&path) => {
                     if self.files.len() >= MAX_FILES {
-                        self.unreadable.push((path, format!("there are more than {MAX_FILES} files")));
+                        self.unreadable
+                            .push((path, format!("there are more than {MAX_FILES} files")));
                         return;
                     }
                     self.files.push((path, metadata));
@@ -277,11 +293,13 @@ impl Walk {
 }
 
 fn is_visible(path: &Path) -> bool {
-    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| {
-        !name.starts_with(['.', '#']) && !name.ends_with('~')
-    })
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .is_some_and(|name| !name.starts_with(['.', '#']) && !name.ends_with('~'))
 }
 
 fn is_manifest(path: &Path) -> bool {
-    path.extension().and_then(|extension| extension.to_str()).is_some_and(|extension| matches!(extension, "yaml" | "yml" | "json"))
+    path.extension()
+        .and_then(|extension| extension.to_str())
+        .is_some_and(|extension| matches!(extension, "yaml" | "yml" | "json"))
 }

@@ -76,7 +76,8 @@ impl Scan {
     }
 
     fn settle(&mut self) -> Vec<Change> {
-        let mut candidates: BTreeMap<&ObjectKey, Vec<(&Path, usize, &Arc<Object>)>> = BTreeMap::new();
+        let mut candidates: BTreeMap<&ObjectKey, Vec<(&Path, usize, &Arc<Object>)>> =
+            BTreeMap::new();
         let mut mentioned: BTreeSet<&ObjectKey> = BTreeSet::new();
         let mut refused = Vec::new();
         let mut ignored: BTreeMap<&str, usize> = BTreeMap::new();
@@ -112,9 +113,11 @@ impl Scan {
         }
         for (key, found) in candidates {
             let owner = self.accepted.get(key).map(|accepted| accepted.file.as_path());
-            let chosen = found.iter().find(|(path, ..)| Some(*path) == owner).or_else(|| found.first());
+            let chosen =
+                found.iter().find(|(path, ..)| Some(*path) == owner).or_else(|| found.first());
             let Some((path, line, object)) = chosen else { continue };
-            for (other, at, _) in found.iter().filter(|entry| (entry.0, entry.1) != (*path, *line)) {
+            for (other, at, _) in found.iter().filter(|entry| (entry.0, entry.1) != (*path, *line))
+            {
                 refused.push(duplicate(key, (other, *at), (path, *line)));
             }
             if self.accepted.get(key).is_none_or(|accepted| accepted.object != **object) {
@@ -249,13 +252,20 @@ mod tests {
         let mut scan = Scan::default();
         let first = scan.update(files([("a.yaml", text(NS))]));
         assert_eq!(names(&first), ["+Namespace a"]);
-        for broken in ["apiVersion: [", "kind: Namespace\nmetadata: {name: a}", "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: [x]}"] {
+        for broken in [
+            "apiVersion: [",
+            "kind: Namespace\nmetadata: {name: a}",
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: [x]}",
+        ] {
             assert_eq!(names(&scan.update(files([("a.yaml", text(broken))]))), [""; 0], "{broken}");
             assert_eq!(scan.status().refused.len(), 1, "{broken}");
         }
         let unreadable = FileContent::Unreadable("EACCES".into());
         assert!(scan.update(files([("a.yaml", unreadable)])).is_empty());
-        assert!(scan.update(files([("a.yaml", text(NS))])).is_empty(), "the same object is no change");
+        assert!(
+            scan.update(files([("a.yaml", text(NS))])).is_empty(),
+            "the same object is no change"
+        );
         assert!(scan.status().refused.is_empty());
         assert_eq!(names(&scan.update(files([]))), ["-Namespace a"]);
     }
@@ -265,7 +275,8 @@ mod tests {
         let mut scan = Scan::default();
         scan.update(files([("b.yaml", text(NS))]));
         let other = format!("# later\n{}", NS.replace("{name: a}", "{name: a, labels: {x: y}}"));
-        let both = scan.update(files([("a.yaml", text(&other)), ("b.yaml", FileContent::Unchanged)]));
+        let both =
+            scan.update(files([("a.yaml", text(&other)), ("b.yaml", FileContent::Unchanged)]));
         assert!(both.is_empty(), "the owner stays");
         let refusal = &scan.status().refused[0];
         assert_eq!((refusal.file.as_str(), refusal.line), ("a.yaml", 2));

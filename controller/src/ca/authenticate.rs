@@ -1,0 +1,88 @@
+//! Who calls.
+//!
+//! One trait, so that join tokens and a cluster's token review stand side by side. Whatever proves it, a caller is a
+//! node: it gets what concerns that node and identities that run there.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+
+/// A node that proved itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeCaller {
+    /// Its name.
+    pub node: Arc<str>,
+    /// How long its proof lasts; streams end with it.
+    pub valid_for: Duration,
+}
+
+/// Why a caller is not let in. Each has a word of its own in metrics and answers.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unauthenticated {
+    /// No `authorization: Bearer` in the request.
+    #[error("no bearer token: join with a join token first, then send the session token")]
+    Missing,
+    /// The header is not text, or not a bearer token.
+    #[error("the authorization header is no bearer token")]
+    NotBearer,
+    /// The token is refused.
+    #[error("the token is refused ({word}): {detail}")]
+    Refused {
+        /// One word for metrics.
+        word: &'static str,
+        /// The same for people.
+        detail: String,
+    },
+}
+
+impl Unauthenticated {
+    /// One word for metrics.
+    #[must_use]
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::NotBearer => "not_bearer",
+            Self::Refused { word, .. } => word,
+        }
+    }
+}
+
+/// Judges bearer tokens.
+pub trait Authenticate: Send + Sync + 'static {
+    /// The node that `bearer` proves.
+    ///
+    /// # Errors
+    /// Why it proves none.
+    fn authenticate(&self, bearer: &str, now: SystemTime) -> Result<NodeCaller, Unauthenticated>;
+}
+
+/// The node that calls.
+///
+/// # Errors
+/// `UNAUTHENTICATED`, with the reason; it is counted.
+#[expect(clippy::result_large_err, reason = "tonic's error type")]
+pub fn caller(
+    authenticate: &dyn Authenticate,
+    metadata: &MetadataMap,
+) -> Result<NodeCaller, Status> {
+    bearer(metadata)
+        .and_then(|bearer| authenticate.authenticate(bearer, SystemTime::now()))
+        .map_err(|error| {
+            metrics::counter!("culvert_controller_unauthenticated_total", "reason" => error.word())
+                .increment(1);
+            Status::unauthenticated(error.to_string())
+        })
+}
+
+fn bearer(metadata: &MetadataMap) -> Result<&str, Unauthenticated> {
+    let header = metadata.get("authorization").ok_or(Unauthenticated::Missing)?;
+    header
+        .to_str()
+        .ok()
+        .and_then(|text| text.split_once(' '))
+        .filter(|(scheme, token)| scheme.eq_ignore_ascii_case("bearer") && !token.trim().is_empty())
+        .map(|(_, token)| token.trim())
+        .ok_or(Unauthenticated::NotBearer)
+}

@@ -1,0 +1,331 @@
+//! The certificate authority with its file: `ca.json` in the state directory.
+//!
+//! The running controller and `culvert-controller ca …` both change the file under the directory's lock; the running one
+//! looks at it every second. A root rotation takes the time it is given between its two steps, so that every connected
+//! agent believes the new root before anything is signed under it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use mesh_identity::{CaConfig, CaCore, CaError, CaState, SignError};
+use mesh_model::SpiffeId;
+use rustls::sign::CertifiedKey;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::state_dir::StateDir;
+
+const FILE: &str = "ca.json";
+/// Lists are signed again this often. They are fresh for a day.
+const LIST_REFRESH: Duration = Duration::from_secs(6 * 3600);
+
+/// An authority that cannot be opened or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// The state directory cannot be used.
+    #[error("the state directory cannot be used")]
+    Files(#[from] std::io::Error),
+    /// The file is not what this program wrote.
+    #[error(
+        "{FILE} cannot be read; restore it from a backup, or remove it to make a new authority"
+    )]
+    Format(#[source] serde_json::Error),
+    /// The authority refuses.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// The file is of another mesh.
+    #[error(
+        "{FILE} is of trust domain {found}, not {wanted}; use its --trust-domain or another --state-dir"
+    )]
+    TrustDomain {
+        /// In the file.
+        found: String,
+        /// By the settings.
+        wanted: String,
+    },
+    /// There is no authority yet.
+    #[error("there is no {FILE}; start the controller once, or give the right --state-dir")]
+    Missing,
+    /// Text that is no serial number.
+    #[error(
+        "{text:?} is no serial number; write it in hexadecimal, as openssl x509 -serial shows it"
+    )]
+    Serial {
+        /// What was given.
+        text: String,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Stored {
+    ca: CaState,
+    /// When the coming root is to sign.
+    activate_root_at: Option<SystemTime>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    core: CaCore,
+    activate_root_at: Option<SystemTime>,
+    stamp: Option<(u64, SystemTime)>,
+    lists: Arc<str>,
+    lists_made: SystemTime,
+}
+
+/// The authority.
+#[derive(Debug)]
+pub struct Authority {
+    files: StateDir,
+    loaded: Mutex<Loaded>,
+}
+
+impl Authority {
+    /// Opens the authority of a trust domain, making it when there is none.
+    ///
+    /// # Errors
+    /// When its file cannot be used.
+    pub fn open(
+        files: StateDir,
+        trust_domain: &str,
+        now: SystemTime,
+    ) -> Result<Self, AuthorityError> {
+        let _lock = files.lock()?;
+        let loaded = match load(&files, now) {
+            Ok(loaded) => loaded,
+            Err(AuthorityError::Missing) => {
+                let core = CaCore::create(trust_domain, CaConfig::default(), now)?;
+                store(&files, &core, None)?;
+                load(&files, now)?
+            }
+            Err(error) => return Err(error),
+        };
+        if loaded.core.trust_domain() != trust_domain {
+            return Err(AuthorityError::TrustDomain {
+                found: loaded.core.trust_domain().to_owned(),
+                wanted: trust_domain.to_owned(),
+            });
+        }
+        Ok(Self { files, loaded: Mutex::new(loaded) })
+    }
+
+    /// Opens the authority that is there.
+    ///
+    /// # Errors
+    /// When there is none, or its file cannot be used.
+    pub fn open_existing(files: StateDir, now: SystemTime) -> Result<Self, AuthorityError> {
+        let loaded = load(&files, now)?;
+        Ok(Self { files, loaded: Mutex::new(loaded) })
+    }
+
+    /// Certifies a key; see [`CaCore::sign`].
+    ///
+    /// # Errors
+    /// Why it is not signed.
+    pub fn sign(
+        &self,
+        csr_pem: &str,
+        identity: &SpiffeId,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<Vec<String>, SignError> {
+        self.lock().core.sign(csr_pem, identity, ttl, now)
+    }
+
+    /// A certificate for the controller's own listener.
+    ///
+    /// # Errors
+    /// When a name cannot be certified.
+    pub fn issue_server(
+        &self,
+        names: &[String],
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<CertifiedKey, CaError> {
+        self.lock().core.issue_server(names, ttl, now)
+    }
+
+    /// Roots that agents should believe, PEM.
+    #[must_use]
+    pub fn root_bundle_pem(&self) -> String {
+        self.lock().core.root_bundle_pem()
+    }
+
+    /// Revocation lists, PEM; empty while nothing is revoked.
+    #[must_use]
+    pub fn crl_pem(&self) -> Arc<str> {
+        Arc::clone(&self.lock().lists)
+    }
+
+    /// Takes in what others wrote, and does what is due: activates a coming root, replaces an ageing intermediate, drops
+    /// what is over, renews lists. True when anything changed.
+    ///
+    /// # Errors
+    /// When the file cannot be used; what was loaded stays in use.
+    pub fn tick(&self, now: SystemTime) -> Result<bool, AuthorityError> {
+        let mut changed = false;
+        if self.files.stamp(FILE)? != self.lock().stamp {
+            *self.lock() = load(&self.files, now)?;
+            changed = true;
+        }
+        let due = self.lock().activate_root_at.is_some_and(|at| at <= now);
+        if due {
+            self.change(now, |core, activate_root_at| {
+                core.activate_root(now)?;
+                *activate_root_at = None;
+                Ok(())
+            })?;
+            changed = true;
+        }
+        // Looked at on a copy first, so that the file is only written when there is something to write.
+        let mut trial = CaCore::load(&self.lock().core.state(), CaConfig::default())?;
+        if trial.maintain(now)? {
+            self.change(now, |core, _| core.maintain(now).map(|_| ()))?;
+            changed = true;
+        }
+        let mut loaded = self.lock();
+        let age = now.duration_since(loaded.lists_made).unwrap_or_default();
+        if age > LIST_REFRESH && !loaded.lists.is_empty() {
+            loaded.lists = loaded.core.crl_pem(now)?.into();
+            loaded.lists_made = now;
+            changed = true;
+        }
+        Ok(changed)
+    }
+
+    /// Begins a root rotation whose new root signs after `overlap`.
+    ///
+    /// # Errors
+    /// When one is under way, or the file cannot be used.
+    pub fn rotate_root(&self, overlap: Duration, now: SystemTime) -> Result<(), AuthorityError> {
+        self.change(now, |core, activate_root_at| {
+            core.begin_root_rotation(now)?;
+            *activate_root_at = Some(now + overlap);
+            Ok(())
+        })
+    }
+
+    /// Revokes a certificate by serial: an intermediate's with all it signed, otherwise a leaf's.
+    ///
+    /// # Errors
+    /// When the text is no serial, or the file cannot be used.
+    pub fn revoke(&self, serial: &str, now: SystemTime) -> Result<(), AuthorityError> {
+        let bytes = parse_serial(serial)?;
+        self.change(now, |core, _| match core.revoke_intermediate(&bytes, now) {
+            Err(CaError::UnknownAuthority) => {
+                core.revoke_leaf(&bytes, now);
+                Ok(())
+            }
+            outcome => outcome,
+        })
+    }
+
+    /// Changes the authority on disk, then in memory; nothing changes when one of them fails.
+    fn change(
+        &self,
+        now: SystemTime,
+        change: impl FnOnce(&mut CaCore, &mut Option<SystemTime>) -> Result<(), CaError>,
+    ) -> Result<(), AuthorityError> {
+        let _lock = self.files.lock()?;
+        let mut loaded = load(&self.files, now)?;
+        change(&mut loaded.core, &mut loaded.activate_root_at)?;
+        store(&self.files, &loaded.core, loaded.activate_root_at)?;
+        *self.lock() = load(&self.files, now)?;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Loaded> {
+        // It is only ever replaced whole.
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn load(files: &StateDir, now: SystemTime) -> Result<Loaded, AuthorityError> {
+    let stamp = files.stamp(FILE)?;
+    let text = Zeroizing::new(files.read(FILE)?.ok_or(AuthorityError::Missing)?);
+    let stored: Stored = serde_json::from_str(&text).map_err(AuthorityError::Format)?;
+    let core = CaCore::load(&stored.ca, CaConfig::default())?;
+    let lists = core.crl_pem(now)?.into();
+    Ok(Loaded { core, activate_root_at: stored.activate_root_at, stamp, lists, lists_made: now })
+}
+
+fn store(
+    files: &StateDir,
+    core: &CaCore,
+    activate_root_at: Option<SystemTime>,
+) -> Result<(), AuthorityError> {
+    let stored = Stored { ca: core.state(), activate_root_at };
+    let text = Zeroizing::new(serde_json::to_string(&stored).map_err(AuthorityError::Format)?);
+    files.write(FILE, &text)?;
+    Ok(())
+}
+
+/// Hexadecimal, with or without colons and `0x`, leading zeros or not.
+fn parse_serial(text: &str) -> Result<Vec<u8>, AuthorityError> {
+    let invalid = || AuthorityError::Serial { text: text.chars().take(80).collect() };
+    let digits: String =
+        text.trim().trim_start_matches("0x").chars().filter(|c| *c != ':').collect();
+    let digits = digits.trim_start_matches('0');
+    let digits = if digits.len() % 2 == 0 { digits.to_owned() } else { format!("0{digits}") };
+    if digits.is_empty() || digits.len() > 40 || !digits.is_ascii() {
+        return Err(invalid());
+    }
+    (0..digits.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).map_err(|_source| invalid()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files() -> (tempfile::TempDir, StateDir) {
+        let directory = tempfile::tempdir().unwrap();
+        let files = StateDir::open(&directory.path().join("state")).unwrap();
+        (directory, files)
+    }
+
+    #[test]
+    fn the_authority_survives_restarts_and_rotations() {
+        let (_directory, files) = files();
+        let now = SystemTime::now();
+        let first = Authority::open(files.clone(), "td", now).unwrap();
+        let old = first.root_bundle_pem();
+        let again = Authority::open(files.clone(), "td", now).unwrap();
+        assert_eq!(again.root_bundle_pem(), old);
+        assert!(Authority::open(files.clone(), "other", now).is_err());
+        // Another process rotates; the running one picks it up, then activates when due.
+        again.rotate_root(Duration::from_secs(60), now).unwrap();
+        assert!(first.tick(now).unwrap());
+        let both = first.root_bundle_pem();
+        assert!(both.starts_with(&old) && both.len() > old.len());
+        assert!(!first.tick(now).unwrap());
+        assert!(first.tick(now + Duration::from_secs(61)).unwrap());
+        assert!(!first.root_bundle_pem().starts_with(&old), "the new root signs");
+        assert!(first.root_bundle_pem().contains(&old), "and the old one is still believed");
+    }
+
+    #[test]
+    fn a_revocation_reaches_the_list() {
+        let (_directory, files) = files();
+        let now = SystemTime::now();
+        let authority = Authority::open(files, "td", now).unwrap();
+        assert!(authority.crl_pem().is_empty());
+        authority.revoke("00:AB:cd", now).unwrap();
+        let list = authority.crl_pem();
+        assert!(list.contains("X509 CRL"));
+        assert!(!authority.tick(now).unwrap());
+        assert_eq!(authority.crl_pem(), list, "a list is not signed anew for nothing");
+        for wrong in ["", "xyz", "0x", &"1".repeat(41)] {
+            assert!(authority.revoke(wrong, now).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_file_is_named() {
+        let (_directory, files) = files();
+        files.write(FILE, "{}").unwrap();
+        let error = Authority::open(files, "td", SystemTime::now()).unwrap_err();
+        assert!(error.to_string().contains(FILE), "{error}");
+    }
+}

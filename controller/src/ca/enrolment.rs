@@ -1,0 +1,95 @@
+//! Joining the mesh: a join token once, then sessions that are prolonged.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use mesh_wire::pb::mesh::enrolment_server::Enrolment;
+use mesh_wire::pb::mesh::{JoinRequest, RenewRequest, ReportPodsReply, ReportPodsRequest, Session};
+use tonic::{Request, Response, Status};
+use tracing::{info, warn};
+
+use super::authenticate::{Authenticate, caller};
+use super::tokens::{Issued, Tokens};
+use crate::index::{Key, NodeReport};
+use crate::mesh::SharedMesh;
+
+/// Most pods in a report; a node of Kubernetes has 110 by default.
+const MAX_PODS: usize = 10_000;
+
+/// The enrolment service.
+#[derive(Clone, Debug)]
+pub struct Enrolments {
+    mesh: SharedMesh,
+    tokens: Arc<Tokens>,
+}
+
+impl Enrolments {
+    /// A service that judges `tokens`.
+    #[must_use]
+    pub const fn new(mesh: SharedMesh, tokens: Arc<Tokens>) -> Self {
+        Self { mesh, tokens }
+    }
+}
+
+fn session(issued: Issued) -> Response<Session> {
+    Response::new(Session {
+        token: issued.token,
+        expires_at: issued
+            .expires_at
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs()),
+        node: issued.node.to_string(),
+    })
+}
+
+#[tonic::async_trait]
+impl Enrolment for Enrolments {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<Session>, Status> {
+        let JoinRequest { join_token, node } = request.into_inner();
+        let tokens = Arc::clone(&self.tokens);
+        let asked = node.clone();
+        // Writing down that the token is spent waits for the disk.
+        let outcome = tokio::task::spawn_blocking(move || {
+            tokens.join(&join_token, &asked, SystemTime::now())
+        })
+        .await
+        .map_err(|error| Status::internal(error.to_string()))?;
+        match outcome {
+            Ok(issued) => {
+                info!(node, "node joined");
+                metrics::counter!("culvert_controller_joins_total").increment(1);
+                Ok(session(issued))
+            }
+            Err(refused) => {
+                warn!(node, reason = refused.word(), "join refused");
+                metrics::counter!("culvert_controller_unauthenticated_total", "reason" => refused.word()).increment(1);
+                Err(Status::unauthenticated(refused.to_string()))
+            }
+        }
+    }
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<Session>, Status> {
+        let caller = caller(&*self.tokens as &dyn Authenticate, request.metadata())?;
+        let issued = self
+            .tokens
+            .renew(&caller.node, SystemTime::now())
+            .map_err(|error| Status::internal(error.to_string()))?;
+        Ok(session(issued))
+    }
+
+    async fn report_pods(
+        &self,
+        request: Request<ReportPodsRequest>,
+    ) -> Result<Response<ReportPodsReply>, Status> {
+        let caller = caller(&*self.tokens as &dyn Authenticate, request.metadata())?;
+        let pods = request.into_inner().pods;
+        if pods.len() > MAX_PODS {
+            return Err(Status::invalid_argument(format!("more than {MAX_PODS} pods")));
+        }
+        let keys: BTreeSet<Key> =
+            pods.iter().map(|pod| Key::new(&pod.namespace, &pod.name)).collect();
+        self.mesh.report(&caller.node, NodeReport::Enrolled(keys));
+        Ok(Response::new(ReportPodsReply {}))
+    }
+}

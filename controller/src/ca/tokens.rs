@@ -1,0 +1,200 @@
+//! Join and session tokens with their files: `token.key` and `tokens-spent.json` in the state directory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use mesh_identity::{
+    InvalidNodeName, JoinTokens, NodeName, SessionTokens, TokenError, TokenId, TokenKey,
+    TokenRejection,
+};
+use zeroize::Zeroizing;
+
+use super::authenticate::{Authenticate, NodeCaller, Unauthenticated};
+use crate::state_dir::StateDir;
+
+const KEY_FILE: &str = "token.key";
+const SPENT_FILE: &str = "tokens-spent.json";
+/// Lifetime of a session. An agent renews at half of it, so the controller may be away for half a week.
+const SESSION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Streams are let go after this long, so that their callers prove themselves again.
+const PROOF_LASTS: Duration = Duration::from_secs(30 * 60);
+
+/// Tokens that cannot be judged or made.
+#[derive(Debug, thiserror::Error)]
+pub enum TokensError {
+    /// The state directory cannot be used.
+    #[error("the state directory cannot be used")]
+    Files(#[from] std::io::Error),
+    /// A file is not what this program wrote.
+    #[error("{file} cannot be read; restore it from a backup")]
+    Format {
+        /// The file.
+        file: &'static str,
+    },
+    /// No random bytes.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The name is no node's.
+    #[error(transparent)]
+    Node(#[from] InvalidNodeName),
+    /// The token is refused.
+    #[error(transparent)]
+    Rejected(#[from] TokenRejection),
+}
+
+impl TokensError {
+    /// One word for metrics.
+    #[must_use]
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Files(_) | Self::Format { .. } | Self::Token(_) => "unavailable",
+            Self::Node(_) => "invalid_node",
+            Self::Rejected(rejection) => word(*rejection),
+        }
+    }
+}
+
+const fn word(rejection: TokenRejection) -> &'static str {
+    match rejection {
+        TokenRejection::Malformed => "malformed",
+        TokenRejection::BadSignature => "bad_signature",
+        TokenRejection::WrongAudience => "wrong_audience",
+        TokenRejection::Expired => "expired",
+        TokenRejection::WrongNode => "wrong_node",
+        TokenRejection::Replayed => "replayed",
+    }
+}
+
+/// A token for a node.
+#[derive(Debug)]
+pub struct Issued {
+    /// The token.
+    pub token: String,
+    /// Until when it is good.
+    pub expires_at: SystemTime,
+    /// The node.
+    pub node: Arc<str>,
+}
+
+/// The tokens of a mesh.
+#[derive(Debug)]
+pub struct Tokens {
+    files: StateDir,
+    key: TokenKey,
+    sessions: SessionTokens,
+}
+
+impl Tokens {
+    /// Opens the tokens, making their key when there is none.
+    ///
+    /// # Errors
+    /// When a file cannot be used.
+    pub fn open(files: StateDir) -> Result<Self, TokensError> {
+        let _lock = files.lock()?;
+        let key = match files.read(KEY_FILE)?.map(Zeroizing::new) {
+            Some(text) => parse_key(&text).ok_or(TokensError::Format { file: KEY_FILE })?,
+            None => {
+                let key = TokenKey::generate()?;
+                let text: String =
+                    key.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+                files.write(KEY_FILE, &Zeroizing::new(text))?;
+                key
+            }
+        };
+        let sessions = SessionTokens::new(key.clone());
+        Ok(Self { files, key, sessions })
+    }
+
+    /// A token by which `node` may join once within `ttl`.
+    ///
+    /// # Errors
+    /// When the name is no node's or there are no random bytes.
+    pub fn create(
+        &self,
+        node: &str,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<Zeroizing<String>, TokensError> {
+        let node: NodeName = node.parse()?;
+        Ok(JoinTokens::new(self.key.clone(), BTreeMap::new()).issue(&node, ttl, now)?)
+    }
+
+    /// Spends a join token for a session. It is written down as spent before the session is given.
+    ///
+    /// # Errors
+    /// Why the token is refused.
+    pub fn join(&self, token: &str, node: &str, now: SystemTime) -> Result<Issued, TokensError> {
+        let name: NodeName = node.parse()?;
+        {
+            let _lock = self.files.lock()?;
+            let invalid = || TokensError::Format { file: SPENT_FILE };
+            let spent: Vec<(TokenId, SystemTime)> = match self.files.read(SPENT_FILE)? {
+                Some(text) => serde_json::from_str(&text).map_err(|_source| invalid())?,
+                None => Vec::new(),
+            };
+            let mut tokens = JoinTokens::new(self.key.clone(), spent.into_iter().collect());
+            tokens.spend(token, &name, now)?;
+            let spent: Vec<_> = tokens.spent().iter().collect();
+            self.files
+                .write(SPENT_FILE, &serde_json::to_string(&spent).map_err(|_source| invalid())?)?;
+        }
+        self.renew(node, now)
+    }
+
+    /// A session for a node that has proved itself.
+    ///
+    /// # Errors
+    /// When there are no random bytes.
+    pub fn renew(&self, node: &str, now: SystemTime) -> Result<Issued, TokensError> {
+        let name: NodeName = node.parse()?;
+        let (token, expires_at) = self.sessions.issue(&name, SESSION_TTL, now)?;
+        Ok(Issued { token: token.to_string(), expires_at, node: node.into() })
+    }
+}
+
+impl Authenticate for Tokens {
+    fn authenticate(&self, bearer: &str, now: SystemTime) -> Result<NodeCaller, Unauthenticated> {
+        self.sessions
+            .verify(bearer, now)
+            .map(|node| NodeCaller { node: node.as_str().into(), valid_for: PROOF_LASTS })
+            .map_err(|rejection| Unauthenticated::Refused {
+                word: word(rejection),
+                detail: rejection.to_string(),
+            })
+    }
+}
+
+fn parse_key(text: &str) -> Option<TokenKey> {
+    let text = text.trim();
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (at, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).ok()?;
+    }
+    Some(TokenKey::new(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spent_token_stays_spent_across_restarts() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = StateDir::open(&directory.path().join("state")).unwrap();
+        let now = SystemTime::now();
+        let tokens = Tokens::open(files.clone()).unwrap();
+        let join = tokens.create("n1", Duration::from_secs(60), now).unwrap();
+        assert_eq!(tokens.join(&join, "n2", now).unwrap_err().word(), "wrong_node");
+        let session = tokens.join(&join, "n1", now).unwrap();
+        let restarted = Tokens::open(files).unwrap();
+        assert_eq!(restarted.join(&join, "n1", now).unwrap_err().word(), "replayed");
+        assert_eq!(&*restarted.authenticate(&session.token, now).unwrap().node, "n1");
+        assert!(restarted.authenticate(&join, now).is_err(), "a join token is no session");
+        let late = now + SESSION_TTL + Duration::from_secs(1);
+        assert_eq!(restarted.authenticate(&session.token, late).unwrap_err().word(), "expired");
+    }
+}

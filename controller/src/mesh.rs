@@ -1,0 +1,238 @@
+//! The mesh as the controller knows it: the index, what is published of it, and the picture `explain` looks at. All are
+//! changed together, under one lock, so that they never tell different stories.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mesh_authorize::{Policy, PolicySet};
+use mesh_model::SpiffeId;
+use mesh_resolve::{IndexDelta, WorkloadIndex};
+use mesh_wire::MeshConfig;
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::index::{Delta, Index, IndexSettings, NodeReport, PolicyStatus};
+use crate::publish::Store;
+use crate::source::{Change, SourceEvent, SourceStatus};
+
+/// What proves identities: PEM, as agents receive it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// Roots; several while one replaces another.
+    pub root_pem: String,
+    /// Revocation lists; may be empty.
+    pub crl_pem: String,
+}
+
+/// A snapshot for [`explain`](crate::explain).
+#[derive(Clone, Debug, Default)]
+pub struct Picture {
+    /// Workloads and services.
+    pub index: WorkloadIndex,
+    /// Policies.
+    pub policies: PolicySet,
+}
+
+/// The mesh.
+#[derive(Debug)]
+pub struct Mesh {
+    state: Mutex<State>,
+    store: Store,
+    synced: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct State {
+    index: Index,
+    picture: Picture,
+    trust: Trust,
+    source: SourceStatus,
+}
+
+/// What an operator should know.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    /// Everything that existed at the start has been read.
+    pub synced: bool,
+    /// What the source could not use.
+    pub source: SourceStatus,
+    /// How each policy object is enforced.
+    pub policies: BTreeMap<String, PolicyStatus>,
+    /// Objects that do something else than their author may think.
+    pub notes: Vec<(String, String)>,
+}
+
+impl Mesh {
+    /// An empty mesh.
+    #[must_use]
+    pub fn new(settings: IndexSettings) -> Self {
+        let picture = Picture::default();
+        let state = State {
+            index: Index::new(settings),
+            picture,
+            trust: Trust::default(),
+            source: SourceStatus::default(),
+        };
+        Self {
+            state: Mutex::new(state),
+            store: Store::default(),
+            synced: watch::Sender::new(false),
+        }
+    }
+
+    /// What is published.
+    #[must_use]
+    pub const fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Takes in what a source tells.
+    pub fn source_event(&self, event: SourceEvent) {
+        match event {
+            SourceEvent::Changes(changes) => self.apply(changes),
+            SourceEvent::Status(status) => {
+                metrics::gauge!("culvert_controller_objects").set(count(status.objects));
+                metrics::gauge!("culvert_controller_refused_objects")
+                    .set(count(status.refused.len()));
+                self.lock().source = status;
+            }
+            SourceEvent::Synced => {
+                self.synced.send_replace(true);
+            }
+        }
+    }
+
+    /// Applies object changes.
+    pub fn apply(&self, changes: Vec<Change>) {
+        let mut state = self.lock();
+        let delta = state.index.apply(changes);
+        self.take(&mut state, delta);
+    }
+
+    /// Takes in what an agent tells about its node.
+    pub fn report(&self, node: &str, report: NodeReport) {
+        let mut state = self.lock();
+        let delta = state.index.report(node, report);
+        self.take(&mut state, delta);
+    }
+
+    /// Replaces what proves identities.
+    pub fn set_trust(&self, trust: Trust) {
+        let mut state = self.lock();
+        if state.trust != trust {
+            state.trust = trust;
+            self.publish_mesh(&state);
+        }
+    }
+
+    /// True when an identity's workload runs on a node.
+    #[must_use]
+    pub fn runs_on(&self, node: &str, identity: &SpiffeId) -> bool {
+        self.lock().index.runs_on(node, identity)
+    }
+
+    /// True once everything that existed at the start has been read.
+    #[must_use]
+    pub fn is_synced(&self) -> bool {
+        *self.synced.borrow()
+    }
+
+    /// Waits for [`is_synced`](Self::is_synced). Before that an agent must be told nothing: what is not read yet would look
+    /// as if it were gone.
+    pub async fn synced(&self) {
+        // The sender lives as long as `self`, so waiting cannot fail.
+        if self.synced.subscribe().wait_for(|synced| *synced).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// A snapshot of workloads, services and policies.
+    #[must_use]
+    pub fn picture(&self) -> Picture {
+        self.lock().picture.clone()
+    }
+
+    /// What an operator should know.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let state = self.lock();
+        let policies = state
+            .index
+            .policy_status()
+            .into_iter()
+            .map(|(key, status)| (key.to_string(), status))
+            .collect();
+        Status {
+            synced: self.is_synced(),
+            source: state.source.clone(),
+            policies,
+            notes: state.index.notes(),
+        }
+    }
+
+    /// Looks at the index.
+    pub fn with_index<T>(&self, look: impl FnOnce(&Index) -> T) -> T {
+        look(&self.lock().index)
+    }
+
+    fn take(&self, state: &mut State, delta: Delta) {
+        if delta.is_empty() {
+            return;
+        }
+        let State { index, picture, .. } = state;
+        for name in &delta.removed_policies {
+            picture.policies.remove(name);
+        }
+        for policy in &delta.policies {
+            picture.policies.upsert(Policy::clone(policy));
+        }
+        let default = index.settings().unknown_egress;
+        for (namespace, egress) in &delta.egress {
+            picture.policies.set_egress(namespace, egress.unwrap_or(default));
+        }
+        for workload in &delta.workloads {
+            let own = index.egress().get(&workload.namespace);
+            picture.policies.set_egress(&workload.namespace, own.copied().unwrap_or(default));
+        }
+        picture.index.apply(IndexDelta {
+            workloads: delta.workloads.iter().map(|workload| workload.as_ref().clone()).collect(),
+            removed_workloads: delta.removed_workloads.clone(),
+            services: delta.services.iter().map(|service| service.as_ref().clone()).collect(),
+            removed_services: delta.removed_services.clone(),
+        });
+        let changed = self.store.apply(&delta);
+        metrics::counter!("culvert_controller_resource_changes_total").increment(changed as u64);
+        if !delta.egress.is_empty() {
+            self.publish_mesh(state);
+        }
+    }
+
+    fn publish_mesh(&self, state: &State) {
+        // Agents refuse settings without a root; there is one from the start, before the listener is.
+        if state.trust.root_pem.is_empty() {
+            return;
+        }
+        let settings = state.index.settings();
+        self.store.set_mesh(MeshConfig {
+            trust_domain: settings.trust_domain.clone(),
+            root_pem: state.trust.root_pem.as_str().into(),
+            crl_pem: state.trust.crl_pem.as_str().into(),
+            unknown_egress: state.index.egress().clone(),
+            default_unknown_egress: settings.unknown_egress,
+            cluster_domain: settings.cluster_domain.clone(),
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic in the index is a bug; what it had computed so far is still consistent enough to be served.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge")]
+fn count(number: usize) -> f64 {
+    number as f64
+}
+
+/// A mesh shared by the controller's parts.
+pub type SharedMesh = Arc<Mesh>;

@@ -1,0 +1,324 @@
+//! A running controller: wiring, the listener, the authority's clockwork, and the end.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use arc_swap::ArcSwap;
+use mesh_authorize::UnknownEgress;
+use mesh_identity::tls::control_server;
+use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain, LogHandle, Metrics, Readiness};
+use mesh_wire::MAX_MESSAGE_BYTES;
+use mesh_wire::pb::auth::istio_certificate_service_server::IstioCertificateServiceServer;
+use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
+use mesh_wire::pb::mesh::enrolment_server::EnrolmentServer;
+use rustls::ServerConfig;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+use tracing::{debug, error, info, warn};
+
+use crate::admin;
+use crate::ca::Certificates;
+use crate::ca::authenticate::Authenticate;
+use crate::ca::authority::Authority;
+use crate::ca::enrolment::Enrolments;
+use crate::ca::tokens::Tokens;
+use crate::cli::{Egress, RunArgs, Source};
+use crate::index::IndexSettings;
+use crate::mesh::{Mesh, SharedMesh, Trust};
+use crate::publish::Discovery;
+use crate::source::directory::{self, DirectorySettings};
+use crate::state_dir::StateDir;
+
+/// Lifetime of the listener's certificate; it is replaced at half of it and whenever the authority changes.
+const SERVER_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How often the authority's file is looked at.
+const CA_TICK: Duration = Duration::from_secs(1);
+/// TLS handshakes at once.
+const MAX_HANDSHAKES: usize = 1_024;
+/// Longest handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long streams may take to end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest message from an agent; its first lists what it holds.
+const MAX_REQUEST_BYTES: usize = 64 << 20;
+
+/// A controller that is listening.
+#[derive(Debug)]
+pub struct Controller {
+    mesh: SharedMesh,
+    authority: Arc<Authority>,
+    listener: TcpListener,
+    tls: Arc<ArcSwap<ServerConfig>>,
+    discovery: Discovery,
+    certificates: Certificates,
+    enrolments: Enrolments,
+    args: RunArgs,
+}
+
+impl Controller {
+    /// Opens the state, starts the source and binds the listener. What goes wrong here is a mistake in the settings.
+    ///
+    /// # Errors
+    /// When the state directory, the source or the address cannot be used.
+    pub async fn start(args: RunArgs, drain: &Drain) -> Result<Self> {
+        let files = StateDir::open(&args.state_dir)
+            .with_context(|| format!("state directory {}", args.state_dir.display()))?;
+        let now = SystemTime::now();
+        let authority = Arc::new(
+            Authority::open(files.clone(), &args.trust_domain, now)
+                .context("certificate authority")?,
+        );
+        let tokens = Arc::new(Tokens::open(files).context("join tokens")?);
+        let mesh = Arc::new(Mesh::new(index_settings(&args)));
+        mesh.set_trust(trust(&authority, &args));
+        let tls = Arc::new(ArcSwap::from_pointee(server_config(&authority, &args)?));
+        let listener = TcpListener::bind(args.listen)
+            .await
+            .with_context(|| format!("listen on {}", args.listen))?;
+        start_source(&args, &mesh)?;
+        let authenticate: Arc<dyn Authenticate> = Arc::clone(&tokens) as Arc<dyn Authenticate>;
+        Ok(Self {
+            discovery: Discovery::new(
+                Arc::clone(&mesh),
+                Arc::clone(&authenticate),
+                args.debounce,
+                drain.clone(),
+            ),
+            certificates: Certificates::new(
+                Arc::clone(&mesh),
+                Arc::clone(&authority),
+                authenticate,
+            ),
+            enrolments: Enrolments::new(Arc::clone(&mesh), tokens),
+            mesh,
+            authority,
+            listener,
+            tls,
+            args,
+        })
+    }
+
+    /// The mesh it controls.
+    #[must_use]
+    pub const fn mesh(&self) -> &SharedMesh {
+        &self.mesh
+    }
+
+    /// Where agents reach it.
+    ///
+    /// # Errors
+    /// When the socket is gone.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves the admin pages. Ready once everything that existed at the start has been read.
+    ///
+    /// # Errors
+    /// When an address cannot be used.
+    pub async fn serve_admin(&self, metrics: Metrics, log: LogHandle, drain: &Drain) -> Result<()> {
+        let readiness = Readiness::new();
+        let pending = readiness.pending("source");
+        let mesh = Arc::clone(&self.mesh);
+        tokio::spawn(async move {
+            mesh.synced().await;
+            pending.done();
+        });
+        let server = AdminServer::new(
+            admin::routes(&self.mesh, readiness, metrics, log),
+            AdminLimits::default(),
+        );
+        let tcp = AdminListener::tcp(self.args.admin).await.context("admin address")?;
+        tokio::spawn(server.clone().serve(tcp, drain.clone()));
+        if let Some(path) = &self.args.admin_socket {
+            let unix = AdminListener::unix(path).context("admin socket")?;
+            tokio::spawn(server.serve(unix, drain.clone()));
+        }
+        Ok(())
+    }
+
+    /// Serves agents until `drain` begins.
+    ///
+    /// # Errors
+    /// When the gRPC server fails.
+    pub async fn serve(self, drain: Drain) -> Result<()> {
+        let clockwork = tokio::spawn(keep_authority(
+            Arc::clone(&self.authority),
+            Arc::clone(&self.mesh),
+            Arc::clone(&self.tls),
+            self.args.clone(),
+        ));
+        let (accepted, incoming) = mpsc::channel(64);
+        let accepting = tokio::spawn(accept(self.listener, self.tls, accepted));
+        let discovery = AggregatedDiscoveryServiceServer::new(self.discovery)
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(30)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .add_service(discovery)
+            .add_service(IstioCertificateServiceServer::new(self.certificates))
+            .add_service(EnrolmentServer::new(self.enrolments));
+        let ending = drain.clone();
+        let serving =
+            server.serve_with_incoming_shutdown(ReceiverStream::new(incoming), async move {
+                ending.begun().await;
+            });
+        let outcome = tokio::select! {
+            outcome = serving => outcome.context("gRPC server"),
+            () = async { drain.begun().await; tokio::time::sleep(DRAIN_TIMEOUT).await } => Ok(()),
+        };
+        accepting.abort();
+        clockwork.abort();
+        outcome
+    }
+}
+
+fn index_settings(args: &RunArgs) -> IndexSettings {
+    IndexSettings {
+        trust_domain: args.trust_domain.as_str().into(),
+        cluster_id: args.cluster_id.as_str().into(),
+        network: args.network.as_str().into(),
+        cluster_domain: args.cluster_domain.as_str().into(),
+        root_namespace: args.root_namespace.as_str().into(),
+        istio_labels: args.istio_labels,
+        unknown_egress: match args.unknown_egress {
+            Egress::Allow => UnknownEgress::Allow,
+            Egress::Deny => UnknownEgress::Deny,
+        },
+        excluded_namespaces: args
+            .exclude_namespaces
+            .iter()
+            .map(|name| name.as_str().into())
+            .collect(),
+    }
+}
+
+fn start_source(args: &RunArgs, mesh: &SharedMesh) -> Result<()> {
+    let (send, mut events) = mpsc::channel(16);
+    match &args.source {
+        Source::Directory(root) => {
+            let settings = DirectorySettings {
+                rescan_interval: args.rescan,
+                ..DirectorySettings::new(root.clone())
+            };
+            directory::watch(settings, send)
+                .with_context(|| format!("source directory {}", root.display()))?;
+        }
+    }
+    let mesh = Arc::clone(mesh);
+    // A first batch may take a second to map; that must not stop the streams' threads.
+    std::thread::Builder::new()
+        .name("index".into())
+        .spawn(move || {
+            while let Some(event) = events.blocking_recv() {
+                mesh.source_event(event);
+            }
+            error!("the source has ended; nothing changes any more");
+        })
+        .context("index thread")?;
+    Ok(())
+}
+
+fn trust(authority: &Authority, args: &RunArgs) -> Trust {
+    let mut crl_pem = authority.crl_pem().to_string();
+    if let Some(path) = &args.crl_file {
+        match std::fs::read_to_string(path) {
+            Ok(text) if text.contains("BEGIN X509 CRL") || text.trim().is_empty() => {
+                crl_pem.push_str(&text)
+            }
+            Ok(_) => warn!(path = %path.display(), "not a list of revocations in PEM; not used"),
+            Err(error) => {
+                warn!(path = %path.display(), %error, "revocations cannot be read; not used")
+            }
+        }
+    }
+    Trust { root_pem: authority.root_bundle_pem(), crl_pem }
+}
+
+fn server_config(authority: &Authority, args: &RunArgs) -> Result<ServerConfig> {
+    let identity = authority
+        .issue_server(&args.sans, SERVER_TTL, SystemTime::now())
+        .context("certificate of the listener; check --san")?;
+    Ok(control_server(Arc::new(identity)))
+}
+
+/// Keeps the authority, what agents believe and the listener's certificate up to date.
+async fn keep_authority(
+    authority: Arc<Authority>,
+    mesh: SharedMesh,
+    tls: Arc<ArcSwap<ServerConfig>>,
+    args: RunArgs,
+) {
+    let mut ticks = tokio::time::interval(CA_TICK);
+    let mut issued = SystemTime::now();
+    loop {
+        ticks.tick().await;
+        let now = SystemTime::now();
+        let changed = match authority.tick(now) {
+            Ok(changed) => changed,
+            Err(error) => {
+                metrics::counter!("culvert_controller_ca_errors_total").increment(1);
+                warn!(error = %anyhow::Error::from(error), "the authority's file cannot be used; the last state stays in use");
+                false
+            }
+        };
+        if changed {
+            info!("the certificate authority changed");
+        }
+        mesh.set_trust(trust(&authority, &args));
+        // A clock that was set back must not keep an old certificate.
+        let stale = now.duration_since(issued).map_or(true, |age| age > SERVER_TTL / 2);
+        if changed || stale {
+            match server_config(&authority, &args) {
+                Ok(config) => {
+                    tls.store(Arc::new(config));
+                    issued = now;
+                }
+                Err(error) => warn!(%error, "the listener keeps its certificate"),
+            }
+        }
+    }
+}
+
+/// Accepts connections and makes their handshakes, a bounded number at once.
+async fn accept(
+    listener: TcpListener,
+    tls: Arc<ArcSwap<ServerConfig>>,
+    accepted: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+) {
+    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    loop {
+        // The semaphore is never closed.
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                warn!(%error, "cannot accept");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let acceptor = TlsAcceptor::from(tls.load_full());
+        let accepted = accepted.clone();
+        tokio::spawn(async move {
+            let _slot = slot;
+            if let Err(error) = stream.set_nodelay(true) {
+                debug!(%peer, %error, "cannot set TCP_NODELAY");
+            }
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+                // The server may have ended.
+                Ok(Ok(stream)) => drop(accepted.send(Ok(stream)).await),
+                Ok(Err(error)) => debug!(%peer, %error, "handshake failed"),
+                Err(_elapsed) => debug!(%peer, "handshake took too long"),
+            }
+        });
+    }
+}
