@@ -1,0 +1,302 @@
+//! The decisions that operators count on, one by one.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_authorize::{
+    Action, Clause, Decision, DenialDetail, Match, MissingPolicy, NoteKind, Policy, PolicyKind,
+    PolicyName, PolicyOrigin, PolicyScope, PolicySet, Rule, StringMatch, UnknownEgress, authorize,
+    authorize_egress, explain,
+};
+use mesh_model::{
+    ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid, SpiffeId, Workload,
+};
+use mesh_resolve::{
+    RequiredWaypoint, ResolveSettings, ResolvedFlow, Route, WorkloadIndex, resolve, resolve_inbound,
+};
+
+const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
+
+fn flow(direction: Direction, destination: &str) -> Flow {
+    Flow {
+        id: FlowId(1),
+        direction,
+        client: ClientAddr::new("10.0.0.9:4000".parse().unwrap()),
+        orig_dst: OrigDst::new(destination.parse().unwrap()),
+        pod: PodUid::new("p"),
+        #[expect(clippy::disallowed_methods, reason = "a stamp nothing looks at")]
+        accepted_at: Instant::now(),
+    }
+}
+
+fn inbound(destination: &str, listed: &[&str]) -> ResolvedFlow {
+    let mut local = Workload::named("u", "shop", "p");
+    local.authorization_policies = listed.iter().map(|name| (*name).into()).collect();
+    let flow = flow(Direction::InboundPlaintext, destination);
+    let index = WorkloadIndex::default();
+    let mut resolved =
+        resolve_inbound(&index, &ResolveSettings::default(), &flow, &Arc::new(local), None)
+            .unwrap();
+    resolved.flow.direction = Direction::InboundTunnel;
+    resolved
+}
+
+fn outbound() -> ResolvedFlow {
+    let flow = flow(Direction::Outbound, "1.1.1.1:443");
+    let source = Arc::new(Workload::named("u", "shop", "p"));
+    resolve(&WorkloadIndex::default(), &ResolveSettings::default(), &flow, &source, 0).unwrap()
+}
+
+fn policy(name: &str, scope: PolicyScope, action: Action, matches: Vec<Match>) -> Policy {
+    let name: PolicyName = name.parse().unwrap();
+    Policy {
+        origin: PolicyOrigin {
+            kind: PolicyKind::AuthorizationPolicy,
+            namespace: name.namespace.clone(),
+            name: name.name.clone(),
+        },
+        name,
+        scope,
+        action,
+        dry_run: false,
+        rules: matches
+            .into_iter()
+            .map(|one| Rule { clauses: vec![Clause { matches: vec![one] }] })
+            .collect(),
+    }
+}
+
+fn from(principal: StringMatch) -> Match {
+    Match { principals: vec![principal], ..Match::default() }
+}
+
+fn without_identity() -> Match {
+    Match { not_principals: vec![StringMatch::Presence], ..Match::default() }
+}
+
+fn set(policies: impl IntoIterator<Item = Policy>) -> PolicySet {
+    let mut set = PolicySet::default();
+    for policy in policies {
+        set.upsert(policy);
+    }
+    set
+}
+
+/// "allow", or the reason and the rule of the denial.
+fn check(set: &PolicySet, resolved: &ResolvedFlow, peer: Option<&str>) -> String {
+    let peer: Option<SpiffeId> = peer.map(|text| text.parse().unwrap());
+    match authorize(set, resolved, peer.as_ref()).decision {
+        Decision::Allow(_) => "allow".into(),
+        Decision::Deny(denial) => {
+            let rule = denial.rule.map_or_else(|| "-".to_owned(), |rule| rule.to_string());
+            format!("{}: {rule}", denial.reason)
+        }
+    }
+}
+
+#[test]
+fn an_empty_set_allows_and_an_empty_allow_policy_denies() {
+    let resolved = inbound("10.0.0.1:80", &[]);
+    assert_eq!(check(&PolicySet::default(), &resolved, None), "allow");
+    let nothing = policy("shop/nothing", PolicyScope::Namespace, Action::Allow, vec![]);
+    let denied = "policy_denied: AuthorizationPolicy shop/nothing";
+    assert_eq!(check(&set([nothing.clone()]), &resolved, Some(CART)), denied);
+    let everything = Policy { rules: vec![Rule::default()], ..nothing.clone() };
+    assert_eq!(check(&set([everything]), &resolved, Some(CART)), "allow");
+    let no_op = Policy { action: Action::Deny, ..nothing };
+    assert_eq!(check(&set([no_op]), &resolved, Some(CART)), "allow");
+}
+
+#[test]
+fn deny_wins_over_allow_and_names_its_rule() {
+    let exact = || from(StringMatch::Exact("cluster.local/ns/shop/sa/cart".into()));
+    let allow = policy("shop/allow-cart", PolicyScope::Namespace, Action::Allow, vec![exact()]);
+    let other = from(StringMatch::Exact("cluster.local/ns/shop/sa/other".into()));
+    let deny = policy("root/no-cart", PolicyScope::Global, Action::Deny, vec![other, exact()]);
+    let resolved = inbound("10.0.0.1:80", &[]);
+    assert_eq!(check(&set([allow.clone()]), &resolved, Some(CART)), "allow");
+    let not_allowed = "policy_denied: AuthorizationPolicy shop/allow-cart";
+    assert_eq!(check(&set([allow.clone()]), &resolved, None), not_allowed);
+    let denied = "policy_denied: AuthorizationPolicy root/no-cart rule 1";
+    assert_eq!(check(&set([allow, deny]), &resolved, Some(CART)), denied);
+}
+
+#[test]
+fn plaintext_proves_nothing_whatever_is_given() {
+    let allow =
+        policy("shop/a", PolicyScope::Namespace, Action::Allow, vec![from(StringMatch::Presence)]);
+    let mut resolved = inbound("10.0.0.1:80", &[]);
+    assert_eq!(check(&set([allow.clone()]), &resolved, Some(CART)), "allow");
+    resolved.flow.direction = Direction::InboundPlaintext;
+    assert!(check(&set([allow]), &resolved, Some(CART)).starts_with("policy_denied"));
+}
+
+#[test]
+fn strict_denies_plaintext_except_on_exempted_ports() {
+    let strict =
+        policy("root/strict", PolicyScope::Workload, Action::Deny, vec![without_identity()]);
+    let exempt = Match { not_destination_ports: vec![9090], ..Match::default() };
+    let mut with_exemption =
+        policy("shop/strict-but", PolicyScope::Workload, Action::Deny, vec![without_identity()]);
+    with_exemption.rules[0].clauses.push(Clause { matches: vec![exempt] });
+    let port = |port| Match { destination_ports: vec![port], ..without_identity() };
+    let only_ports =
+        policy("shop/ports", PolicyScope::Workload, Action::Deny, vec![port(80), port(81)]);
+    let set = set([strict, with_exemption, only_ports]);
+    for (listed, destination, peer, allowed) in [
+        ("root/strict", "10.0.0.1:80", None, false),
+        ("root/strict", "10.0.0.1:80", Some(CART), true),
+        ("shop/strict-but", "10.0.0.1:80", None, false),
+        ("shop/strict-but", "10.0.0.1:9090", None, true),
+        ("shop/ports", "10.0.0.1:80", None, false),
+        ("shop/ports", "10.0.0.1:81", None, false),
+        ("shop/ports", "10.0.0.1:82", None, true),
+        ("shop/ports", "10.0.0.1:81", Some(CART), true),
+    ] {
+        let outcome = check(&set, &inbound(destination, &[listed]), peer);
+        assert_eq!(outcome == "allow", allowed, "{listed} {destination} {peer:?}: {outcome}");
+    }
+}
+
+#[test]
+fn scope_changes_take_effect_both_ways() {
+    let deny = policy("shop/d", PolicyScope::Workload, Action::Deny, vec![without_identity()]);
+    let resolved = inbound("10.0.0.1:80", &[]);
+    let mut set = set([deny.clone()]);
+    assert_eq!(check(&set, &resolved, None), "allow");
+    let mut last = set.revision();
+    for (scope, allowed) in [
+        (PolicyScope::Namespace, false),
+        (PolicyScope::Workload, true),
+        (PolicyScope::Global, false),
+        (PolicyScope::Namespace, false),
+    ] {
+        let revision = set.upsert(Policy { scope, ..deny.clone() });
+        assert!(revision > last);
+        last = revision;
+        assert_eq!(check(&set, &resolved, None) == "allow", allowed, "{scope:?}");
+    }
+    set.remove(&deny.name);
+    assert_eq!(check(&set, &resolved, None), "allow");
+    assert_eq!(set.policies().len(), 0);
+    assert_eq!(set.remove(&deny.name), set.revision());
+}
+
+#[test]
+fn other_namespaces_policies_do_not_apply() {
+    let deny = policy("bank/d", PolicyScope::Namespace, Action::Deny, vec![without_identity()]);
+    assert_eq!(check(&set([deny]), &inbound("10.0.0.1:80", &[]), None), "allow");
+}
+
+#[test]
+fn a_listed_policy_that_is_missing_denies() {
+    let resolved = inbound("10.0.0.1:80", &["shop/lost", "not a name"]);
+    let mut set = PolicySet::default();
+    let verdict = authorize(&set, &resolved, None);
+    let Decision::Deny(denial) = verdict.decision else { panic!("allowed") };
+    assert_eq!(denial.reason, CloseReason::PolicyMissing);
+    assert_eq!(denial.to_string(), "policies not received: shop/lost, not a name");
+    set.set_missing(MissingPolicy::Ignore);
+    assert_eq!(check(&set, &resolved, None), "allow");
+}
+
+#[test]
+fn dry_run_and_audit_only_leave_notes() {
+    let dry = |name, action, matches| Policy {
+        dry_run: true,
+        ..policy(name, PolicyScope::Namespace, action, matches)
+    };
+    let other = || from(StringMatch::Prefix("other/".into()));
+    let policies = set([
+        policy("shop/audit", PolicyScope::Namespace, Action::Audit, vec![without_identity()]),
+        policy("shop/quiet", PolicyScope::Namespace, Action::Audit, vec![other()]),
+        dry("shop/dry-deny", Action::Deny, vec![without_identity()]),
+        dry("shop/dry-allow", Action::Allow, vec![other()]),
+    ]);
+    let verdict = authorize(&policies, &inbound("10.0.0.1:80", &[]), None);
+    assert!(matches!(verdict.decision, Decision::Allow(_)));
+    let notes: Vec<_> =
+        verdict.notes.iter().map(|note| (note.kind, note.rule.to_string())).collect();
+    let expected = [
+        (NoteKind::Audit, "AuthorizationPolicy shop/audit rule 0"),
+        (NoteKind::WouldDeny, "AuthorizationPolicy shop/dry-deny rule 0"),
+        (NoteKind::WouldNotAllow, "AuthorizationPolicy shop/dry-allow"),
+    ];
+    assert_eq!(notes, expected.map(|(kind, rule)| (kind, rule.to_owned())));
+}
+
+#[test]
+fn denial_names_the_allow_policies_considered() {
+    let policies = (0..10).map(|number| {
+        let name = format!("shop/allow-{number}");
+        policy(&name, PolicyScope::Namespace, Action::Allow, vec![without_identity()])
+    });
+    let peer = CART.parse().unwrap();
+    let verdict = authorize(&set(policies), &inbound("10.0.0.1:80", &[]), Some(&peer));
+    let Decision::Deny(denial) = verdict.decision else { panic!("allowed") };
+    let DenialDetail::NoAllowMatched { considered, more } = &denial.detail else {
+        panic!("{denial:?}")
+    };
+    assert_eq!((considered.len(), *more), (8, 2));
+    assert_eq!(considered[0].to_string(), "AuthorizationPolicy shop/allow-0");
+}
+
+#[test]
+fn required_waypoint_is_the_only_way_in() {
+    let mut resolved = inbound("10.0.0.1:80", &[]);
+    let with = |resolved: &mut ResolvedFlow, identities: Vec<SpiffeId>| {
+        let Route::Deliver { waypoint, .. } = &mut resolved.route else { panic!("not inbound") };
+        *waypoint = Some(Arc::new(RequiredWaypoint { names: vec!["shop/wp".into()], identities }));
+    };
+    with(&mut resolved, vec!["spiffe://cluster.local/ns/shop/sa/wp".parse().unwrap()]);
+    let empty = PolicySet::default();
+    assert_eq!(check(&empty, &resolved, Some("spiffe://cluster.local/ns/shop/sa/wp")), "allow");
+    let bypassed = "policy_denied: Synthetic shop/waypoint-required";
+    assert_eq!(check(&empty, &resolved, Some(CART)), bypassed);
+    assert_eq!(check(&empty, &resolved, None), bypassed);
+    with(&mut resolved, Vec::new());
+    let unknown = "waypoint_unavailable: Synthetic shop/waypoint-required";
+    assert_eq!(check(&empty, &resolved, Some(CART)), unknown);
+}
+
+#[test]
+fn unknown_egress_is_denied_where_the_namespace_says_so() {
+    let mut resolved = outbound();
+    let mut set = PolicySet::default();
+    assert!(matches!(authorize_egress(&set, &resolved).decision, Decision::Allow(_)));
+    set.set_egress("shop", UnknownEgress::Deny);
+    let Decision::Deny(denial) = authorize_egress(&set, &resolved).decision else {
+        panic!("allowed")
+    };
+    assert_eq!(denial.reason, CloseReason::EgressDenied);
+    set.set_egress("bank", UnknownEgress::Deny);
+    set.set_egress("shop", UnknownEgress::Allow);
+    assert!(matches!(authorize_egress(&set, &resolved).decision, Decision::Allow(_)));
+    set.set_egress("shop", UnknownEgress::Deny);
+    if let Route::Passthrough { known, .. } = &mut resolved.route {
+        *known = true;
+    }
+    assert!(matches!(authorize_egress(&set, &resolved).decision, Decision::Allow(_)));
+}
+
+#[test]
+fn flows_judged_at_the_wrong_end_are_denied() {
+    let set = PolicySet::default();
+    assert_eq!(check(&set, &outbound(), Some(CART)), "internal: -");
+    let verdict = authorize_egress(&set, &inbound("10.0.0.1:80", &[]));
+    assert!(matches!(verdict.decision, Decision::Deny(_)));
+}
+
+#[test]
+fn explanation_says_what_did_not_hold_and_survives_json() {
+    let other = Match { destination_ports: vec![81], ..from(StringMatch::Presence) };
+    let allow = policy("shop/a", PolicyScope::Namespace, Action::Allow, vec![other]);
+    let peer = CART.parse().unwrap();
+    let explained = explain(&set([allow]), &inbound("10.0.0.1:80", &[]), Some(&peer));
+    let step = &explained.policies[0];
+    assert_eq!(step.to_string(), "ALLOW AuthorizationPolicy shop/a: no rule matches");
+    let text = step.rules[0].to_string();
+    assert_eq!(text, "rule 0: clause 0 does not hold for its destination port");
+    let json = serde_json::to_string(&explained).unwrap();
+    assert_eq!(serde_json::from_str::<mesh_authorize::Explanation>(&json).unwrap(), explained);
+}

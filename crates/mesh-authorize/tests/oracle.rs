@@ -1,0 +1,413 @@
+//! The engine against a slow, obvious interpreter, over generated policies and flows.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_authorize::{
+    Action, Clause, Decision, Match, NoteKind, Outcome, Policy, PolicyKind, PolicyName,
+    PolicyOrigin, PolicyScope, PolicySet, Rule, RuleRef, ServiceAccountMatch, StringMatch,
+    authorize, explain,
+};
+use mesh_model::{
+    ClientAddr, CloseReason, Direction, Flow, FlowId, IpPrefix, OrigDst, PodUid, SpiffeId, Workload,
+};
+use mesh_resolve::{ResolveSettings, ResolvedFlow, Route, WorkloadIndex, resolve_inbound};
+
+/// (policy set, flow) pairs: sets times flows per set.
+const SETS: u64 = 6_000;
+const FLOWS_PER_SET: u64 = 40;
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next() >> 33).unwrap() % bound
+    }
+
+    fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+
+    fn one<T: Clone>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())].clone()
+    }
+
+    fn up_to<T>(&mut self, most: usize, mut make: impl FnMut(&mut Self) -> T) -> Vec<T> {
+        let count = self.below(most + 1);
+        (0..count).map(|_| make(self)).collect()
+    }
+}
+
+const NAMESPACES: [&str; 3] = ["a", "ab", "b"];
+const ACCOUNTS: [&str; 3] = ["x", "xy", "y"];
+const TRUST_DOMAINS: [&str; 2] = ["td", "td2"];
+const PORTS: [u16; 3] = [80, 81, 443];
+
+fn text_match(random: &mut Random, texts: &[String]) -> StringMatch {
+    let text = random.one(texts);
+    let cut = random.below(text.len() + 1);
+    match random.below(8) {
+        0..=3 => StringMatch::Exact(text.into()),
+        4 | 5 => StringMatch::Prefix(text[..cut].into()),
+        6 => StringMatch::Suffix(text[cut..].into()),
+        _ => StringMatch::Presence,
+    }
+}
+
+fn ip(random: &mut Random) -> IpAddr {
+    if random.chance(75) {
+        Ipv4Addr::new(10, 0, 0, u8::try_from(random.below(8)).unwrap()).into()
+    } else {
+        Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, u16::try_from(random.below(8)).unwrap()).into()
+    }
+}
+
+fn prefix(random: &mut Random) -> IpPrefix {
+    let ip = ip(random);
+    let full = if ip.is_ipv4() { 32 } else { 128 };
+    let host_bits = random.one(&[0u8, 1, 2, 3, 3, full]);
+    IpPrefix::new(ip, full - host_bits).unwrap()
+}
+
+fn account(random: &mut Random) -> ServiceAccountMatch {
+    ServiceAccountMatch {
+        namespace: random.one(&NAMESPACES).into(),
+        service_account: random.one(&ACCOUNTS).into(),
+    }
+}
+
+fn one_match(random: &mut Random, texts: &Texts) -> Match {
+    let mut one = Match::default();
+    for _ in 0..random.one(&[0, 1, 1, 1, 1, 1, 1, 2, 3]) {
+        match random.below(14) {
+            0 => one.namespaces = random.up_to(3, |r| text_match(r, &texts.namespaces)),
+            1 => one.not_namespaces = random.up_to(2, |r| text_match(r, &texts.namespaces)),
+            2 => one.principals = random.up_to(4, |r| text_match(r, &texts.principals)),
+            3 => one.not_principals = random.up_to(2, |r| text_match(r, &texts.principals)),
+            4 => one.service_accounts = random.up_to(4, account),
+            5 => one.not_service_accounts = random.up_to(3, account),
+            6 => one.trust_domains = random.up_to(2, |r| text_match(r, &texts.trust_domains)),
+            7 => one.not_trust_domains = random.up_to(2, |r| text_match(r, &texts.trust_domains)),
+            8 => one.source_ips = random.up_to(4, prefix),
+            9 => one.not_source_ips = random.up_to(3, prefix),
+            10 => one.destination_ips = random.up_to(3, prefix),
+            11 => one.not_destination_ips = random.up_to(3, prefix),
+            12 => one.destination_ports = random.up_to(3, |r| r.one(&PORTS)),
+            _ => one.not_destination_ports = random.up_to(2, |r| r.one(&PORTS)),
+        }
+    }
+    one
+}
+
+struct Texts {
+    namespaces: Vec<String>,
+    principals: Vec<String>,
+    trust_domains: Vec<String>,
+}
+
+impl Texts {
+    fn new() -> Self {
+        let mut principals = Vec::new();
+        for trust_domain in TRUST_DOMAINS {
+            for namespace in NAMESPACES {
+                for account in ACCOUNTS {
+                    principals.push(format!("{trust_domain}/ns/{namespace}/sa/{account}"));
+                }
+            }
+        }
+        Self {
+            namespaces: NAMESPACES.map(String::from).to_vec(),
+            principals,
+            trust_domains: TRUST_DOMAINS.map(String::from).to_vec(),
+        }
+    }
+}
+
+fn policy(random: &mut Random, texts: &Texts) -> Policy {
+    let name = PolicyName::new(random.one(&NAMESPACES), random.one(&["p", "q", "r", "s"]));
+    let action = random.one(&[
+        Action::Allow,
+        Action::Allow,
+        Action::Allow,
+        Action::Deny,
+        Action::Deny,
+        Action::Audit,
+    ]);
+    let narrow = action == Action::Deny;
+    let rules = (0..random.one(&[0, 1, 1, 1, 2])).map(|_| {
+        let clauses = 0..random.one(if narrow { &[1, 1, 2, 2] } else { &[0, 1, 1, 2] });
+        let clauses =
+            clauses.map(|_| Clause { matches: random.up_to(2, |r| one_match(r, texts)) }).collect();
+        Rule { clauses }
+    });
+    let rules = rules.collect();
+    Policy {
+        origin: PolicyOrigin {
+            kind: PolicyKind::AuthorizationPolicy,
+            namespace: name.namespace.clone(),
+            name: name.name.clone(),
+        },
+        name,
+        scope: random.one(&[PolicyScope::Global, PolicyScope::Namespace, PolicyScope::Workload]),
+        action,
+        dry_run: random.chance(15),
+        rules,
+    }
+}
+
+/// The engine's subject, in the oracle's words.
+struct Facts<'f> {
+    id: Option<&'f SpiffeId>,
+    source: IpAddr,
+    destination: SocketAddr,
+}
+
+fn text_holds(one: &StringMatch, text: &str) -> bool {
+    match one {
+        StringMatch::Exact(wanted) => **wanted == *text,
+        StringMatch::Prefix(wanted) => text.starts_with(&**wanted),
+        StringMatch::Suffix(wanted) => text.ends_with(&**wanted),
+        StringMatch::Presence => !text.is_empty(),
+    }
+}
+
+fn lists<T>(positive: &[T], negative: &[T], holds: impl Fn(&T) -> bool) -> bool {
+    (positive.is_empty() || positive.iter().any(&holds)) && !negative.iter().any(&holds)
+}
+
+fn match_holds(one: &Match, facts: &Facts<'_>) -> bool {
+    if *one == Match::default() {
+        return false;
+    }
+    let namespace = facts.id.map_or("", |id| id.namespace());
+    lists(&one.namespaces, &one.not_namespaces, |m| text_holds(m, namespace))
+        && lists(&one.principals, &one.not_principals, |m| {
+            facts.id.is_some_and(|id| text_holds(m, id.principal()))
+        })
+        && lists(&one.trust_domains, &one.not_trust_domains, |m| {
+            facts.id.is_some_and(|id| text_holds(m, id.trust_domain()))
+        })
+        && lists(&one.service_accounts, &one.not_service_accounts, |m| {
+            facts.id.is_some_and(|id| {
+                *m.namespace == *id.namespace() && *m.service_account == *id.service_account()
+            })
+        })
+        && lists(&one.source_ips, &one.not_source_ips, |p| p.contains(facts.source))
+        && lists(&one.destination_ips, &one.not_destination_ips, |p| {
+            p.contains(facts.destination.ip())
+        })
+        && lists(&one.destination_ports, &one.not_destination_ports, |p| {
+            *p == facts.destination.port()
+        })
+}
+
+fn matching_rule(policy: &Policy, facts: &Facts<'_>) -> Option<usize> {
+    policy.rules.iter().position(|rule| {
+        rule.clauses.iter().all(|clause| {
+            clause.matches.is_empty() || clause.matches.iter().any(|one| match_holds(one, facts))
+        })
+    })
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
+enum Kind {
+    AllowedByRule,
+    AllowedByDefault,
+    DenyMatched,
+    NoAllowMatched,
+    Missing,
+}
+
+fn interpret(
+    policies: &BTreeMap<PolicyName, Policy>,
+    workload: &Workload,
+    facts: &Facts<'_>,
+) -> (Kind, Option<RuleRef>, Vec<(NoteKind, PolicyName)>) {
+    let mut applicable: Vec<&Policy> = Vec::new();
+    applicable.extend(policies.values().filter(|p| p.scope == PolicyScope::Global));
+    applicable.extend(
+        policies.values().filter(|p| {
+            p.scope == PolicyScope::Namespace && p.name.namespace == workload.namespace
+        }),
+    );
+    let mut missing = false;
+    for listed in &workload.authorization_policies {
+        match policies.values().find(|p| p.name.to_string() == **listed) {
+            None => missing = true,
+            Some(policy) if applicable.contains(&policy) => {}
+            Some(policy) => applicable.push(policy),
+        }
+    }
+    let rule = |policy: &Policy, rule_index| RuleRef { origin: policy.origin.clone(), rule_index };
+    let mut notes = Vec::new();
+    for policy in &applicable {
+        if matching_rule(policy, facts).is_some() {
+            match (policy.action, policy.dry_run) {
+                (Action::Audit, _) => notes.push((NoteKind::Audit, policy.name.clone())),
+                (Action::Deny, true) => notes.push((NoteKind::WouldDeny, policy.name.clone())),
+                (Action::Allow, true) => notes.push((NoteKind::WouldAllow, policy.name.clone())),
+                (_, false) => {}
+            }
+        }
+    }
+    let enforced =
+        |action| applicable.iter().copied().filter(move |p| p.action == action && !p.dry_run);
+    for policy in enforced(Action::Deny) {
+        if let Some(index) = matching_rule(policy, facts) {
+            return (Kind::DenyMatched, Some(rule(policy, Some(index))), notes);
+        }
+    }
+    if missing {
+        return (Kind::Missing, None, notes);
+    }
+    for policy in enforced(Action::Allow) {
+        if let Some(index) = matching_rule(policy, facts) {
+            return (Kind::AllowedByRule, Some(rule(policy, Some(index))), notes);
+        }
+    }
+    match enforced(Action::Allow).next() {
+        None => (Kind::AllowedByDefault, None, notes),
+        Some(first) => (Kind::NoAllowMatched, Some(rule(first, None)), notes),
+    }
+}
+
+fn template() -> ResolvedFlow {
+    let flow = Flow {
+        id: FlowId(1),
+        direction: Direction::InboundPlaintext,
+        client: ClientAddr::new("10.0.0.9:1".parse().unwrap()),
+        orig_dst: OrigDst::new("10.0.0.1:80".parse().unwrap()),
+        pod: PodUid::new("p"),
+        #[expect(clippy::disallowed_methods, reason = "a stamp nothing looks at")]
+        accepted_at: Instant::now(),
+    };
+    let local = Arc::new(Workload::named("u", "a", "p"));
+    resolve_inbound(&WorkloadIndex::default(), &ResolveSettings::default(), &flow, &local, None)
+        .unwrap()
+}
+
+#[test]
+fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
+    let texts = Texts::new();
+    let mut resolved = template();
+    let mut seen: BTreeMap<Kind, u64> = BTreeMap::new();
+    let mut noted = 0_u64;
+    let mut policies = BTreeMap::new();
+    let mut set = PolicySet::default();
+    for seed in 0..SETS {
+        let mut random = Random(seed);
+        // Half of the sets go on from the one before, so that replacing and removing are exercised as well.
+        if seed % 2 == 0 {
+            policies.clear();
+            set = PolicySet::default();
+        }
+        for _ in 0..random.below(7) {
+            let policy = policy(&mut random, &texts);
+            set.upsert(policy.clone());
+            policies.insert(policy.name.clone(), policy);
+        }
+        if let Some(name) = policies.keys().next().cloned().filter(|_| random.chance(30)) {
+            set.remove(&name);
+            policies.remove(&name);
+        }
+        for number in 0..FLOWS_PER_SET {
+            let context = (seed, number);
+            let mut workload = Workload::named("u", random.one(&NAMESPACES), "p");
+            for policy in policies.values() {
+                if policy.scope == PolicyScope::Workload && random.chance(60) || random.chance(10) {
+                    workload.authorization_policies.push(policy.name.to_string().into());
+                }
+            }
+            if random.chance(10) {
+                workload.authorization_policies.push("b/absent".into());
+            }
+            let source = ip(&mut random);
+            let destination = SocketAddr::new(ip(&mut random), random.one(&PORTS));
+            let peer = random.chance(75).then(|| {
+                let (domain, namespace) = (random.one(&TRUST_DOMAINS), random.one(&NAMESPACES));
+                SpiffeId::new(domain, namespace, random.one(&ACCOUNTS)).unwrap()
+            });
+            resolved.flow.direction =
+                if peer.is_some() { Direction::InboundTunnel } else { Direction::InboundPlaintext };
+            resolved.flow.client = ClientAddr::new(SocketAddr::new(source, 4000));
+            resolved.local = Arc::new(workload);
+            resolved.route = Route::Deliver {
+                target: destination,
+                dial: destination,
+                proxy_header: None,
+                waypoint: None,
+            };
+
+            let facts = Facts { id: peer.as_ref(), source, destination };
+            let (kind, rule, notes) = interpret(&policies, &resolved.local, &facts);
+            let verdict = authorize(&set, &resolved, peer.as_ref());
+            let found = match &verdict.decision {
+                Decision::Allow(permit) => {
+                    let kind = match permit.rule() {
+                        Some(_) => Kind::AllowedByRule,
+                        None => Kind::AllowedByDefault,
+                    };
+                    (kind, permit.rule().cloned())
+                }
+                Decision::Deny(denial) => {
+                    let by_rule =
+                        denial.rule.as_ref().is_some_and(|rule| rule.rule_index.is_some());
+                    let kind = match denial.reason {
+                        CloseReason::PolicyMissing => Kind::Missing,
+                        _ if by_rule => Kind::DenyMatched,
+                        _ => Kind::NoAllowMatched,
+                    };
+                    (kind, denial.rule.clone())
+                }
+            };
+            assert_eq!(found, (kind, rule), "{context:?}");
+            let found: Vec<_> = verdict
+                .notes
+                .iter()
+                .filter(|note| note.kind != NoteKind::WouldNotAllow)
+                .map(|note| (note.kind, note.policy.clone()))
+                .collect();
+            assert_eq!(found, notes, "{context:?}");
+            noted += u64::try_from(notes.len()).unwrap();
+            *seen.entry(kind).or_default() += 1;
+
+            if number % 8 == 0 {
+                let explained = explain(&set, &resolved, peer.as_ref());
+                let same = match (explained.outcome, verdict.decision) {
+                    (Outcome::Allowed { rule }, Decision::Allow(permit)) => {
+                        rule.as_ref() == permit.rule()
+                    }
+                    (Outcome::Denied(one), Decision::Deny(other)) => one == other,
+                    (Outcome::Allowed { .. }, Decision::Deny(_))
+                    | (Outcome::Denied(_), Decision::Allow(_)) => false,
+                };
+                assert!(same, "{context:?}");
+            }
+        }
+    }
+    let pairs: u64 = seen.values().sum();
+    assert!(pairs >= 200_000, "{pairs}");
+    println!("{seen:?}, notes {noted}");
+    for (kind, percent) in [
+        (Kind::AllowedByRule, 8),
+        (Kind::AllowedByDefault, 8),
+        (Kind::DenyMatched, 8),
+        (Kind::NoAllowMatched, 8),
+        (Kind::Missing, 3),
+    ] {
+        let share = seen.get(&kind).copied().unwrap_or(0) * 100 / pairs;
+        assert!(share >= percent, "{kind:?}: {share} % of {seen:?}");
+    }
+    assert!(noted > pairs / 20, "{noted}");
+}
