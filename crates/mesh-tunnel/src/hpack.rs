@@ -27,7 +27,7 @@ pub enum HpackError {
 /// Bytes an entry counts beyond its name and value. Source: RFC 7541 §4.1.
 const ENTRY_OVERHEAD: usize = 32;
 /// The table size both sides start with, and the one we keep. Source: RFC 9113 §6.5.2.
-pub const TABLE_SIZE: usize = 4096;
+const TABLE_SIZE: usize = 4096;
 
 /// One entry of the dynamic table: name and value in one allocation.
 #[derive(Clone, Debug)]

@@ -100,10 +100,6 @@ impl Outbox {
         !self.finished && self.record + STRIDE <= self.data_limit
     }
 
-    pub(crate) fn key(&self) -> &RecordKey {
-        &self.key
-    }
-
     /// The socket took the first `count` sealed bytes.
     pub(crate) fn sent(&mut self, count: usize, pool: &mut BufferPool) {
         self.head += count;

@@ -262,7 +262,8 @@ impl World {
         if app.closed {
             return false;
         }
-        let mut busy = false;
+        // A lazy reader is no reason to think that nothing moves.
+        let mut busy = self.net.readable(app.sock);
         if self.rng.chance(app.diligence) {
             let limit = 1 + self.rng.below(50_000);
             match self.net.read(app.sock, limit) {
@@ -390,7 +391,9 @@ impl World {
     }
 
     fn all_closed(&self) -> bool {
-        self.flows.iter().all(|flow| flow.closed.is_some())
+        self.flows.iter().all(|flow| {
+            flow.closed.is_some() && flow.accepted.is_some() == flow.accepted_closed.is_some()
+        })
     }
 }
 

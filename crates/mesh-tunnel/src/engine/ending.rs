@@ -61,7 +61,6 @@ impl Engine {
         let Some(tunnel) = self.tunnels.get_mut(tunnel_id) else { return };
         if tunnel.streams.is_empty() {
             tunnel.idle_since = Some(self.now);
-            tunnel.shrink();
             self.set_tunnel_timer(tunnel_id);
             // A drain may be over.
             self.schedule_tunnel(tunnel_id);

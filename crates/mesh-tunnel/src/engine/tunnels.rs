@@ -59,8 +59,11 @@ impl Engine {
             self.linger(id, io);
         } else {
             self.flush(id, io);
-            if self.tunnels.get(id).is_some_and(Tunnel::has_work) {
+            let Some(tunnel) = self.tunnels.get_mut(id) else { return };
+            if tunnel.has_work() {
                 self.schedule_tunnel(id);
+            } else if tunnel.streams.is_empty() {
+                tunnel.shrink();
             }
         }
     }

@@ -81,6 +81,11 @@ impl Net {
         self.socks[sock.0 as usize].reset
     }
 
+    pub fn readable(&self, sock: SockId) -> bool {
+        let sock = &self.socks[sock.0 as usize];
+        !sock.closed && !sock.inbox.is_empty()
+    }
+
     pub fn take_edges(&mut self) -> Vec<(SockId, Readiness)> {
         std::mem::take(&mut self.edges)
     }
