@@ -304,3 +304,149 @@ fn parse_icmp(
     into.icmp_code = code;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    struct Slice<'a>(&'a [u8]);
+
+    impl Fetch for Slice<'_> {
+        fn fetch<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+            self.0.get(offset as usize..)?.first_chunk().copied()
+        }
+    }
+
+    fn parse(ethertype: u16, packet: &[u8]) -> Result<Packet, Refusal> {
+        let mut into = Packet::ARP;
+        parse_packet(&Slice(packet), ethertype, false, &mut into).map(|()| into)
+    }
+
+    fn ipv4(ihl: u8, fragment: u16, protocol: u8, payload: &[u8]) -> Vec<u8> {
+        let header_octets = usize::from(ihl) * 4;
+        let mut packet = vec![0; header_octets.max(20)];
+        packet[0] = 0x40 | ihl;
+        let total = u16::try_from(header_octets + payload.len()).unwrap();
+        packet[2..4].copy_from_slice(&total.to_be_bytes());
+        packet[6..8].copy_from_slice(&fragment.to_be_bytes());
+        packet[9] = protocol;
+        packet[12..16].copy_from_slice(&[10, 0, 0, 1]);
+        packet[16..20].copy_from_slice(&[10, 0, 0, 2]);
+        packet.extend(payload);
+        packet
+    }
+
+    fn ipv6(next: u8, payload: &[u8]) -> Vec<u8> {
+        let mut packet = vec![0; 40];
+        packet[0] = 0x60;
+        packet[4..6].copy_from_slice(&u16::try_from(payload.len()).unwrap().to_be_bytes());
+        packet[6] = next;
+        packet.extend(payload);
+        packet
+    }
+
+    fn tcp(flags: u8, payload: usize) -> Vec<u8> {
+        let mut segment = vec![0x9c, 0x40, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags];
+        segment.resize(20 + payload, 0);
+        segment
+    }
+
+    #[test]
+    fn ipv4_is_judged_by_an_allow_list() {
+        let check = |packet: &[u8], expected: Result<Transport, Refusal>| {
+            assert_eq!(parse(0x0800, packet).map(|packet| packet.transport), expected);
+        };
+        check(&ipv4(5, 0, 6, &tcp(2, 0)), Ok(Transport::Tcp));
+        check(&ipv4(15, 0, 6, &tcp(2, 0)), Ok(Transport::Tcp));
+        check(&ipv4(5, 0x4000, 6, &tcp(2, 0)), Ok(Transport::Tcp));
+        check(&ipv4(5, 0x2000, 6, &tcp(2, 0)), Err(Refusal::Fragment));
+        check(&ipv4(5, 1, 6, &tcp(2, 0)), Err(Refusal::Fragment));
+        check(&ipv4(4, 0, 6, &tcp(2, 0)), Err(Refusal::Malformed));
+        check(&ipv4(5, 0, 6, &tcp(2, 0)[..13]), Err(Refusal::Malformed));
+        check(&ipv4(5, 0, 17, &[0; 8]), Ok(Transport::Udp));
+        check(&ipv4(5, 0x2000, 17, &[0; 8]), Ok(Transport::Udp));
+        check(&ipv4(5, 7, 17, &[0; 8]), Ok(Transport::Fragment));
+        check(&ipv4(5, 0, 1, &[8, 0]), Ok(Transport::Icmp));
+        for other in [0, 2, 4, 41, 47, 50, 51, 58, 132, 255] {
+            check(&ipv4(5, 0, other, &tcp(2, 0)), Err(Refusal::Protocol));
+        }
+        check(&ipv6(6, &tcp(2, 0)), Err(Refusal::Malformed));
+        check(&[], Err(Refusal::Malformed));
+    }
+
+    #[test]
+    fn ipv6_lets_no_tcp_behind_an_extension_header() {
+        let check = |packet: &[u8], expected: Result<Transport, Refusal>| {
+            assert_eq!(parse(0x86dd, packet).map(|packet| packet.transport), expected);
+        };
+        let with = |headers: &[u8], last: &[u8]| [headers, last].concat();
+        check(&ipv6(6, &tcp(2, 0)), Ok(Transport::Tcp));
+        check(&ipv6(17, &[0; 8]), Ok(Transport::Udp));
+        check(&ipv6(58, &[135, 0]), Ok(Transport::IcmpV6));
+        // MLD has a router alert in a hop-by-hop header.
+        check(&ipv6(0, &with(&[58, 0, 5, 2, 0, 0, 1, 0], &[143, 0])), Ok(Transport::IcmpV6));
+        for next in [0, 43, 44, 60] {
+            let packet = ipv6(next, &with(&[6, 0, 0, 0, 0, 0, 0, 0], &tcp(2, 0)));
+            check(&packet, Err(Refusal::Extension));
+        }
+        check(&ipv6(44, &with(&[17, 0, 0, 1, 0, 0, 0, 9], &[0; 8])), Ok(Transport::Udp));
+        check(&ipv6(44, &with(&[17, 0, 0, 8, 0, 0, 0, 9], &[0; 8])), Ok(Transport::Fragment));
+        check(&ipv6(44, &with(&[6, 0, 0, 8, 0, 0, 0, 9], &tcp(2, 0))), Err(Refusal::Fragment));
+        let chain = [60, 0, 0, 0, 0, 0, 0, 0].repeat(5);
+        check(&ipv6(0, &chain), Err(Refusal::Extension));
+        for other in [4, 41, 47, 50, 59, 132] {
+            check(&ipv6(other, &tcp(2, 0)), Err(Refusal::Protocol));
+        }
+        check(&ipv6(51, &tcp(2, 0)), Err(Refusal::Extension));
+        let mut jumbo = ipv6(0, &with(&[6, 0, 0xc2, 4, 0, 1, 0, 0], &tcp(0x10, 100)));
+        jumbo[4..6].fill(0);
+        check(&jumbo, Ok(Transport::Tcp));
+        assert!(!parse(0x86dd, &jumbo).unwrap().empty);
+    }
+
+    #[test]
+    fn link_layers_other_than_plain_ethernet_are_refused() {
+        for ethertype in [0x8100, 0x88a8, 0x8847, 0x8864, 4, 0x0801] {
+            assert_eq!(parse(ethertype, &ipv4(5, 0, 17, &[0; 8])), Err(Refusal::EtherType));
+        }
+        let mut into = Packet::ARP;
+        let tagged = parse_packet(&Slice(&[]), 0x0806, true, &mut into);
+        assert_eq!(tagged, Err(Refusal::Vlan));
+        assert_eq!(parse(0x0806, &[]), Ok(Packet::ARP));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_judged_without_panic(
+            ethertype in prop_oneof![Just(0x0800_u16), Just(0x86dd), any::<u16>()],
+            first in prop_oneof![0x40_u8..0x50, Just(0x60), any::<u8>()],
+            mut packet in prop::collection::vec(any::<u8>(), 0..128),
+        ) {
+            if let Some(octet) = packet.first_mut() {
+                *octet = first;
+            }
+            // What is accepted as TCP has its ports where a receiver would read them.
+            if let Ok(found) = parse(ethertype, &packet)
+                && found.transport == Transport::Tcp
+            {
+                let at = match ethertype {
+                    0x0800 => usize::from(packet[0] & 0x0f) * 4,
+                    _ if packet[6] == 6 => 40,
+                    _ => 48,
+                };
+                let port = u16::from_be_bytes([packet[at], packet[at + 1]]);
+                prop_assert_eq!(found.source_port.get(), port);
+            }
+        }
+
+        #[test]
+        fn a_segment_is_empty_exactly_when_it_has_no_payload(payload in 0_usize..64) {
+            let v4 = parse(0x0800, &ipv4(5, 0, 6, &tcp(0x10, payload))).unwrap();
+            let v6 = parse(0x86dd, &ipv6(6, &tcp(0x10, payload))).unwrap();
+            prop_assert_eq!((v4.empty, v6.empty), (payload == 0, payload == 0));
+            prop_assert_eq!(v4.source.ip().to_string(), "10.0.0.1");
+            prop_assert_eq!(v4.target_port.get(), 80);
+        }
+    }
+}

@@ -205,10 +205,14 @@ fn guarded_by(lab: &Lab, guard: GuardPreference) -> Arc<Capture> {
 fn nothing_sent_by_hand_leaves_the_pod() {
     let lab = Lab::new();
     // Neighbours are known, so that the node forwards at once.
-    lab.outside.inside(|| assert!(ping(POD_V4) && ping(POD_V6)));
+    lab.outside.inside(|| {
+        assert!((0..5).any(|_| ping(POD_V4)), "v4");
+        assert!((0..5).any(|_| ping(POD_V6)), "v6");
+    });
     let frames = hostile_frames(&lab);
     let only_frames: Vec<_> = frames.iter().map(|(_, frame)| frame.clone()).collect();
     let without = arrivals(&lab, || send_frames(&lab.pod, &only_frames));
+    println!("without guard {without} of {} arrive", frames.len());
     assert!(without >= 8, "without guard only {without} arrive: the test proves nothing");
     for guard in [GuardPreference::Auto, GuardPreference::Clsact] {
         let capture = guarded_by(&lab, guard);
@@ -251,8 +255,10 @@ fn ping(address: &str) -> bool {
     let socket = UdpSocket::from(socket);
     let mut message = [request, 0, 0, 0, 0x4d, 0x45, 0, 1];
     // The kernel fills in the checksum of ICMPv6.
-    let sum = checksum(&message).to_be_bytes();
-    message[2..4].copy_from_slice(&sum);
+    if target.is_ipv4() {
+        let sum = checksum(&message).to_be_bytes();
+        message[2..4].copy_from_slice(&sum);
+    }
     socket.send_to(&message, target).unwrap();
     let deadline = Instant::now() + Duration::from_millis(700);
     let mut packet = [0; 256];
@@ -293,7 +299,10 @@ fn udp_and_icmp_are_denied_where_the_settings_say_so() {
     let capture = lab.capture();
     let agent = lab.enroll(&capture, PodSettings::default());
     assert!(udp_arrives(&lab, "0.0.0.0:0", None));
-    lab.pod.inside(|| assert!(ping(OUTSIDE_V4) && ping(OUTSIDE_V6)));
+    lab.pod.inside(|| {
+        assert!((0..5).any(|_| ping(OUTSIDE_V4)), "v4");
+        assert!((0..5).any(|_| ping(OUTSIDE_V6)), "v6");
+    });
     drop(agent);
     let settings = PodSettings { deny_udp: true, deny_icmp: true, ..PodSettings::default() };
     let _agent = lab.enroll(&capture, settings);

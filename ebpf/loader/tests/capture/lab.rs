@@ -79,10 +79,15 @@ impl Lab {
         std::fs::create_dir(&bpffs).unwrap();
         run(&format!("mount -t bpf bpf {}", bpffs.display()));
         run("ip link set lo up; sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
+        // Link-local addresses are usable at once too.
+        const NO_DAD: &str = "sysctl -qw net.ipv6.conf.default.accept_dad=0 \
+            net.ipv6.conf.default.dad_transmits=0";
+        run(NO_DAD);
         let member = |kind: &str, net: u8| {
             let namespace = format!("{name}-{kind}");
             run(&format!(
                 "ip netns add {namespace}
+                ip netns exec {namespace} {NO_DAD}
                 ip link add v{kind} type veth peer name eth0 netns {namespace}
                 ip address add 10.91.{net}.1/24 dev v{kind}
                 ip address add fd91:{net}::1/64 dev v{kind} nodad
