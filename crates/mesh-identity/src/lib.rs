@@ -17,6 +17,7 @@ mod csr;
 mod peer;
 mod rejection;
 mod revocation;
+mod rotation;
 mod svid;
 pub mod tls;
 mod token;
@@ -27,6 +28,7 @@ pub use csr::{CsrError, CsrKey, csr};
 pub use peer::{Expected, PeerCertificate, PeerVerifier, Side};
 pub use rejection::PeerRejection;
 pub use revocation::InvalidRevocationList;
+pub use rotation::{MAX_IN_FLIGHT, Now, RotationCommand, RotationCore, RotationInput, Urgency};
 pub use svid::{InvalidAnswer, IssuedAnswer, Svid};
 pub use token::{
     InvalidNodeName, JoinTokens, NodeName, SessionTokens, TokenError, TokenId, TokenKey,

@@ -1,0 +1,504 @@
+//! When to ask the CA for which certificate.
+//!
+//! ```text
+//!            want            a slot is free            issued
+//! (unknown) ─────► Due ───────────────────► InFlight ─────────► Held ──┐
+//!                   ▲                          │ failed                │ half its life is over
+//!                   └───── backoff is over ────┴───────────────────────┘
+//! ```
+//! One request per identity at a time, [`MAX_IN_FLIGHT`] in all, the most urgent first. A certificate in use is never
+//! given up for a failed renewal. Deadlines are monotonic: a wall clock that jumps moves none of them, and an answer
+//! that looks old already is not asked for again at once.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant, SystemTime};
+
+use mesh_model::SpiffeId;
+
+/// Most requests under way. Source: ztunnel asks for 8 at once.
+pub const MAX_IN_FLIGHT: usize = 8;
+/// First wait after a failure.
+const FIRST_BACKOFF: Duration = Duration::from_secs(1);
+/// Longest wait after a failure. Source: ztunnel's cap.
+const MAX_BACKOFF: Duration = Duration::from_secs(150);
+/// Shortest time between an answer and the next request for the same identity, whatever the clocks say.
+const MIN_RENEWAL: Duration = Duration::from_secs(30);
+
+/// How urgent a certificate is; least first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// There is a valid one still.
+    Renewal,
+    /// A pod of that identity is here, nobody waits.
+    Prefetch,
+    /// A connection waits.
+    Waiting,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RotationInput {
+    /// A certificate is needed, or more urgently than before.
+    Want {
+        /// Whose.
+        id: SpiffeId,
+        /// How urgently.
+        urgency: Urgency,
+    },
+    /// The last pod of that identity has left.
+    Forget {
+        /// Whose.
+        id: SpiffeId,
+    },
+    /// The request was answered with a certificate that was found in order.
+    Issued {
+        /// Whose.
+        id: SpiffeId,
+        /// Its first moment.
+        not_before: SystemTime,
+        /// Its last moment.
+        not_after: SystemTime,
+    },
+    /// The request failed, or its answer was refused. Each request ends in this or in `Issued`, within the time limit
+    /// that the shell sets.
+    Failed {
+        /// Whose.
+        id: SpiffeId,
+    },
+    /// What signed the certificates in use is no longer good; all are renewed, as slots allow.
+    RenewAll,
+    /// The time that [`RotationCore::poll_timeout`] named has come.
+    Tick,
+}
+
+/// What the shell must do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RotationCommand {
+    /// Make a key and ask the CA.
+    Request {
+        /// For whom.
+        id: SpiffeId,
+    },
+    /// Use the certificate that was just issued from now on.
+    Install {
+        /// Whose.
+        id: SpiffeId,
+    },
+    /// Wipe certificate and key; also one just issued that nobody wants any more.
+    Discard {
+        /// Whose.
+        id: SpiffeId,
+    },
+}
+
+/// The time by both clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// Wall clock; may jump.
+    pub wall: SystemTime,
+    /// Monotonic clock.
+    pub monotonic: Instant,
+}
+
+/// Decides when to ask for which certificate; see the module's picture.
+#[derive(Debug)]
+pub struct RotationCore {
+    entries: BTreeMap<SpiffeId, Entry>,
+    commands: VecDeque<RotationCommand>,
+    in_flight: usize,
+    jitter: SplitMix,
+}
+
+#[derive(Debug)]
+struct Entry {
+    phase: Phase,
+    urgency: Urgency,
+    /// False once forgotten, while its request is still under way.
+    wanted: bool,
+    failures: u32,
+    held: Option<HeldCertificate>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// To be asked for at this moment or later.
+    Due(Instant),
+    InFlight,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct HeldCertificate {
+    not_after: SystemTime,
+}
+
+impl RotationCore {
+    /// A core with nothing to do. `seed` spreads renewals and retries; take it from a random source.
+    #[must_use]
+    pub const fn new(seed: u64) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            commands: VecDeque::new(),
+            in_flight: 0,
+            jitter: SplitMix(seed),
+        }
+    }
+
+    /// Feeds one event. Drain [`poll_command`](Self::poll_command) to `None` before the next one.
+    pub fn handle(&mut self, input: RotationInput, now: Now) {
+        match input {
+            RotationInput::Want { id, urgency } => self.want(id, urgency, now),
+            RotationInput::Forget { id } => self.forget(&id),
+            RotationInput::Issued { id, not_before, not_after } => {
+                self.issued(id, not_before, not_after, now);
+            }
+            RotationInput::Failed { id } => self.failed(&id, now),
+            RotationInput::RenewAll => self.renew_all(now),
+            RotationInput::Tick => {}
+        }
+        self.dispatch(now);
+    }
+
+    /// What the shell must do next.
+    pub fn poll_command(&mut self) -> Option<RotationCommand> {
+        self.commands.pop_front()
+    }
+
+    /// When to feed [`RotationInput::Tick`], if nothing else happens.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        // With all slots taken, the next thing to happen is an answer.
+        if self.in_flight >= MAX_IN_FLIGHT {
+            return None;
+        }
+        self.entries.values().filter_map(Entry::due).min()
+    }
+
+    /// True when `id` has a certificate that is valid by the wall clock.
+    #[must_use]
+    pub fn is_valid(&self, id: &SpiffeId, now: SystemTime) -> bool {
+        self.entries.get(id).and_then(|entry| entry.held).is_some_and(|held| now < held.not_after)
+    }
+
+    /// Identities that are wanted, in order.
+    pub fn wanted(&self) -> impl Iterator<Item = &SpiffeId> {
+        self.entries.iter().filter(|(_, entry)| entry.wanted).map(|(id, _)| id)
+    }
+
+    /// Requests under way.
+    #[must_use]
+    pub const fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn want(&mut self, id: SpiffeId, urgency: Urgency, now: Now) {
+        let entry = self.entries.entry(id).or_insert_with(|| Entry {
+            phase: Phase::Due(now.monotonic),
+            urgency,
+            wanted: true,
+            failures: 0,
+            held: None,
+        });
+        entry.wanted = true;
+        // A certificate in hand serves whoever waits, and a retry comes no sooner for being wanted more.
+        let valid = entry.held.is_some_and(|held| now.wall < held.not_after);
+        if !valid {
+            entry.urgency = entry.urgency.max(urgency);
+        }
+    }
+
+    fn forget(&mut self, id: &SpiffeId) {
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        if entry.wanted && entry.held.take().is_some() {
+            self.commands.push_back(RotationCommand::Discard { id: id.clone() });
+        }
+        entry.wanted = false;
+        if entry.phase != Phase::InFlight {
+            self.entries.remove(id);
+        }
+    }
+
+    fn issued(&mut self, id: SpiffeId, not_before: SystemTime, not_after: SystemTime, now: Now) {
+        let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.phase == Phase::InFlight)
+        else {
+            self.commands.push_back(RotationCommand::Discard { id });
+            return;
+        };
+        self.in_flight -= 1;
+        if !entry.wanted {
+            self.entries.remove(&id);
+            self.commands.push_back(RotationCommand::Discard { id });
+            return;
+        }
+        let lifetime = not_after.duration_since(not_before).unwrap_or_default();
+        let age = now.wall.duration_since(not_before).unwrap_or_default();
+        // Up to a tenth of the life early, so that a node's certificates do not all renew at once.
+        let half = lifetime / 2 - self.jitter.part_of(lifetime / 10);
+        let wait = half.saturating_sub(age).max(MIN_RENEWAL.min(half));
+        entry.phase = Phase::Due(now.monotonic + wait.max(Duration::from_secs(1)));
+        entry.urgency = Urgency::Renewal;
+        entry.failures = 0;
+        entry.held = Some(HeldCertificate { not_after });
+        self.commands.push_back(RotationCommand::Install { id });
+    }
+
+    fn failed(&mut self, id: &SpiffeId, now: Now) {
+        let Some(entry) = self.entries.get_mut(id).filter(|entry| entry.phase == Phase::InFlight)
+        else {
+            return;
+        };
+        self.in_flight -= 1;
+        if !entry.wanted {
+            self.entries.remove(id);
+            return;
+        }
+        let doubled = FIRST_BACKOFF * 2u32.saturating_pow(entry.failures.min(16));
+        let backoff = doubled.min(MAX_BACKOFF);
+        entry.failures = entry.failures.saturating_add(1);
+        let mut wait = backoff - self.jitter.part_of(backoff / 5);
+        // Try once more right before the present one ends.
+        if let Some(held) = entry.held
+            && let Ok(left) = held.not_after.duration_since(now.wall)
+            && left > FIRST_BACKOFF
+        {
+            wait = wait.min(left);
+        }
+        entry.phase = Phase::Due(now.monotonic + wait);
+    }
+
+    fn renew_all(&mut self, now: Now) {
+        for entry in self.entries.values_mut().filter(|entry| entry.held.is_some()) {
+            if entry.phase != Phase::InFlight && entry.failures == 0 {
+                entry.phase = Phase::Due(now.monotonic);
+            }
+        }
+    }
+
+    /// Fills free slots with what is due, the most urgent and longest due first.
+    fn dispatch(&mut self, now: Now) {
+        while self.in_flight < MAX_IN_FLIGHT {
+            let next = self
+                .entries
+                .iter()
+                .filter_map(|(id, entry)| {
+                    let due = entry.due().filter(|due| *due <= now.monotonic)?;
+                    Some((std::cmp::Reverse(entry.urgency), due, id))
+                })
+                .min()
+                .map(|(_, _, id)| id.clone());
+            let Some(id) = next else { return };
+            let Some(entry) = self.entries.get_mut(&id) else { return };
+            entry.phase = Phase::InFlight;
+            self.in_flight += 1;
+            self.commands.push_back(RotationCommand::Request { id });
+        }
+    }
+}
+
+impl Entry {
+    const fn due(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Due(due) => Some(due),
+            Phase::InFlight => None,
+        }
+    }
+}
+
+/// A small generator for jitter. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
+#[derive(Debug)]
+struct SplitMix(u64);
+
+impl SplitMix {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Between nothing and all of `span`.
+    fn part_of(&mut self, span: Duration) -> Duration {
+        let part = u32::try_from(self.next() >> 32).unwrap_or(u32::MAX);
+        span.mul_f64(f64::from(part) / f64::from(u32::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(3600);
+
+    fn id(n: usize) -> SpiffeId {
+        SpiffeId::new("cluster.local", "shop", &format!("sa-{n}")).unwrap()
+    }
+
+    fn at(start: Instant, seconds: u64) -> Now {
+        let elapsed = Duration::from_secs(seconds);
+        Now {
+            wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000) + elapsed,
+            monotonic: start + elapsed,
+        }
+    }
+
+    fn requests(core: &mut RotationCore) -> Vec<SpiffeId> {
+        std::iter::from_fn(|| core.poll_command())
+            .filter_map(|command| match command {
+                RotationCommand::Request { id } => Some(id),
+                RotationCommand::Install { .. } | RotationCommand::Discard { .. } => None,
+            })
+            .collect()
+    }
+
+    /// One origin for all; only differences matter.
+    #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
+    fn origin() -> Instant {
+        Instant::now()
+    }
+
+    #[test]
+    fn the_urgent_come_first_and_eight_at_once() {
+        let (start, mut core) = (origin(), RotationCore::new(1));
+        for n in 0..10 {
+            core.handle(
+                RotationInput::Want { id: id(n), urgency: Urgency::Prefetch },
+                at(start, 0),
+            );
+        }
+        assert_eq!(requests(&mut core).len(), MAX_IN_FLIGHT);
+        core.handle(RotationInput::Want { id: id(9), urgency: Urgency::Waiting }, at(start, 1));
+        assert!(requests(&mut core).is_empty());
+        core.handle(RotationInput::Failed { id: id(0) }, at(start, 1));
+        assert_eq!(requests(&mut core), [id(9)]);
+    }
+
+    #[test]
+    fn a_forgotten_identity_is_discarded_even_if_its_answer_is_late() {
+        let (start, mut core) = (origin(), RotationCore::new(1));
+        core.handle(RotationInput::Want { id: id(0), urgency: Urgency::Waiting }, at(start, 0));
+        assert_eq!(requests(&mut core), [id(0)]);
+        core.handle(RotationInput::Forget { id: id(0) }, at(start, 1));
+        let now = at(start, 2);
+        core.handle(
+            RotationInput::Issued { id: id(0), not_before: now.wall, not_after: now.wall + TTL },
+            now,
+        );
+        assert_eq!(core.poll_command(), Some(RotationCommand::Discard { id: id(0) }));
+        assert_eq!((core.poll_command(), core.poll_timeout(), core.in_flight()), (None, None, 0));
+    }
+
+    /// Many identities, a CA that fails for long spans, and a wall clock that jumps ten minutes either way.
+    fn simulate(seed: u64) {
+        let mut dice = SplitMix(seed);
+        let mut core = RotationCore::new(dice.next());
+        let start = origin();
+        let (count, hours) = (20, 24);
+        let mut skew: i64 = 0;
+        let mut under_way: Vec<(SpiffeId, u64)> = Vec::new();
+        let mut asked = 0;
+        let mut held: BTreeMap<SpiffeId, SystemTime> = BTreeMap::new();
+        let mut outage_until = 0;
+        let time = |second: u64, skew: i64| {
+            let mut now = at(start, second);
+            let jump = Duration::from_secs(skew.unsigned_abs());
+            now.wall = if skew < 0 { now.wall - jump } else { now.wall + jump };
+            now
+        };
+        for n in 0..count {
+            core.handle(
+                RotationInput::Want { id: id(n), urgency: Urgency::Prefetch },
+                time(0, skew),
+            );
+        }
+        for second in 0..hours * 3600 {
+            let now = time(second, skew);
+            if dice.next().is_multiple_of(7200) {
+                skew = [-600, 0, 600][usize::try_from(dice.next() % 3).unwrap()];
+            }
+            // One at a time: two in a row would be longer than half a life.
+            if second > outage_until + 3600 && dice.next().is_multiple_of(14_400) {
+                outage_until = second + dice.next() % 1200;
+            }
+            if core.poll_timeout().is_some_and(|due| due <= now.monotonic) {
+                core.handle(RotationInput::Tick, now);
+            }
+            let (done, waiting) = under_way.into_iter().partition(|(_, due)| *due <= second);
+            under_way = waiting;
+            for (id, _) in done {
+                if second < outage_until {
+                    core.handle(RotationInput::Failed { id }, now);
+                } else {
+                    // The CA's clock is right.
+                    let not_before = at(start, second).wall - Duration::from_secs(120);
+                    let not_after = at(start, second).wall + TTL;
+                    core.handle(RotationInput::Issued { id, not_before, not_after }, now);
+                    asked_installed(
+                        &mut core,
+                        &mut held,
+                        not_after,
+                        &mut under_way,
+                        second,
+                        &mut asked,
+                        &mut dice,
+                    );
+                }
+            }
+            asked_installed(
+                &mut core,
+                &mut held,
+                now.wall,
+                &mut under_way,
+                second,
+                &mut asked,
+                &mut dice,
+            );
+            assert!(under_way.len() <= MAX_IN_FLIGHT, "seed {seed}");
+            assert_eq!(under_way.len(), core.in_flight(), "seed {seed}");
+            let mut ids: Vec<_> = under_way.iter().map(|(id, _)| id).collect();
+            ids.sort();
+            ids.dedup();
+            assert_eq!(ids.len(), under_way.len(), "seed {seed}: two requests for one identity");
+            if second > 1800 {
+                // Outages are shorter than half a life: by the CA's clock everybody is valid at all times.
+                for n in 0..count {
+                    assert!(held[&id(n)] > at(start, second).wall, "seed {seed}: {n} expired");
+                }
+            }
+        }
+        // Half of a life is renewed at 0.4 to 0.5: at most 2.5 requests per hour and identity, retries on top.
+        assert!(
+            asked < count * usize::try_from(hours).unwrap() * 8,
+            "seed {seed}: {asked} requests"
+        );
+    }
+
+    fn asked_installed(
+        core: &mut RotationCore,
+        held: &mut BTreeMap<SpiffeId, SystemTime>,
+        not_after: SystemTime,
+        under_way: &mut Vec<(SpiffeId, u64)>,
+        second: u64,
+        asked: &mut usize,
+        dice: &mut SplitMix,
+    ) {
+        while let Some(command) = core.poll_command() {
+            match command {
+                RotationCommand::Request { id } => {
+                    *asked += 1;
+                    under_way.push((id, second + dice.next() % 5));
+                }
+                RotationCommand::Install { id } => {
+                    held.insert(id, not_after);
+                }
+                RotationCommand::Discard { id } => panic!("{id} was discarded while wanted"),
+            }
+        }
+    }
+
+    #[test]
+    fn outages_and_clock_jumps_neither_lose_a_certificate_nor_make_a_storm() {
+        for seed in 0..4 {
+            simulate(seed);
+        }
+    }
+}
