@@ -1,0 +1,6 @@
+//! Routing decisions and the index behind them.
+
+mod inbound;
+mod index;
+mod outbound;
+mod support;
