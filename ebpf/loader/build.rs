@@ -11,7 +11,8 @@ use std::process::Command;
 
 const TARGET: &str = "bpfel-unknown-none";
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
-const REMEDY: &str = "run `cargo xtask setup`, which installs what building the eBPF programs needs";
+const REMEDY: &str =
+    "run `cargo xtask setup`, which installs what building the eBPF programs needs";
 
 fn main() {
     let manifest_dir = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo"));

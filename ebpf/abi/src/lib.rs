@@ -18,9 +18,7 @@ pub use address::{Address, Endpoint, Port};
 pub use counter::Counter;
 pub use flow::{ClientKey, FlowKey, FlowOrigin, FlowState, Remains, permits_after_close};
 pub use map::{MapKind, MapSpec, maps};
-pub use packet::{
-    Fetch, Packet, Refusal, TcpFlags, Transport, parse_packet,
-};
+pub use packet::{Fetch, Packet, Refusal, TcpFlags, Transport, parse_packet};
 pub use pod::{NetworkKey, NetworkRule, Pod, PodFlags, PortKey, RuleList, SocketNote, Verdict};
 
 /// Version of everything in the pinned maps. Pins live in a directory of this number, so that a

@@ -79,8 +79,7 @@ pub mod maps {
     /// Notes on the sockets of pods.
     pub const NOTES: MapSpec = spec::<u32, SocketNote>("NOTES", MapKind::SocketStorage, 0);
     /// Counters, by [`Counter`].
-    pub const COUNTERS: MapSpec =
-        spec::<u32, u64>("COUNTERS", MapKind::PerCpuArray, COUNTER_SLOTS);
+    pub const COUNTERS: MapSpec = spec::<u32, u64>("COUNTERS", MapKind::PerCpuArray, COUNTER_SLOTS);
 
     /// Slots for counters; more than there are, so that a new counter is no new layout.
     pub const COUNTER_SLOTS: u32 = 64;

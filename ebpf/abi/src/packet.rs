@@ -216,11 +216,7 @@ fn parse_jumbo(bytes: &impl Fetch, into: &mut Packet) -> Result<(), Refusal> {
 
 /// Follows a chain of extension headers (RFC 8200 §4) to UDP or ICMPv6; TCP behind any is refused.
 #[inline(always)]
-fn parse_extensions(
-    bytes: &impl Fetch,
-    mut next: u8,
-    into: &mut Packet,
-) -> Result<(), Refusal> {
+fn parse_extensions(bytes: &impl Fetch, mut next: u8, into: &mut Packet) -> Result<(), Refusal> {
     const FRAGMENT: u8 = 44;
     const DESTINATION_OPTIONS: u8 = 60;
     const ROUTING: u8 = 43;
@@ -263,12 +259,7 @@ fn parse_extensions(
 
 /// `octets` is what the IP header says follows it.
 #[inline(always)]
-fn parse_tcp(
-    bytes: &impl Fetch,
-    at: u32,
-    octets: u16,
-    into: &mut Packet,
-) -> Result<(), Refusal> {
+fn parse_tcp(bytes: &impl Fetch, at: u32, octets: u16, into: &mut Packet) -> Result<(), Refusal> {
     let Some(header) = bytes.fetch::<14>(at) else { return Err(Refusal::Malformed) };
     let header_octets = u16::from(header[12] >> 4) * 4;
     if header_octets < TCP_HEADER_OCTETS || octets < header_octets {

@@ -276,8 +276,7 @@ fn attach_cgroup_hooks(
     let mut order = CgroupOrder::Adopted;
     for (hook, program) in CGROUP_HOOKS.iter().zip(&programs.cgroup) {
         let path = pins.links().join(hook.name);
-        let pinned =
-            sys::open_pin(&path).map_err(CaptureError::kernel("opening a pinned link"))?;
+        let pinned = sys::open_pin(&path).map_err(CaptureError::kernel("opening a pinned link"))?;
         if let Some(link) = pinned {
             sys::link_update(link.as_fd(), program.as_fd())
                 .map_err(CaptureError::kernel("replacing a pinned program"))?;

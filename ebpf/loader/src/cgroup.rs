@@ -22,9 +22,8 @@ pub(crate) fn find_root(named: Option<&Path>) -> Result<PathBuf, CaptureError> {
         if !sys::is_cgroup2(path).unwrap_or(false) {
             continue;
         }
-        let inode = std::fs::metadata(path)
-            .map_err(CaptureError::kernel("reading the cgroup root"))?
-            .ino();
+        let inode =
+            std::fs::metadata(path).map_err(CaptureError::kernel("reading the cgroup root"))?.ino();
         if inode != ROOT_INODE {
             return Err(CaptureError::NotCgroupRoot { path: path.clone(), inode });
         }

@@ -84,8 +84,8 @@ mod tests {
                     connection.in_time_wait,
                 )
             });
-            let expected = expected
-                .map(|(local, remote, waits)| (local.to_owned(), remote.to_owned(), waits));
+            let expected =
+                expected.map(|(local, remote, waits)| (local.to_owned(), remote.to_owned(), waits));
             assert_eq!(found, expected, "{line}");
         };
         check("  sl  local_address rem_address   st tx_queue", None);

@@ -122,7 +122,8 @@ impl Guards {
             }
             let target = LinkTarget::Interface(interface);
             // Before the programs of others: one that redirects would end the chain.
-            let link = patiently(|| sys::link_create(program, target, side.tcx, LinkOrder::Before))?;
+            let link =
+                patiently(|| sys::link_create(program, target, side.tcx, LinkOrder::Before))?;
             sys::pin(link.as_fd(), &path)?;
             Ok(true)
         })

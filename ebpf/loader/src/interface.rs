@@ -192,8 +192,7 @@ mod tests {
             assert_eq!(uplinks(pod, &node), expected);
         };
         let lo = Interface { index: 1, is_loopback: true, ..Interface::default() };
-        let dummy =
-            Interface { index: 5, kind: Some("dummy".to_owned()), ..Interface::default() };
+        let dummy = Interface { index: 5, kind: Some("dummy".to_owned()), ..Interface::default() };
         let inner = Interface { link_is_elsewhere: false, ..veth(6, 8) };
         let macvlan = Interface { kind: Some("macvlan".to_owned()), ..veth(2, 7) };
         let hardware = Interface { index: 4, ..Interface::default() };
@@ -208,8 +207,14 @@ mod tests {
     #[test]
     fn truncated_messages_are_refused_not_read() {
         let mut interfaces = Vec::new();
-        assert!(parse_messages(&[200, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &mut interfaces).is_err());
-        assert!(parse_messages(&[3, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &mut interfaces).is_err());
+        assert!(
+            parse_messages(&[200, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &mut interfaces)
+                .is_err()
+        );
+        assert!(
+            parse_messages(&[3, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &mut interfaces)
+                .is_err()
+        );
         assert!(!parse_messages(&[], &mut interfaces).unwrap());
         assert!(parse_link(&[0; 20]).is_some());
         assert!(parse_link(&[0; 3]).is_none());

@@ -115,7 +115,11 @@ impl Maps {
     }
 
     /// The sum of a counter over all CPUs.
-    pub(crate) fn counter(&self, counter: Counter, values: &mut [u64]) -> Result<u64, CaptureError> {
+    pub(crate) fn counter(
+        &self,
+        counter: Counter,
+        values: &mut [u64],
+    ) -> Result<u64, CaptureError> {
         sys::map_lookup_per_cpu(self.counters.as_fd(), counter as u32, values)
             .map_err(CaptureError::kernel("reading a counter"))?;
         Ok(values.iter().sum())

@@ -240,10 +240,10 @@ impl Pods {
             let age = now.saturating_sub(Duration::from_nanos(state.registered_ns));
             let ended = if key.protocol == u32::from(protocol::UDP) {
                 age > DATAGRAM_LIFETIME
-            } else if age > SETTLING_TIME && (crowded || state.origin == FlowOrigin::Seeded as u32) {
+            } else if age > SETTLING_TIME && (crowded || state.origin == FlowOrigin::Seeded as u32)
+            {
                 let cookie = NetnsCookie(state.netns_cookie);
-                let open =
-                    open.entry(cookie.0).or_insert_with(|| self.open_flows(cookie));
+                let open = open.entry(cookie.0).or_insert_with(|| self.open_flows(cookie));
                 open.as_ref().is_some_and(|open| open.binary_search(&key).is_err())
             } else {
                 false
@@ -305,9 +305,7 @@ pub(crate) fn enrolled(parts: Parts<'_>) -> Result<Vec<Enrolled>, CaptureError> 
             .collect();
         // The pod's first addresses of each family first.
         addresses
-            .sort_by_key(|address| {
-                (*address != pod.ipv4, *address != pod.ipv6, address.octets())
-            });
+            .sort_by_key(|address| (*address != pod.ipv4, *address != pod.ipv6, address.octets()));
         let addresses = addresses.iter().map(Address::ip).collect();
         pods.push(Enrolled { cookie, addresses, guarded, steered });
     }

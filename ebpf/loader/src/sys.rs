@@ -25,7 +25,10 @@ macro_rules! plain {
         unsafe impl Plain for $type {}
     )+ };
 }
-plain!(u8, u32, u64, Address, ClientKey, Endpoint, FlowKey, FlowState, NetworkKey, Pod, PortKey, SocketNote);
+plain!(
+    u8, u32, u64, Address, ClientKey, Endpoint, FlowKey, FlowState, NetworkKey, Pod, PortKey,
+    SocketNote
+);
 
 // Commands and flags of bpf(2), include/uapi/linux/bpf.h.
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
@@ -64,7 +67,12 @@ fn bpf<T: ?Sized>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_lon
     // SAFETY: the kernel reads and writes at most `size` bytes at the pointer; pointers inside are
     // made from live borrows by the callers, with the sizes that the map states.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr).cast::<u8>(), size_of_val(attr))
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attr).cast::<u8>(),
+            size_of_val(attr),
+        )
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -78,7 +86,12 @@ struct MapElement {
     flags: u64,
 }
 
-fn element<K, V: ?Sized>(map: BorrowedFd<'_>, key: *const K, value: *mut V, flags: u64) -> MapElement {
+fn element<K, V: ?Sized>(
+    map: BorrowedFd<'_>,
+    key: *const K,
+    value: *mut V,
+    flags: u64,
+) -> MapElement {
     MapElement {
         map_fd: fd_number(map),
         padding: 0,
@@ -95,7 +108,10 @@ pub(crate) fn fd_number(fd: BorrowedFd<'_>) -> u32 {
 
 /// Looks an element up. `K` and `V` have the sizes that the map states; [`Map`](crate::maps::Map)
 /// checked that.
-pub(crate) fn map_lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+pub(crate) fn map_lookup<K: Plain, V: Plain>(
+    map: BorrowedFd<'_>,
+    key: &K,
+) -> io::Result<Option<V>> {
     let mut value = MaybeUninit::<V>::uninit();
     match bpf(BPF_MAP_LOOKUP_ELEM, &mut element(map, key, value.as_mut_ptr(), 0)) {
         // SAFETY: the kernel wrote the whole value, and any bytes are one.
@@ -106,12 +122,20 @@ pub(crate) fn map_lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K) -> io
 }
 
 /// Looks an element of a per-CPU map up; `values` has one slot per possible CPU.
-pub(crate) fn map_lookup_per_cpu(map: BorrowedFd<'_>, key: u32, values: &mut [u64]) -> io::Result<()> {
+pub(crate) fn map_lookup_per_cpu(
+    map: BorrowedFd<'_>,
+    key: u32,
+    values: &mut [u64],
+) -> io::Result<()> {
     bpf(BPF_MAP_LOOKUP_ELEM, &mut element(map, &raw const key, values, 0)).map(drop)
 }
 
 /// Inserts or replaces an element.
-pub(crate) fn map_update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+pub(crate) fn map_update<K: Plain, V: Plain>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+) -> io::Result<()> {
     let value = std::ptr::from_ref(value).cast_mut();
     bpf(BPF_MAP_UPDATE_ELEM, &mut element(map, key, value, 0)).map(drop)
 }
@@ -126,7 +150,10 @@ pub(crate) fn map_delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<b
 }
 
 /// The key after `key`, or the first.
-pub(crate) fn map_next_key<K: Plain>(map: BorrowedFd<'_>, key: Option<&K>) -> io::Result<Option<K>> {
+pub(crate) fn map_next_key<K: Plain>(
+    map: BorrowedFd<'_>,
+    key: Option<&K>,
+) -> io::Result<Option<K>> {
     let mut next = MaybeUninit::<K>::uninit();
     let key = key.map_or(std::ptr::null(), std::ptr::from_ref);
     match bpf(BPF_MAP_GET_NEXT_KEY, &mut element(map, key, next.as_mut_ptr(), 0)) {
@@ -258,11 +285,8 @@ pub(crate) fn map_info(map: BorrowedFd<'_>) -> io::Result<[u32; 4]> {
 }
 
 fn info_by_fd(fd: BorrowedFd<'_>, info: &mut [u32; 32]) -> io::Result<()> {
-    let mut attr = InfoRequest {
-        fd: fd_number(fd),
-        length: 128,
-        info: info.as_mut_ptr().addr() as u64,
-    };
+    let mut attr =
+        InfoRequest { fd: fd_number(fd), length: 128, info: info.as_mut_ptr().addr() as u64 };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr).map(drop)
 }
 

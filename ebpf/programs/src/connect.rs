@@ -200,13 +200,11 @@ fn bind(call: &Call<'_>, address: &Address, port: Port) -> bool {
     let result = unsafe {
         match call.family() {
             Family::V4 => {
-                let mut name =
-                    NameV4 { family: AF_INET, port, address: words[3], zero: [0; 2] };
+                let mut name = NameV4 { family: AF_INET, port, address: words[3], zero: [0; 2] };
                 bpf_bind(call.raw(), (&raw mut name).cast::<sockaddr>(), 16)
             }
             Family::V6 => {
-                let mut name =
-                    NameV6 { family: AF_INET6, port, flow: 0, address: words, scope: 0 };
+                let mut name = NameV6 { family: AF_INET6, port, flow: 0, address: words, scope: 0 };
                 bpf_bind(call.raw(), (&raw mut name).cast::<sockaddr>(), 28)
             }
         }

@@ -4,9 +4,7 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use mesh_ebpf_abi::{
-    Counter, FlowKey, Packet, PodFlags, Remains, TcpFlags, Transport, protocol,
-};
+use mesh_ebpf_abi::{Counter, FlowKey, Packet, PodFlags, Remains, TcpFlags, Transport, protocol};
 
 use crate::maps::{FLOWS, REMAINS, is_own};
 use crate::skb::{Guarded, NEXT, guarded, parse, shoot};

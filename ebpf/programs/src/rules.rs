@@ -47,9 +47,6 @@ pub fn has_port(pod: &Pod, list: RuleList, port: Port) -> bool {
 fn has_network(pod: &Pod, list: RuleList, address: &Address) -> bool {
     pod.flags & PodFlags::list(list) != 0
         && NETWORK_RULES
-            .get(Key::new(
-                NetworkRule::LOOKUP_BITS,
-                NetworkRule::new(pod.rule_set, list, *address),
-            ))
+            .get(Key::new(NetworkRule::LOOKUP_BITS, NetworkRule::new(pod.rule_set, list, *address)))
             .is_some()
 }

@@ -35,12 +35,12 @@ fn connections_that_exist_at_enrolment_keep_working_until_they_close() {
     greet(&outside, |_, _| "outside".to_owned());
     let application = lab.pod.inside(|| listener(8080));
     greet(&application, |_, _| "application".to_owned());
-    let outbound = lab.pod.inside(|| {
-        [OUTSIDE_V4, OUTSIDE_V6].map(|address| connect(at(address, 80), "outside"))
-    });
-    let inbound = lab.outside.inside(|| {
-        [POD_V4, POD_V6].map(|address| connect(at(address, 8080), "application"))
-    });
+    let outbound = lab
+        .pod
+        .inside(|| [OUTSIDE_V4, OUTSIDE_V6].map(|address| connect(at(address, 80), "outside")));
+    let inbound = lab
+        .outside
+        .inside(|| [POD_V4, POD_V6].map(|address| connect(at(address, 8080), "application")));
 
     let _agent = lab.enroll(&capture, PodSettings::default());
     for stream in outbound.iter().chain(&inbound) {
@@ -120,9 +120,8 @@ fn unenrolling_lets_traffic_go_direct_and_removes_everything() {
     let outside = lab.outside.inside(|| listener(80));
     greet(&outside, |_, _| "outside".to_owned());
     let agent = lab.enroll(&capture, PodSettings::default());
-    let captured = lab
-        .pod
-        .inside(|| connect(at(OUTSIDE_V4, 80), &format!("outbound {OUTSIDE_V4}:80")));
+    let captured =
+        lab.pod.inside(|| connect(at(OUTSIDE_V4, 80), &format!("outbound {OUTSIDE_V4}:80")));
     capture.unenroll(agent.cookie).unwrap();
     capture.unenroll(agent.cookie).unwrap();
     assert!(capture.enrolled().unwrap().is_empty());

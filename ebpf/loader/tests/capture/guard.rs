@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use mesh_ebpf::{Capture, CaptureConfig, GuardPreference, PodSettings};
 
-use crate::lab::{
-    Lab, Namespace, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, POD_V6, at, ip,
-};
+use crate::lab::{Lab, Namespace, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, POD_V6, at, ip};
 
 /// Found again in whatever arrives.
 const MARKER: &[u8] = b"culvert-guard-test";
@@ -71,7 +69,12 @@ fn arrivals(lab: &Lab, send: impl FnOnce()) -> usize {
     loop {
         // SAFETY: pointer and length of a live buffer.
         let length = unsafe {
-            libc::recv(socket.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), libc::MSG_DONTWAIT)
+            libc::recv(
+                socket.as_raw_fd(),
+                frame.as_mut_ptr().cast(),
+                frame.len(),
+                libc::MSG_DONTWAIT,
+            )
         };
         let Ok(length) = usize::try_from(length) else { return found };
         found += usize::from(frame[..length].windows(MARKER.len()).any(|part| part == MARKER));
@@ -178,7 +181,10 @@ fn hostile_frames(lab: &Lab) -> Vec<(&'static str, Vec<u8>)> {
         ("IPv6 in IP", v4(ipv4(POD_V4, 41, 0, &[], &inner6))),
         ("GRE", v4(ipv4(POD_V4, 47, 0, &[], &[&[0, 0, 8, 0], &inner[..]].concat()))),
         ("SCTP", v4(ipv4(POD_V4, 132, 0, &[], MARKER))),
-        ("forged source", v4(ipv4("10.91.1.77", 17, 0, &[], &[&[0x10, 0, 0, 9, 0, 26, 0, 0], MARKER].concat()))),
+        (
+            "forged source",
+            v4(ipv4("10.91.1.77", 17, 0, &[], &[&[0x10, 0, 0, 9, 0, 26, 0, 0], MARKER].concat())),
+        ),
         ("VLAN", frame(&[0x81, 0, 0, 7], 0x0800, syn())),
         ("priority tag", frame(&[0x81, 0, 0, 0], 0x0800, syn())),
         ("QinQ", frame(&[0x88, 0xa8, 0, 5, 0x81, 0, 0, 7], 0x0800, syn())),
@@ -189,7 +195,10 @@ fn hostile_frames(lab: &Lab) -> Vec<(&'static str, Vec<u8>)> {
         ("routing header", v6(ipv6(POD_V6, 43, &behind(&[6, 0, 4, 0, 0, 0, 0, 0])))),
         ("atomic fragment", v6(ipv6(POD_V6, 44, &behind(&[6, 0, 0, 0, 0, 0, 0, 1])))),
         ("IPv6 later fragment", v6(ipv6(POD_V6, 44, &behind(&[6, 0, 0, 8, 0, 0, 0, 1])))),
-        ("two extensions", v6(ipv6(POD_V6, 0, &behind(&[60, 0, 1, 4, 0, 0, 0, 0, 6, 0, 1, 4, 0, 0, 0, 0])))),
+        (
+            "two extensions",
+            v6(ipv6(POD_V6, 0, &behind(&[60, 0, 1, 4, 0, 0, 0, 0, 6, 0, 1, 4, 0, 0, 0, 0]))),
+        ),
         ("IPv6 in IPv6", v6(ipv6(POD_V6, 41, &inner6))),
         ("IPv6 forged source", v6(ipv6("fd91:1::77", 6, &tcp(40_000, 80, SYN)))),
         ("link-local source", v6(ipv6("fe80::77", 6, &tcp(40_000, 80, SYN)))),
@@ -219,8 +228,7 @@ fn nothing_sent_by_hand_leaves_the_pod() {
         let agent = lab.enroll(&capture, PodSettings::default());
         let before = capture.counters().unwrap();
         for (name, frame) in &frames {
-            let arrived =
-                arrivals(&lab, || send_frames(&lab.pod, std::slice::from_ref(frame)));
+            let arrived = arrivals(&lab, || send_frames(&lab.pod, std::slice::from_ref(frame)));
             assert_eq!(arrived, 0, "{name} ({guard:?})");
         }
         let after = capture.counters().unwrap();
@@ -231,7 +239,12 @@ fn nothing_sent_by_hand_leaves_the_pod() {
             .sum();
         assert!(dropped >= frames.len() as u64, "{dropped} of {}: {after:?}", frames.len());
         for reason in [
-            "vlan", "ethertype", "protocol", "fragment", "extension_header", "spoofed_source",
+            "vlan",
+            "ethertype",
+            "protocol",
+            "fragment",
+            "extension_header",
+            "spoofed_source",
             "no_flow",
         ] {
             let name = format!("guard_dropped_{reason}");
@@ -246,11 +259,8 @@ fn nothing_sent_by_hand_leaves_the_pod() {
 fn ping(address: &str) -> bool {
     use socket2::{Domain, Protocol, Socket, Type};
     let target = at(address, 0);
-    let (protocol, request, reply) = if target.is_ipv4() {
-        (Protocol::ICMPV4, 8, 0)
-    } else {
-        (Protocol::ICMPV6, 128, 129)
-    };
+    let (protocol, request, reply) =
+        if target.is_ipv4() { (Protocol::ICMPV4, 8, 0) } else { (Protocol::ICMPV6, 128, 129) };
     let socket = Socket::new(Domain::for_address(target), Type::RAW, Some(protocol)).unwrap();
     let socket = UdpSocket::from(socket);
     let mut message = [request, 0, 0, 0, 0x4d, 0x45, 0, 1];

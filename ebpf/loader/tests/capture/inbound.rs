@@ -13,8 +13,7 @@ use crate::lab::{
 
 /// Applications in the pod on these ports, which greet with "application".
 fn applications(lab: &Lab, ports: &[u16]) -> Vec<socket2::Socket> {
-    let listeners: Vec<_> =
-        lab.pod.inside(|| ports.iter().map(|port| listener(*port)).collect());
+    let listeners: Vec<_> = lab.pod.inside(|| ports.iter().map(|port| listener(*port)).collect());
     for listener in &listeners {
         greet(listener, |_, _| "application".to_owned());
     }

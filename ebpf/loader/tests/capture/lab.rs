@@ -11,9 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use mesh_ebpf::{
-    Capture, CaptureConfig, GuardPreference, NetnsCookie, PodCapture, PodSettings,
-};
+use mesh_ebpf::{Capture, CaptureConfig, GuardPreference, NetnsCookie, PodCapture, PodSettings};
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub(crate) const POD_V4: &str = "10.91.1.2";
@@ -29,11 +27,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// Runs `command` in the calling thread's namespace.
 pub(crate) fn run(command: &str) {
     let output = Command::new("sh").args(["-c", command]).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A namespace with a path, as a CNI makes them.
@@ -70,7 +64,11 @@ impl Lab {
     pub(crate) fn new() -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         // SAFETY: no arguments.
-        assert_eq!(unsafe { libc::geteuid() }, 0, "these tests load eBPF programs: run them as root");
+        assert_eq!(
+            unsafe { libc::geteuid() },
+            0,
+            "these tests load eBPF programs: run them as root"
+        );
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let name = format!("mebpf-{}-{serial}", std::process::id());
         // SAFETY: no pointers; the test's thread stays in the new namespace until it ends.
@@ -141,9 +139,7 @@ impl Lab {
         inbound: Socket,
     ) -> Agent {
         let outbound = self.pod.inside(|| listener(15001));
-        greet(&inbound, |stream, _| {
-            format!("inbound {}", canonical(stream.local_addr().unwrap()))
-        });
+        greet(&inbound, |stream, _| format!("inbound {}", canonical(stream.local_addr().unwrap())));
         let capture = Arc::clone(capture);
         greet(&outbound, move |_, client| match capture.orig_dst(cookie, client).unwrap() {
             Some(target) => format!("outbound {target}"),

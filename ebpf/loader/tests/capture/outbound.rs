@@ -172,7 +172,8 @@ fn excluded_and_not_included_destinations_pass_the_guard_directly() {
     for server in &servers {
         greet(server, |_, client| format!("direct {}", client.ip().to_canonical()));
     }
-    let direct = |address: &str| format!("direct {}", if address == OUTSIDE_V4 { POD_V4 } else { POD_V6 });
+    let direct =
+        |address: &str| format!("direct {}", if address == OUTSIDE_V4 { POD_V4 } else { POD_V6 });
     let captured = |address: &str, port| format!("outbound {}", at(address, port));
     let expect = |selection: Selection, expected: &[(&str, u16, bool)]| {
         let settings = PodSettings { outbound: selection.clone(), ..PodSettings::default() };
