@@ -1,5 +1,7 @@
 //! The decisions that operators count on, one by one.
 
+#![expect(clippy::unwrap_used, reason = "a test's own values are valid")]
+
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -1,5 +1,7 @@
 //! The engine against a slow, obvious interpreter, over generated policies and flows.
 
+#![expect(clippy::unwrap_used, reason = "a test's own values are valid")]
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -363,10 +365,12 @@ fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
                 Decision::Deny(denial) => {
                     let by_rule =
                         denial.rule.as_ref().is_some_and(|rule| rule.rule_index.is_some());
-                    let kind = match denial.reason {
-                        CloseReason::PolicyMissing => Kind::Missing,
-                        _ if by_rule => Kind::DenyMatched,
-                        _ => Kind::NoAllowMatched,
+                    let kind = if denial.reason == CloseReason::PolicyMissing {
+                        Kind::Missing
+                    } else if by_rule {
+                        Kind::DenyMatched
+                    } else {
+                        Kind::NoAllowMatched
                     };
                     (kind, denial.rule.clone())
                 }
