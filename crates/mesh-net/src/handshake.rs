@@ -221,8 +221,9 @@ impl Handshake {
             return Err(incomplete("traffic secrets were not logged"));
         };
         let (tx, rx) = if is_client { (client, server) } else { (server, client) };
-        let secret =
-            |bytes: &[u8]| TrafficSecret::new(suite, bytes).map_err(|error| incomplete(&error.to_string()));
+        let secret = |bytes: &[u8]| {
+            TrafficSecret::new(suite, bytes).map_err(|error| incomplete(&error.to_string()))
+        };
         let session = TlsSession {
             suite,
             tx: secret(&tx)?,
@@ -369,3 +370,6 @@ impl rustls::KeyLog for SecretLog {
         matches!(label, CLIENT_SECRET | SERVER_SECRET)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -277,3 +277,6 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     nix::sys::resource::setrlimit(resource, hard, hard)?;
     Ok(hard)
 }
+
+#[cfg(test)]
+mod tests;

@@ -100,7 +100,11 @@ pub struct Ops {
 pub(super) const LISTENER_BIT: usize = 1 << 63;
 
 impl Ops {
-    pub(super) fn new(config: &WorkerConfig, registry: &Registry, now: Instant) -> io::Result<Self> {
+    pub(super) fn new(
+        config: &WorkerConfig,
+        registry: &Registry,
+        now: Instant,
+    ) -> io::Result<Self> {
         Ok(Self {
             engine: Engine::new(config.engine.clone(), now),
             sockets: Sockets::new(registry.try_clone()?, Arc::clone(&config.budget)),
@@ -216,12 +220,7 @@ impl Ops {
     /// Begins the TLS handshake of a dial over `stream`, which may still be connecting.
     ///
     /// The engine learns the outcome; the handler hears `dialled` or `handshake_failed`.
-    pub fn dial(
-        &mut self,
-        dial: DialId,
-        stream: io::Result<TcpStream>,
-        config: Arc<ClientConfig>,
-    ) {
+    pub fn dial(&mut self, dial: DialId, stream: io::Result<TcpStream>, config: Arc<ClientConfig>) {
         let attempt = Attempt::Dial(dial);
         let begun = stream
             .map_err(HandshakeError::Connect)
@@ -281,13 +280,7 @@ impl Ops {
         }
     }
 
-    fn begin(
-        &mut self,
-        sock: SockId,
-        handshake: Handshake,
-        attempt: Attempt,
-        pod: Option<PodUid>,
-    ) {
+    fn begin(&mut self, sock: SockId, handshake: Handshake, attempt: Attempt, pod: Option<PodUid>) {
         let deadline = self.now + HANDSHAKE_TIMEOUT;
         let connecting = pod.is_none();
         self.deadlines.insert((deadline, sock));
@@ -404,7 +397,11 @@ impl Ops {
 
     /// The descriptor of `sock`, for options that only the handler knows about.
     #[must_use]
-    pub fn with_socket<R>(&mut self, sock: SockId, f: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
+    pub fn with_socket<R>(
+        &mut self,
+        sock: SockId,
+        f: impl FnOnce(BorrowedFd<'_>) -> R,
+    ) -> Option<R> {
         self.sockets.stream(sock).map(|stream| f(stream.as_fd()))
     }
 }

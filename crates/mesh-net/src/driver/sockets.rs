@@ -94,7 +94,8 @@ impl Sockets {
             return Err(error);
         }
         self.budget.take();
-        self.slots[index].entry = Some(Entry { stream, owner, missed: Readiness::default(), prefix: Vec::new() });
+        self.slots[index].entry =
+            Some(Entry { stream, owner, missed: Readiness::default(), prefix: Vec::new() });
         Ok(SockId(id))
     }
 

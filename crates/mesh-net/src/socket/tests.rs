@@ -1,0 +1,126 @@
+//! Sockets in real namespaces; root is needed.
+
+use std::io::{Read, Write};
+use std::time::Instant;
+
+use super::*;
+use crate::testing::Lab;
+
+struct Unlabelled;
+
+impl SocketLabel for Unlabelled {
+    fn label(&self, _fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Refusing;
+
+impl SocketLabel for Refusing {
+    fn label(&self, _fd: BorrowedFd<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+}
+
+/// Two pods on one wire, the first prepared for original sources.
+fn pods() -> (Lab, Lab) {
+    let (pod, client) = (Lab::new("pod"), Lab::new("client"));
+    pod.connect(&client, &["10.9.0.1/24", "fd09::1/64"], &["10.9.0.2/24", "fd09::2/64"]);
+    for setting in
+        ["net.ipv4.tcp_fwmark_accept=1", "net.ipv4.fwmark_reflect=1", "net.ipv6.fwmark_reflect=1"]
+    {
+        pod.sysctl(setting);
+    }
+    for family in ["-4", "-6"] {
+        pod.ip(&format!("{family} rule add fwmark 0x539 lookup 133 pref 50"));
+        pod.ip(&format!("{family} route add local default dev lo table 133"));
+    }
+    (pod, client)
+}
+
+fn finished(stream: TcpStream) -> io::Result<std::net::TcpStream> {
+    let stream = std::net::TcpStream::from(stream);
+    let begun = Instant::now();
+    loop {
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+        if stream.peer_addr().is_ok() {
+            stream.set_nonblocking(false)?;
+            return Ok(stream);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(5), "neither connected nor refused");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn one_listener_serves_both_families_and_workers_share_a_port() {
+    let (pod, client) = pods();
+    let first = listen(pod.netns(), 15001, Keepalive::default()).unwrap();
+    let _second = listen(pod.netns(), 15001, Keepalive::default()).unwrap();
+    drop(first);
+    for target in ["10.9.0.1:15001", "[fd09::1]:15001"] {
+        let target: SocketAddr = target.parse().unwrap();
+        client.netns().enter(|| std::net::TcpStream::connect(target)).unwrap().unwrap();
+    }
+}
+
+#[test]
+fn the_application_sees_the_clients_address_in_both_families() {
+    let (pod, _client) = pods();
+    for (target, client) in [("10.9.0.1:80", "10.9.0.2"), ("[fd09::1]:80", "fd09::2")] {
+        let (target, client): (SocketAddr, IpAddr) =
+            (target.parse().unwrap(), client.parse().unwrap());
+        let app = pod.netns().enter(|| std::net::TcpListener::bind(target)).unwrap().unwrap();
+        let source = AppSource::Original { client, taken: &|_| false };
+        let options = ConnectOptions::default();
+        let stream = connect_to_app(pod.netns(), source, target, &Unlabelled, options).unwrap();
+        let mut stream = finished(stream).unwrap();
+        let (mut accepted, peer) = app.accept().unwrap();
+        assert_eq!(peer.ip(), client);
+        stream.write_all(b"ping").unwrap();
+        accepted.read_exact(&mut [0; 4]).unwrap();
+        accepted.write_all(b"pong").unwrap();
+        stream.read_exact(&mut [0; 4]).unwrap();
+    }
+}
+
+#[test]
+fn a_closed_application_port_refuses_at_once() {
+    let (pod, _client) = pods();
+    let source = AppSource::Original { client: "10.9.0.2".parse().unwrap(), taken: &|_| false };
+    let target = "10.9.0.1:9".parse().unwrap();
+    let begun = Instant::now();
+    let error = connect_to_app(pod.netns(), source, target, &Unlabelled, ConnectOptions::default())
+        .and_then(finished)
+        .unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn ports_that_are_taken_are_not_used() {
+    let (pod, _client) = pods();
+    let client = "10.9.0.2".parse().unwrap();
+    let target = "10.9.0.1:80".parse().unwrap();
+    let options = ConnectOptions::default();
+    let asked = std::cell::Cell::new(0);
+    // The first three choices are in use; the fourth is taken.
+    let taken = |_port| asked.replace(asked.get() + 1) < 3;
+    let source = AppSource::Original { client, taken: &taken };
+    connect_to_app(pod.netns(), source, target, &Unlabelled, options).unwrap();
+    assert_eq!(asked.get(), 4);
+    let source = AppSource::Original { client, taken: &|_| true };
+    let error = connect_to_app(pod.netns(), source, target, &Unlabelled, options).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+}
+
+#[test]
+fn a_socket_without_its_label_is_not_used() {
+    let (pod, _client) = pods();
+    let target = "10.9.0.2:80".parse().unwrap();
+    let error =
+        connect_from_pod(pod.netns(), target, &Refusing, ConnectOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+}
