@@ -105,7 +105,7 @@ pub fn answer(
         .addresses
         .iter()
         .find(|own| own.is_ipv4() == ip.is_ipv4())
-        .or(source.addresses.first());
+        .or_else(|| source.addresses.first());
     let client = SocketAddr::new(client.copied().unwrap_or(ip), 0);
     let flow = |direction, client, target, pod: &Workload| Flow {
         id: FlowId(0),

@@ -62,7 +62,6 @@ pub trait Authenticate: Send + Sync + 'static {
 ///
 /// # Errors
 /// `UNAUTHENTICATED`, with the reason; it is counted.
-#[expect(clippy::result_large_err, reason = "tonic's error type")]
 pub fn caller(
     authenticate: &dyn Authenticate,
     metadata: &MetadataMap,

@@ -265,7 +265,8 @@ fn parse_serial(text: &str) -> Result<Vec<u8>, AuthorityError> {
     let digits: String =
         text.trim().trim_start_matches("0x").chars().filter(|c| *c != ':').collect();
     let digits = digits.trim_start_matches('0');
-    let digits = if digits.len() % 2 == 0 { digits.to_owned() } else { format!("0{digits}") };
+    let digits =
+        if digits.len().is_multiple_of(2) { digits.to_owned() } else { format!("0{digits}") };
     if digits.is_empty() || digits.len() > 40 || !digits.is_ascii() {
         return Err(invalid());
     }

@@ -394,7 +394,7 @@ fn source(raw: RawSource, path: &str, meta: &Metadata) -> Result<Source, Invalid
         l7_fields,
     };
     if !source.service_accounts.is_empty()
-        && !(source.principals.is_empty() && source.namespaces.is_empty())
+        && (!source.principals.is_empty() || !source.namespaces.is_empty())
     {
         return Err(InvalidField::new(
             &format!("{path}.serviceAccounts"),

@@ -44,6 +44,9 @@ impl ParsedFile {
     }
 }
 
+/// A definition of an object: file, line and what it says.
+type Candidate<'f> = (&'f Path, usize, &'f Arc<Object>);
+
 #[derive(Debug)]
 struct Accepted {
     object: Arc<Object>,
@@ -76,8 +79,7 @@ impl Scan {
     }
 
     fn settle(&mut self) -> Vec<Change> {
-        let mut candidates: BTreeMap<&ObjectKey, Vec<(&Path, usize, &Arc<Object>)>> =
-            BTreeMap::new();
+        let mut candidates: BTreeMap<&ObjectKey, Vec<Candidate<'_>>> = BTreeMap::new();
         let mut mentioned: BTreeSet<&ObjectKey> = BTreeSet::new();
         let mut refused = Vec::new();
         let mut ignored: BTreeMap<&str, usize> = BTreeMap::new();
@@ -290,5 +292,30 @@ mod tests {
         let mut scan = Scan::default();
         scan.update(files([("a.yaml", text(NS))]));
         assert!(scan.update(files([("z/b.yml", text(NS))])).is_empty());
+    }
+
+    #[test]
+    fn a_refusal_names_line_field_and_remedy() {
+        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec:\n";
+        let cases = [
+            (format!("{policy}  action: DENY\n"), 4, "spec.rules"),
+            (format!("{policy}  rules:\n  - from:\n    - source:\n        fooBars: [x]\n"), 8, "spec.rules[0].from[0].source.fooBars"),
+            (format!("{policy}  rules:\n  - to:\n    - operation:\n        ports: [http]\n"), 7, "spec.rules[0].to[0].operation"),
+            (format!("{policy}  action: MAYBE\n"), 5, "spec.action"),
+            ("kind: Pod".to_owned(), 1, ""),
+            ("apiVersion: v1\nkind: Pod\nmetadata:\n  name: Bad_Name\n".to_owned(), 4, "metadata.name"),
+            ("apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec:\n  ports:\n  - port: 70000\n".to_owned(), 6, "spec.ports[0].port"),
+        ];
+        for (manifest, line, field) in cases {
+            let mut scan = Scan::default();
+            scan.update(files([("a.yaml", text(&manifest))]));
+            let refusal = &scan.status().refused[0];
+            assert_eq!(
+                (refusal.line, refusal.field.as_str()),
+                (line, field),
+                "{manifest}{refusal:?}"
+            );
+            assert!(!refusal.remedy.is_empty());
+        }
     }
 }
