@@ -142,7 +142,11 @@ impl Io for Net {
             if self.socks[sock].reset {
                 return Err(io::ErrorKind::ConnectionReset.into());
             }
-            return if self.socks[sock].fin { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
+            return if self.socks[sock].fin {
+                Ok(0)
+            } else {
+                Err(io::ErrorKind::WouldBlock.into())
+            };
         }
         let count = self.part(room.min(have));
         let mut left = count;
@@ -154,10 +158,7 @@ impl Io for Net {
         }
         if count < room && (count < have || self.socks[sock].fin) {
             let fin = self.socks[sock].fin;
-            self.edge(
-                sock,
-                Readiness { readable: true, read_closed: fin, ..Readiness::default() },
-            );
+            self.edge(sock, Readiness { readable: true, read_closed: fin, ..Readiness::default() });
         }
         let peer = self.socks[sock].peer;
         if std::mem::take(&mut self.socks[sock].peer_blocked) {
@@ -230,10 +231,7 @@ impl Io for Net {
         self.socks[sock].shut = true;
         let peer = self.socks[sock].peer;
         self.socks[peer].fin = true;
-        self.edge(
-            peer,
-            Readiness { readable: true, read_closed: true, ..Readiness::default() },
-        );
+        self.edge(peer, Readiness { readable: true, read_closed: true, ..Readiness::default() });
         Ok(())
     }
 

@@ -11,8 +11,7 @@ thread_local! {
 }
 
 pub fn permit() -> Permit {
-    let verdict =
-        RESOLVED.with(|resolved| authorize_egress(&PolicySet::default(), resolved));
+    let verdict = RESOLVED.with(|resolved| authorize_egress(&PolicySet::default(), resolved));
     match verdict.decision {
         Decision::Allow(permit) => permit,
         Decision::Deny(denial) => panic!("{denial:?}"),
