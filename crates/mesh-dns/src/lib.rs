@@ -15,5 +15,5 @@ mod wire;
 
 pub use answer::{DnsDecision, Refusal, TTL_SECONDS, Transport, answer, server_failure};
 pub use cache::{Cache, CacheConfig, ResolverScope};
-pub use owner::DnsClient;
+pub use owner::{DnsClient, MAX_SEARCH_DOMAINS};
 pub use wire::query_type_label;
