@@ -1,5 +1,7 @@
 //! A controller in this process, and agents that speak to it over TLS as real ones do.
 
+#![allow(clippy::unwrap_used, reason = "tests; the helpers too")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -14,9 +14,9 @@ fn upserts(manifests: &str) -> Vec<Change> {
     documents(manifests, Format::Yaml)
         .into_iter()
         .flat_map(|document| read_objects(&document.expect("valid YAML").value))
-        .map(|(_, parsed)| match parsed {
-            Parsed::Object(object) => Change::Upsert(object),
-            other => panic!("{other:?}"),
+        .map(|(_, parsed)| match &parsed {
+            Parsed::Object(object) => Change::Upsert(Arc::clone(object)),
+            Parsed::Ignored { .. } | Parsed::Refused { .. } => panic!("{parsed:?}"),
         })
         .collect()
 }
