@@ -6,6 +6,7 @@ pub(crate) mod namespace;
 pub(crate) mod netlink;
 pub(crate) mod record;
 pub(crate) mod search;
+pub(crate) mod server;
 pub(crate) mod sysctl;
 
 #[cfg(test)]

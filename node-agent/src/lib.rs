@@ -1,3 +1,15 @@
 //! The node's agent, as a library: `culvert-agent` and the tests are built on it.
 
+mod admin;
+pub mod agent;
+mod capture;
+pub mod config;
+mod control;
 pub mod dataplane;
+mod dns;
+mod enrolment;
+mod entropy;
+mod identity;
+mod picture;
+mod state_file;
+mod telemetry;

@@ -1,34 +1,17 @@
 //! Files that survive a crash whole: the old content or the new, never half of either.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::digest::{SHA256, digest};
+use mesh_runtime::{read_bounded, write_atomic};
 
 /// Replaces the content of `path`; readable by its owner only.
 ///
 /// # Errors
 /// When the folder cannot be written, is full, or the content does not reach the disk. The old content stays then.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or_else(|| Path::new("/"));
-    let draft = draft(path);
-    let write = || {
-        let mut options = OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        std::fs::rename(&draft, path)?;
-        File::open(folder)?.sync_all()
-    };
-    write().inspect_err(|_why| {
-        if let Err(error) = std::fs::remove_file(&draft)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::debug!(%error, path = %draft.display(), "a draft stays behind");
-        }
-    })
+    write_atomic(path, content).map_err(io::Error::other)
 }
 
 /// Reads a file of at most `limit` bytes; `None` when there is none.
@@ -36,17 +19,7 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// When it cannot be read or is larger.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened?,
-    };
-    let mut content = Vec::new();
-    file.take(limit + 1).read_to_end(&mut content)?;
-    if u64::try_from(content.len()).is_ok_and(|length| length <= limit) {
-        Ok(Some(content))
-    } else {
-        Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")))
-    }
+    read_bounded(path, limit).map_err(io::Error::other)
 }
 
 /// Puts a file that cannot be used aside, where a person can look at it.
@@ -54,7 +27,9 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
 /// # Errors
 /// When it cannot be renamed.
 pub(crate) fn set_aside(path: &Path) -> io::Result<PathBuf> {
-    let aside = beside(path, "unusable");
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".unusable");
+    let aside = path.with_file_name(name);
     std::fs::rename(path, &aside)?;
     Ok(aside)
 }
@@ -89,52 +64,9 @@ pub(crate) fn unseal(sealed: &[u8]) -> Result<&[u8], BrokenSeal> {
 const MAGIC: [u8; 16] = *b"culvert-state-1\n";
 const SUM_BYTES: usize = 32;
 
-fn draft(path: &Path) -> PathBuf {
-    beside(path, "draft")
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".");
-    name.push(suffix);
-    path.with_file_name(name)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
-
-    #[test]
-    fn replacing_leaves_one_private_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("state");
-        replace(&path, b"old").unwrap();
-        replace(&path, b"new").unwrap();
-        assert_eq!(read(&path, 3).unwrap().unwrap(), b"new");
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_failed_replacement_keeps_the_old_content() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("state");
-        replace(&path, b"old").unwrap();
-        std::fs::create_dir(draft(&path)).unwrap();
-        assert!(replace(&path, b"new").is_err());
-        assert_eq!(read(&path, 100).unwrap().unwrap(), b"old");
-    }
-
-    #[test]
-    fn absent_and_oversized_files_are_told_apart() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("state");
-        assert!(read(&path, 10).unwrap().is_none());
-        replace(&path, b"four").unwrap();
-        assert!(read(&path, 3).is_err());
-    }
 
     #[test]
     fn seals_notice_every_damaged_byte_and_every_cut() {

@@ -14,6 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,8 @@ pub(crate) struct Enroller {
     config: EnrollerConfig,
     attachments: Arc<dyn PodAttachments>,
     pods: Mutex<BTreeMap<PodUid, Entry>>,
+    /// Counts the writes of the list.
+    revision: AtomicU64,
 }
 
 /// One pod, with what does not outlive the process.
@@ -133,7 +136,7 @@ impl Enroller {
             }
             pods.insert(uid, Entry::new(record));
         }
-        Ok(Self { config, attachments, pods: Mutex::new(pods) })
+        Ok(Self { config, attachments, pods: Mutex::new(pods), revision: AtomicU64::new(0) })
     }
 
     /// Takes up what an earlier process left: captures its pods again, forgets the gone, finishes what it was at.
@@ -693,7 +696,13 @@ impl Enroller {
         Ok(None)
     }
 
+    /// Rises when the list of pods has changed.
+    pub(crate) fn revision(&self) -> u64 {
+        self.revision.load(Ordering::Relaxed)
+    }
+
     fn write(&self, pods: &BTreeMap<PodUid, Entry>) -> Result<(), EnrollError> {
+        self.revision.fetch_add(1, Ordering::Relaxed);
         let records = pods.values().map(|entry| entry.record.clone());
         let bytes = RecordFile::new(&self.config.boot_id, records)
             .encode()

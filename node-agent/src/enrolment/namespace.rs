@@ -137,11 +137,6 @@ impl PodNamespace {
         Ok(())
     }
 
-    /// Takes back what [`prepare`](Self::prepare) did. Everything is tried; the first failure is told.
-    pub(crate) fn restore(&self, originals: &Originals) -> Result<(), NamespaceError> {
-        restore(&self.netns, originals)
-    }
-
     /// The first thing that is not as [`prepare`](Self::prepare) leaves it.
     pub(crate) fn drifted(&self) -> Result<Option<&'static str>, NamespaceError> {
         within(&self.netns, "read kernel settings", || Ok(sysctl::drifted()))
@@ -152,7 +147,7 @@ impl PodNamespace {
     }
 }
 
-/// Takes back what [`PodNamespace::prepare`] did in `netns`.
+/// Takes back what [`PodNamespace::prepare`] did in `netns`. Everything is tried; the first failure is told.
 pub(crate) fn restore(netns: &Netns, originals: &Originals) -> Result<(), NamespaceError> {
     let mut outcome = Ok(());
     let mut keep_first = |done: Result<(), NamespaceError>| {

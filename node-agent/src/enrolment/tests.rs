@@ -258,7 +258,8 @@ fn a_full_disk_refuses_the_pod() {
     let (node, netns) = (Node::new(), TestNetns::with_addresses("disk"));
     let before = netns.traces();
     let enroller = node.start();
-    std::fs::create_dir(node.folder.path().join("enrolled.json.draft")).unwrap();
+    // The folder is gone: as good as full, and root cannot be kept out otherwise.
+    std::fs::remove_dir(node.folder.path()).unwrap();
     let refused = refusal(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()));
     assert!(refused.retryable && refused.remedy.contains("state folder"));
     assert_eq!(netns.traces(), before);

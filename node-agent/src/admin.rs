@@ -1,0 +1,264 @@
+//! What the agent tells about itself, and the little that can be changed while it runs.
+
+mod dump;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use http::StatusCode;
+use mesh_enroll::EnrollReply;
+use mesh_runtime::log::LogHandle;
+use mesh_runtime::metric::CONTENT_TYPE;
+use mesh_runtime::{Metrics, Readiness, Reply, Request, Routes};
+use serde_json::json;
+use tokio::sync::watch;
+
+use crate::capture::KernelGate;
+use crate::control::ads::Standing;
+use crate::dataplane::DataPlane;
+use crate::enrolment::enroller::Enroller;
+use crate::picture::Picture;
+
+/// What the admin interface looks at.
+#[derive(Clone)]
+pub(crate) struct Desk {
+    /// This node's name.
+    pub(crate) node: String,
+    /// The data plane's picture.
+    pub(crate) picture: Arc<Picture>,
+    /// The data plane.
+    pub(crate) data_plane: Arc<DataPlane>,
+    /// The pods.
+    pub(crate) enroller: Arc<Enroller>,
+    /// The kernel's side.
+    pub(crate) gate: Arc<KernelGate>,
+    /// The controller.
+    pub(crate) standing: watch::Receiver<Standing>,
+    /// Whether everything is up.
+    pub(crate) readiness: Readiness,
+    /// Metrics.
+    pub(crate) metrics: Metrics,
+    /// The log level.
+    pub(crate) log: LogHandle,
+}
+
+impl Desk {
+    /// Readiness alone, for every address.
+    pub(crate) fn ready_routes(&self) -> Routes {
+        let readiness = self.readiness.clone();
+        Routes::new().get("/healthz/ready", move |_request| {
+            let reply = ready(&readiness);
+            async move { reply }
+        })
+    }
+
+    /// Metrics alone, for scrapers.
+    pub(crate) fn metrics_routes(&self) -> Routes {
+        self.add_metrics(Routes::new())
+    }
+
+    /// Everything, for this machine.
+    pub(crate) fn admin_routes(&self) -> Routes {
+        let routes = self.add_metrics(self.ready_routes());
+        let routes = self.add_views(routes);
+        let (shown, changed) = (self.log.clone(), self.log.clone());
+        routes
+            .get("/logging", move |_request| {
+                let reply = level(&shown);
+                async move { reply }
+            })
+            .post("/logging", move |request| {
+                let reply = change_level(&changed, &request);
+                async move { reply }
+            })
+    }
+
+    fn add_metrics(&self, routes: Routes) -> Routes {
+        let (one, other) = (self.clone(), self.clone());
+        let render = |desk: Self| async move {
+            desk.observe().await;
+            Reply::with(StatusCode::OK, CONTENT_TYPE, desk.metrics.render())
+        };
+        routes
+            .get("/metrics", move |_request| render(one.clone()))
+            .get("/stats/prometheus", move |_request| render(other.clone()))
+    }
+
+    fn add_views(&self, routes: Routes) -> Routes {
+        let [dump, certs, connections, pods, stats, status] = std::array::from_fn(|_| self.clone());
+        routes
+            .get("/config_dump", move |_request| {
+                let desk = dump.clone();
+                async move { Reply::json(&desk.config_dump().await) }
+            })
+            .get("/certs", move |_request| {
+                let desk = certs.clone();
+                async move { Reply::json(&dump::certificates(&desk.picture.snapshot())) }
+            })
+            .get("/connections", move |_request| {
+                let desk = connections.clone();
+                async move { Reply::json(&desk.data_plane.connections().await) }
+            })
+            .get("/pods", move |_request| {
+                let desk = pods.clone();
+                async move { Reply::json(&desk.enroller.list()) }
+            })
+            .get("/stats", move |_request| {
+                let desk = stats.clone();
+                async move { Reply::json(&desk.stats()) }
+            })
+            .get("/status", move |_request| {
+                let desk = status.clone();
+                async move { Reply::json(&desk.status()) }
+            })
+    }
+
+    async fn config_dump(&self) -> serde_json::Value {
+        let connections = self.data_plane.connections().await;
+        dump::config(&self.picture.snapshot(), &self.enroller.list(), &connections, &self.node)
+    }
+
+    /// Counters of the data plane and of the kernel's side of capture.
+    fn stats(&self) -> serde_json::Value {
+        let capture = self.gate.capture().counters();
+        json!({
+            "dataPlane": self.data_plane.stats(),
+            "capture": capture.unwrap_or_else(|error| {
+                tracing::debug!(%error, "the counters of capture cannot be read");
+                std::collections::BTreeMap::new()
+            }),
+        })
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let standing = self.standing.borrow().clone();
+        let snapshot = self.picture.snapshot();
+        let features = self.gate.capture().features();
+        let EnrollReply::Pods { pods } = (EnrollReply::Pods { pods: self.enroller.list() }) else {
+            return serde_json::Value::Null;
+        };
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "node": self.node,
+            "ready": self.readiness.is_ready(),
+            "waitingFor": self.readiness.waiting_for(),
+            "controller": {
+                "connected": standing.connected,
+                "synced": standing.synced,
+                "lastError": standing.last_error,
+            },
+            "capture": {
+                "cgroupOrder": features.cgroup_order.to_string(),
+                "guard": features.guard.to_string(),
+                "cgroupRoot": features.cgroup_root,
+                "adopted": features.adopted,
+            },
+            "pods": pods,
+            "workloads": snapshot.index.workloads().len(),
+            "services": snapshot.index.services().len(),
+            "policies": snapshot.policies.policies().len(),
+            "certificates": snapshot.svids.len(),
+            "indexRevision": snapshot.index.revision().0,
+            "policyRevision": snapshot.policies.revision().0,
+        })
+    }
+
+    /// Sets the gauges that are read off at scraping.
+    async fn observe(&self) {
+        let desk = self.clone();
+        let counted = tokio::task::spawn_blocking(move || desk.observe_now()).await;
+        if let Err(error) = counted {
+            tracing::debug!(%error, "gauges were not read");
+        }
+    }
+
+    fn observe_now(&self) {
+        let snapshot = self.picture.snapshot();
+        gauge("culvert_index_revision", snapshot.index.revision().0);
+        let connected = u64::from(self.standing.borrow().connected);
+        gauge("culvert_controller_connected", connected);
+        for (kind, count) in [
+            ("workload", snapshot.index.workloads().len()),
+            ("service", snapshot.index.services().len()),
+            ("policy", snapshot.policies.policies().len()),
+        ] {
+            metrics::gauge!("culvert_resources", "type" => kind).set(number(count));
+        }
+        let pods = self.enroller.list();
+        for phase in [
+            mesh_enroll::PodPhase::Enrolled,
+            mesh_enroll::PodPhase::Pending,
+            mesh_enroll::PodPhase::Draining,
+            mesh_enroll::PodPhase::Excluded,
+        ] {
+            let count = pods.iter().filter(|pod| pod.phase == phase).count();
+            metrics::gauge!("culvert_pods", "phase" => phase.as_str()).set(number(count));
+        }
+        let now = SystemTime::now();
+        let expired = snapshot.svids.values().filter(|svid| !svid.is_usable(now)).count();
+        let valid = snapshot.svids.len() - expired;
+        metrics::gauge!("culvert_certificates", "state" => "valid").set(number(valid));
+        metrics::gauge!("culvert_certificates", "state" => "expired").set(number(expired));
+        if let Some(first) = snapshot.svids.values().map(|svid| svid.not_after()).min() {
+            let seconds = first.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            gauge("culvert_certificate_next_expiry_timestamp_seconds", seconds.as_secs());
+        }
+        match self.gate.capture().counters() {
+            Ok(counters) => {
+                for (name, value) in counters {
+                    metrics::counter!("culvert_capture_total", "event" => name).absolute(value);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "the counters of capture cannot be read"),
+        }
+        let stats = self.data_plane.stats();
+        metrics::counter!("culvert_live_flows_cut_total").absolute(stats.live_cut);
+        metrics::counter!("culvert_connections_shed_total").absolute(stats.shed);
+        metrics::counter!("culvert_source_fallbacks_total").absolute(stats.source_fallbacks);
+        for (reason, count) in stats.handshakes_failed {
+            metrics::counter!("culvert_tunnel_handshakes_failed_total", "reason" => reason.as_str())
+                .absolute(count);
+        }
+    }
+}
+
+fn ready(readiness: &Readiness) -> Reply {
+    let text = format!("{readiness}\n");
+    if readiness.is_ready() {
+        Reply::text(text)
+    } else {
+        // Source: ztunnel answers 500 with the same words.
+        Reply::with(StatusCode::INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", text)
+    }
+}
+
+fn level(log: &LogHandle) -> Reply {
+    match log.filter() {
+        Ok(filter) => Reply::json(&json!({ "level": filter })),
+        Err(error) => Reply::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
+}
+
+fn change_level(log: &LogHandle, request: &Request) -> Reply {
+    let done = match (request.query("reset"), request.query("level")) {
+        (Some(_), _) => log.reset_filter(),
+        (None, Some(filter)) => log.set_filter(filter),
+        (None, None) => {
+            return Reply::error(StatusCode::BAD_REQUEST, "give ?level=FILTER or ?reset");
+        }
+    };
+    match done {
+        Ok(()) => level(log),
+        Err(error) => Reply::error(StatusCode::BAD_REQUEST, &error.to_string()),
+    }
+}
+
+fn gauge(name: &'static str, value: u64) {
+    #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
+    metrics::gauge!(name).set(value as f64);
+}
+
+#[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
+const fn number(count: usize) -> f64 {
+    count as f64
+}

@@ -1,0 +1,429 @@
+//! The agent's parts, put together: what starts when, who knows whom, and how it ends.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use imbl::OrdMap;
+use mesh_authorize::PolicySet;
+use mesh_ebpf::{Capture, FeatureReport, monotonic_now};
+use mesh_identity::TrustBundle;
+use mesh_resolve::{ResolveSettings, WorkloadIndex};
+use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain as DrainSignal};
+use mesh_runtime::{DrainTrigger, Logging, Metrics, Readiness};
+use mesh_wire::NodeIdentity;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::Desk;
+use crate::capture::{Attachments, KernelGate};
+use crate::config::Settings;
+use crate::control::ads::{Control, Outlets, Standing};
+use crate::control::pods::WantedPods;
+use crate::control::report::report_pods;
+use crate::control::saved::SavedWorld;
+use crate::control::session::ControllerSession;
+use crate::control::world::World;
+use crate::dataplane::{DataPlane, DataPlaneConfig, Shared, Snapshot};
+use crate::dns::DnsDesk;
+use crate::dns::lookup::PodResolver;
+use crate::enrolment::enroller::{Enroller, EnrollerConfig};
+use crate::enrolment::server::{Enrolment, listen};
+use crate::enrolment::{attachment::PodAttachments, namespace};
+use crate::identity::{IdentityRequests, Rotation};
+use crate::picture::Picture;
+use crate::telemetry::FlowReports;
+
+/// Between rounds of looking after the kernel's tables.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Runs the agent until it is told to end. Capture stays: what is pinned refuses new connections until a successor
+/// serves them.
+///
+/// # Errors
+/// When the agent cannot do its whole work; the error names the remedy.
+pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyhow::Result<()> {
+    settings.check()?;
+    let node = settings.node_name()?;
+    let (trigger, drain) = DrainSignal::new();
+    prepare_folders(&settings)?;
+    let host_cookie = namespace::host_cookie().context("reading the node's network namespace")?;
+    let boot_id = boot_id()?;
+    mesh_net::socket::raise_descriptor_limit().context("raising the limit of descriptors")?;
+
+    let readiness = Readiness::new();
+    let (pods_pending, control_pending) =
+        (readiness.pending("enrolled pods"), readiness.pending("controller"));
+
+    let capture = Arc::new(load_capture(&settings)?);
+    let gate = Arc::new(KernelGate::new(Arc::clone(&capture)));
+    let runtime = Handle::current();
+    let dns = Arc::new(DnsDesk::new(
+        runtime.clone(),
+        Arc::clone(&gate),
+        nameservers(),
+        &settings.cluster_domain,
+    ));
+    let (requests, identity_inbox) = IdentityRequests::new();
+    let (reports, telemetry) = FlowReports::start(Arc::clone(metrics.flows()), logging.access())
+        .context("starting telemetry")?;
+    let shared = Arc::new(Shared {
+        snapshot: ArcSwap::from_pointee(empty_picture()),
+        flows: Arc::new(reports),
+        identities: Arc::new(requests),
+        resolver: Arc::new(PodResolver::new(Arc::clone(&dns), runtime.clone())),
+    });
+    dns.answer_from(Arc::clone(&shared));
+    let mut config = DataPlaneConfig::default();
+    config.workers = settings.workers.unwrap_or_else(mesh_runtime::usable_cores).max(1);
+    let gate_for_workers: Arc<KernelGate> = Arc::clone(&gate);
+    let data_plane = Arc::new(
+        DataPlane::start(config, Arc::clone(&shared), gate_for_workers)
+            .context("starting the data plane")?,
+    );
+    let picture = Arc::new(Picture::new(Arc::clone(&shared), Arc::clone(&data_plane)));
+
+    let wanted = watch::Sender::new(Arc::new(WantedPods::default()));
+    let channel = watch::Sender::new(None);
+    let standing = watch::Sender::new(Standing::default());
+    let session = ControllerSession::new(settings.controller(&node));
+    let mut control = Control::new(
+        session.clone(),
+        (&node_identity(&settings, &node)).into(),
+        World::new(settings.denied()),
+        SavedWorld::new(&settings.state_dir),
+        Outlets {
+            picture: Arc::clone(&picture),
+            pods: wanted.clone(),
+            channel: channel.clone(),
+            standing: standing.clone(),
+        },
+    );
+    control.restore();
+
+    let attachments: Arc<dyn PodAttachments> = Arc::new(Attachments::new(
+        Arc::clone(&gate),
+        Arc::clone(&data_plane),
+        Arc::clone(&dns),
+        runtime.clone(),
+    ));
+    let enroller = Arc::new(
+        Enroller::open(
+            EnrollerConfig {
+                file: settings.state_dir.join("enrolled.json"),
+                boot_id,
+                host_cookie,
+                drain: settings.drain(),
+            },
+            attachments,
+        )
+        .context("reading the list of enrolled pods")?,
+    );
+    let enrolment = Enrolment::new(Arc::clone(&enroller), wanted.subscribe());
+    adopt(&enroller, &wanted.borrow().clone(), &capture).await?;
+    pods_pending.done();
+
+    let desk = Desk {
+        node: node.clone(),
+        picture: Arc::clone(&picture),
+        data_plane: Arc::clone(&data_plane),
+        enroller: Arc::clone(&enroller),
+        gate: Arc::clone(&gate),
+        standing: standing.subscribe(),
+        readiness: readiness.clone(),
+        metrics,
+        log: logging.handle(),
+    };
+    let stop = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    serve_admin(&mut tasks, &settings, &desk, &drain).await?;
+    let socket = listen(&settings.enrolment_socket()).context("opening the enrolment socket")?;
+    tasks.spawn(enrolment.clone().serve(socket, stop.clone()));
+    tasks.spawn(enrolment.clone().maintain(stop.clone()));
+    tasks.spawn(control.run(stop.clone()));
+    tasks.spawn(report_pods(
+        session.clone(),
+        Arc::clone(&enroller),
+        channel.subscribe(),
+        enrolment.changes(),
+        stop.clone(),
+    ));
+    let rotation = Rotation::new(session, Arc::clone(&picture), Arc::clone(&enroller));
+    tasks.spawn(rotation.run(
+        identity_inbox,
+        channel.subscribe(),
+        enrolment.changes(),
+        stop.clone(),
+    ));
+    tasks.spawn(tend_kernel(Arc::clone(&capture), stop.clone()));
+    tasks.spawn(until_synced(standing.subscribe(), control_pending, stop.clone()));
+    tasks.spawn(await_signals(trigger));
+    tracing::info!(node, "the agent runs");
+
+    drain.begun().await;
+    tracing::info!(grace = ?settings.drain(), "the agent ends; capture stays and refuses new connections");
+    stop.cancel();
+    data_plane.drain(settings.drain()).await;
+    tasks.shutdown().await;
+    drop((desk, picture, shared, dns, gate, data_plane, enroller, enrolment));
+    // Ends once the workers, which hold its queue, have.
+    drop(telemetry);
+    drop(logging);
+    Ok(())
+}
+
+/// Takes every pod out of the mesh and everything out of the kernel.
+///
+/// # Errors
+/// When something could not be undone; the rest was.
+pub fn uninstall(settings: &Settings) -> anyhow::Result<()> {
+    let socket = settings.enrolment_socket();
+    if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+        anyhow::bail!("an agent runs at {}: stop it first", socket.display());
+    }
+    let capture = Capture::load_or_adopt(&settings.capture()).context("opening what is pinned")?;
+    let config = EnrollerConfig {
+        file: settings.state_dir.join("enrolled.json"),
+        boot_id: boot_id()?,
+        host_cookie: namespace::host_cookie()?,
+        drain: Duration::ZERO,
+    };
+    let left = Enroller::open(config, Arc::new(KernelOnly))
+        .context("reading the list of enrolled pods")?
+        .remove_all();
+    capture.detach_all().context("detaching from the kernel")?;
+    if left.is_empty() {
+        return Ok(());
+    }
+    anyhow::bail!("detached, but not everything could be restored: {}", left.join("; "))
+}
+
+/// Attachments of a program that serves nothing: detaching is done for all pods at once afterwards.
+struct KernelOnly;
+
+impl PodAttachments for KernelOnly {
+    fn attach(
+        &self,
+        _pod: &crate::enrolment::attachment::AttachedPod,
+    ) -> Result<(), crate::enrolment::attachment::AttachError> {
+        Ok(())
+    }
+
+    fn detach(
+        &self,
+        _uid: &mesh_model::PodUid,
+        _cookie: u64,
+        _drain: Duration,
+    ) -> Result<(), crate::enrolment::attachment::AttachError> {
+        Ok(())
+    }
+
+    fn captured(
+        &self,
+    ) -> Result<std::collections::BTreeSet<u64>, crate::enrolment::attachment::AttachError> {
+        Ok(std::collections::BTreeSet::new())
+    }
+}
+
+fn load_capture(settings: &Settings) -> anyhow::Result<Capture> {
+    let capture = Capture::load_or_adopt(&settings.capture())
+        .context("loading capture into the kernel; `culvert check` says what is missing")?;
+    let FeatureReport { cgroup_order, guard, cgroup_root, adopted } = capture.features();
+    tracing::info!(
+        %cgroup_order, %guard, cgroup_root = %cgroup_root.display(), adopted, "capture is loaded"
+    );
+    let addresses = node_addresses().context("reading the node's addresses")?;
+    capture.set_node_addresses(&addresses).context("telling capture the node's addresses")?;
+    Ok(capture)
+}
+
+async fn adopt(
+    enroller: &Arc<Enroller>,
+    wanted: &Arc<WantedPods>,
+    capture: &Arc<Capture>,
+) -> anyhow::Result<()> {
+    let (enroller, wanted, capture) =
+        (Arc::clone(enroller), Arc::clone(wanted), Arc::clone(capture));
+    tokio::task::spawn_blocking(move || {
+        let adopted = enroller.adopt(&wanted.pods, Instant::now());
+        tracing::info!(?adopted, "pods of an earlier life are taken up");
+        if adopted.pending == 0 && adopted.orphans == 0 {
+            capture.remove_foreign_layouts().context("removing capture of another version")?;
+        }
+        anyhow::Ok(())
+    })
+    .await
+    .context("taking up pods")?
+}
+
+async fn serve_admin(
+    tasks: &mut JoinSet<()>,
+    settings: &Settings,
+    desk: &Desk,
+    drain: &DrainSignal,
+) -> anyhow::Result<()> {
+    let limits = AdminLimits::default();
+    let admin = AdminServer::new(desk.admin_routes(), limits);
+    let listener = AdminListener::tcp(settings.admin_address).await?;
+    tasks.spawn(admin.clone().serve(listener, drain.clone()));
+    let listener = AdminListener::unix(&settings.admin_socket())?;
+    tasks.spawn(admin.serve(listener, drain.clone()));
+    for (address, routes) in [
+        (settings.ready_address, desk.ready_routes()),
+        (settings.metrics_address, desk.metrics_routes()),
+    ] {
+        let listener = AdminListener::tcp(address).await?;
+        tasks.spawn(AdminServer::new(routes, limits).serve(listener, drain.clone()));
+    }
+    Ok(())
+}
+
+/// Flows that ended leave the kernel's table, guards that another tool removed come back, and the node's addresses,
+/// from which probes come, are kept current.
+async fn tend_kernel(capture: Arc<Capture>, stop: CancellationToken) {
+    let mut interval = tokio::time::interval(SWEEP_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = stop.cancelled() => return,
+        }
+        let capture = Arc::clone(&capture);
+        let tended = tokio::task::spawn_blocking(move || tend_once(&capture)).await;
+        if let Err(error) = tended {
+            tracing::error!(%error, "the kernel's tables were not looked after");
+        }
+    }
+}
+
+fn tend_once(capture: &Capture) {
+    if let Err(error) = capture.sweep_flows(monotonic_now()) {
+        tracing::warn!(%error, "ended flows stay in the kernel's table");
+    }
+    match capture.verify_guards() {
+        Ok(0) => {}
+        Ok(gone) => {
+            metrics::counter!("culvert_guards_restored_total")
+                .increment(u64::try_from(gone).unwrap_or(u64::MAX));
+            tracing::error!(gone, "another tool had removed guards of pods; they are back");
+        }
+        Err(error) => tracing::error!(%error, "guards of pods cannot be verified"),
+    }
+    let told = node_addresses().map_err(|error| error.to_string()).and_then(|addresses| {
+        capture.set_node_addresses(&addresses).map_err(|error| error.to_string())
+    });
+    if let Err(error) = told {
+        tracing::warn!(error, "the node's addresses are not current; probes may be refused");
+    }
+}
+
+async fn until_synced(
+    mut standing: watch::Receiver<Standing>,
+    pending: mesh_runtime::Pending,
+    stop: CancellationToken,
+) {
+    tokio::select! {
+        heard = standing.wait_for(|standing| standing.synced) => {
+            if heard.is_ok() {
+                pending.done();
+            }
+        }
+        () = stop.cancelled() => {}
+    }
+}
+
+async fn await_signals(trigger: DrainTrigger) {
+    match trigger.begin_on_signals().await {
+        Ok(()) => {
+            tracing::warn!("asked twice: ending at once");
+            std::process::exit(1);
+        }
+        Err(error) => tracing::error!(%error, "signals cannot be received"),
+    }
+}
+
+fn empty_picture() -> Snapshot {
+    Snapshot {
+        index: WorkloadIndex::default(),
+        policies: PolicySet::default(),
+        settings: ResolveSettings::default(),
+        trust: Arc::new(TrustBundle::default()),
+        svids: OrdMap::new(),
+    }
+}
+
+fn node_identity(settings: &Settings, node: &str) -> NodeIdentity {
+    let ip = node_addresses()
+        .ok()
+        .and_then(|addresses| addresses.first().copied())
+        .unwrap_or_else(|| IpAddr::from([127, 0, 0, 1]));
+    NodeIdentity {
+        ip,
+        pod_name: node.to_owned(),
+        pod_namespace: "culvert-system".to_owned(),
+        node_name: node.to_owned(),
+        cluster_id: settings.cluster_id.clone(),
+        cluster_domain: settings.cluster_domain.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+/// The node's own addresses; link-local ones too, from which a kubelet may probe.
+fn node_addresses() -> io::Result<Vec<IpAddr>> {
+    let interfaces = nix::ifaddrs::getifaddrs()?;
+    let mut addresses: Vec<IpAddr> = interfaces
+        .filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        })
+        .filter(|ip| !ip.is_loopback())
+        .collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses.truncate(MAX_NODE_ADDRESSES);
+    Ok(addresses)
+}
+
+/// Bound of the kernel's table. Source: `Capture::set_node_addresses`.
+const MAX_NODE_ADDRESSES: usize = 1024;
+
+/// The node's nameservers, for pods whose own are not known. Source: resolv.conf(5).
+fn nameservers() -> Vec<IpAddr> {
+    let text = match std::fs::read_to_string("/etc/resolv.conf") {
+        Ok(text) => text,
+        Err(error) => {
+            tracing::warn!(%error, "the node's nameservers are not known");
+            return Vec::new();
+        }
+    };
+    text.lines()
+        .filter_map(|line| line.strip_prefix("nameserver"))
+        .filter_map(|rest| rest.split_whitespace().next()?.parse().ok())
+        .collect()
+}
+
+fn boot_id() -> anyhow::Result<String> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .context("reading the machine's boot id")?;
+    Ok(text.trim().to_owned())
+}
+
+fn prepare_folders(settings: &Settings) -> anyhow::Result<()> {
+    for (folder, mode) in [(&settings.run_dir, 0o755), (&settings.state_dir, 0o700)] {
+        make_folder(folder, mode).with_context(|| format!("making {}", folder.display()))?;
+    }
+    Ok(())
+}
+
+fn make_folder(folder: &Path, mode: u32) -> io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(mode).create(folder)?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode))
+}

@@ -1,0 +1,222 @@
+//! Pods as the kernel and the data plane hold them: the real [`PodAttachments`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use mesh_ebpf::{Capture, CaptureError, NetnsCookie, PodCapture};
+use mesh_model::PodUid;
+use mesh_net::socket::SocketLabel;
+
+use tokio::runtime::Handle;
+
+use crate::dataplane::{DataPlane, Drain, KernelCapture, PodSockets};
+use crate::dns::DnsDesk;
+use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments};
+
+/// The kernel's side of capture, as the data plane asks for it.
+pub(crate) struct KernelGate {
+    capture: Arc<Capture>,
+    pods: Mutex<BTreeMap<PodUid, StagedPod>>,
+}
+
+/// What is captured of a pod, and the listener its inbound connections are steered to.
+struct StagedPod {
+    capture: PodCapture,
+    /// A second descriptor of the listener, for changing settings later.
+    listener: Option<OwnedFd>,
+    sockets: Option<PodSockets>,
+}
+
+impl std::fmt::Debug for KernelGate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KernelGate").finish_non_exhaustive()
+    }
+}
+
+impl KernelGate {
+    /// A gate over loaded capture.
+    pub(crate) fn new(capture: Arc<Capture>) -> Self {
+        Self { capture, pods: Mutex::default() }
+    }
+
+    /// The loaded capture.
+    pub(crate) fn capture(&self) -> &Arc<Capture> {
+        &self.capture
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PodUid, StagedPod>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SocketLabel for KernelGate {
+    fn label(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.capture.label(fd)
+    }
+}
+
+impl KernelCapture for KernelGate {
+    fn orig_dst(&self, cookie: u64, client: SocketAddr) -> io::Result<Option<SocketAddr>> {
+        self.capture.orig_dst(NetnsCookie(cookie), client)
+    }
+
+    fn label(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.capture.label(fd)
+    }
+
+    fn set_listener(&self, pod: &PodSockets, listener: BorrowedFd<'_>) -> io::Result<()> {
+        let mut pods = self.lock();
+        let staged = pods
+            .get_mut(&pod.uid)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the pod was not staged"))?;
+        let kept = listener.try_clone_to_owned()?;
+        self.capture.enroll(&staged.capture, listener).map_err(io::Error::other)?;
+        staged.listener = Some(kept);
+        Ok(())
+    }
+}
+
+/// Sockets, programs and resolver of this node's pods.
+pub(crate) struct Attachments {
+    gate: Arc<KernelGate>,
+    data_plane: Arc<DataPlane>,
+    dns: Arc<DnsDesk>,
+    runtime: Handle,
+}
+
+impl std::fmt::Debug for Attachments {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attachments").finish_non_exhaustive()
+    }
+}
+
+impl Attachments {
+    /// Attachments made by these. `runtime` carries the data plane's commands; the methods are called on threads of its own
+    /// for blocking work.
+    pub(crate) fn new(
+        gate: Arc<KernelGate>,
+        data_plane: Arc<DataPlane>,
+        dns: Arc<DnsDesk>,
+        runtime: Handle,
+    ) -> Self {
+        Self { gate, data_plane, dns, runtime }
+    }
+
+    /// Applies changed settings of a pod whose sockets are as they should be.
+    fn reconfigure(&self, uid: &PodUid, capture: PodCapture) -> Result<bool, AttachError> {
+        let mut pods = self.gate.lock();
+        let Some(staged) = pods.get_mut(uid) else { return Ok(false) };
+        let Some(listener) = &staged.listener else { return Ok(false) };
+        self.gate.capture.enroll(&capture, listener.as_fd()).map_err(kernel_refused)?;
+        staged.capture = capture;
+        Ok(true)
+    }
+
+    fn unstage(&self, uid: &PodUid) {
+        self.gate.lock().remove(uid);
+    }
+
+    fn sockets(&self, uid: &PodUid) -> Option<PodSockets> {
+        self.gate.lock().get(uid).and_then(|staged| staged.sockets.clone())
+    }
+}
+
+impl PodAttachments for Attachments {
+    fn attach(&self, pod: &AttachedPod) -> Result<(), AttachError> {
+        let uid = &pod.pod.uid;
+        let capture = PodCapture {
+            netns: pod.path.clone(),
+            addresses: ordered(pod),
+            settings: pod.settings.clone(),
+        };
+        let sockets = PodSockets {
+            uid: uid.clone(),
+            namespace: pod.pod.name.namespace().into(),
+            name: pod.pod.name.name().into(),
+            service_account: pod.pod.service_account.as_str().into(),
+            netns: Arc::clone(&pod.netns),
+            cookie: pod.netns.cookie(),
+            addresses: ordered(pod),
+            capture_inbound: pod.settings.capture_inbound,
+        };
+        self.dns.add(pod).map_err(|error| AttachError {
+            what: "the pod's resolver cannot be opened",
+            remedy: "see that nothing in the pod listens on port 15053",
+            retryable: true,
+            source: error.into(),
+        })?;
+        match self.sockets(uid) {
+            Some(before) if same_sockets(&before, &sockets) => {
+                if self.reconfigure(uid, capture.clone())? {
+                    return Ok(());
+                }
+            }
+            Some(_other) => self.unstage(uid),
+            None => {}
+        }
+        // Other sockets, or the same pod that was being let go: its name is free only when they are closed.
+        self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));
+        let staged = StagedPod { capture, listener: None, sockets: Some(sockets.clone()) };
+        self.gate.lock().insert(uid.clone(), staged);
+        let added = self.runtime.block_on(self.data_plane.add_pod(sockets)).map_err(|error| AttachError {
+            what: "the pod's sockets cannot be opened or its capture switched on",
+            remedy: "see that nothing in the pod listens on ports 15001, 15006 or 15008, and `culvert check`",
+            retryable: true,
+            source: error.into(),
+        });
+        if added.is_err() {
+            self.unstage(uid);
+            self.dns.remove(uid);
+        }
+        added
+    }
+
+    fn detach(&self, uid: &PodUid, cookie: u64, drain: Duration) -> Result<(), AttachError> {
+        match self.gate.capture.unenroll(NetnsCookie(cookie)) {
+            Ok(()) | Err(CaptureError::NotEnrolled(_)) => {}
+            Err(error) => return Err(kernel_refused(error)),
+        }
+        self.dns.remove(uid);
+        if drain.is_zero() {
+            self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));
+        } else {
+            let (data_plane, uid) = (Arc::clone(&self.data_plane), uid.clone());
+            self.runtime.spawn(async move {
+                data_plane.remove_pod(&uid, Drain::Graceful(drain)).await;
+            });
+        }
+        self.unstage(uid);
+        Ok(())
+    }
+
+    fn captured(&self) -> Result<BTreeSet<u64>, AttachError> {
+        let enrolled = self.gate.capture.enrolled().map_err(kernel_refused)?;
+        Ok(enrolled.into_iter().map(|pod| pod.cookie.0).collect())
+    }
+}
+
+/// The pod's addresses, IPv4 first: the first of each family is where captured connections go.
+fn ordered(pod: &AttachedPod) -> Vec<std::net::IpAddr> {
+    pod.addresses.iter().copied().collect()
+}
+
+fn same_sockets(before: &PodSockets, now: &PodSockets) -> bool {
+    before.cookie == now.cookie
+        && before.addresses == now.addresses
+        && before.service_account == now.service_account
+        && before.capture_inbound == now.capture_inbound
+}
+
+fn kernel_refused(error: CaptureError) -> AttachError {
+    AttachError {
+        what: "the kernel's side of capture refused",
+        remedy: "see the agent's log and `culvert check`",
+        retryable: true,
+        source: Box::<dyn Error + Send + Sync>::from(error),
+    }
+}

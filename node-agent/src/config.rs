@@ -1,0 +1,265 @@
+//! What the agent is told on its command line or in its environment.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use mesh_ebpf::GuardPreference;
+use mesh_telemetry::LogFormat;
+
+use crate::control::pods::Denied;
+use crate::control::session::{ControllerConfig, Credential};
+
+/// The per-node agent of the Culvert mesh.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "culvert-agent", version, about)]
+pub struct Arguments {
+    /// What to do; without a command the agent runs.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Settings.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// What else the program does.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum Command {
+    /// Runs the agent (the default).
+    Run,
+    /// Takes every pod out of the mesh, restores routes and kernel settings, and detaches everything from the kernel.
+    /// Traffic of this node's pods goes direct and in the clear afterwards. Stop the agent first.
+    Uninstall,
+}
+
+/// The settings, as written.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Settings {
+    /// This node's name, as the controller knows it; default: the host name.
+    #[arg(long, env = "CULVERT_NODE_NAME", global = true)]
+    pub node_name: Option<String>,
+    /// Folder of the agent's sockets.
+    #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", global = true)]
+    pub run_dir: PathBuf,
+    /// Folder of what survives a restart; readable by root only.
+    #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert", global = true)]
+    pub state_dir: PathBuf,
+    /// Folder of the pinned programs, on a bpffs mount.
+    #[arg(long, env = "CULVERT_BPFFS", default_value = "/sys/fs/bpf/culvert", global = true)]
+    pub bpffs: PathBuf,
+    /// Root of the machine's cgroup2 hierarchy, or `auto`.
+    #[arg(long, env = "CULVERT_CGROUP_ROOT", default_value = "auto", global = true)]
+    pub cgroup_root: String,
+    /// How the guard is attached to a pod's host-side interface.
+    #[arg(long, env = "CULVERT_GUARD", value_enum, default_value = "auto", global = true)]
+    pub guard: Guard,
+    /// The controller.
+    #[arg(long, env = "CULVERT_CONTROLLER", default_value = "https://127.0.0.1:15012")]
+    pub controller: http::Uri,
+    /// File with the roots that the controller's certificate is judged by.
+    #[arg(
+        long,
+        env = "CULVERT_CONTROLLER_ROOT",
+        default_value = "/etc/culvert/controller-root.pem"
+    )]
+    pub controller_root: PathBuf,
+    /// File with the token this node joins by; needed once.
+    #[arg(long, env = "CULVERT_JOIN_TOKEN_FILE", conflicts_with = "token_file")]
+    pub join_token_file: Option<PathBuf>,
+    /// File with a token that somebody else renews (a projected service-account token), instead of joining.
+    #[arg(long, env = "CULVERT_TOKEN_FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Name of the cluster, for the controller and for telemetry.
+    #[arg(long, env = "CULVERT_CLUSTER_ID", default_value = "Kubernetes")]
+    pub cluster_id: String,
+    /// DNS domain of the cluster.
+    #[arg(long, env = "CULVERT_CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
+    /// Where the admin interface listens; loopback only.
+    #[arg(long, env = "CULVERT_ADMIN_ADDRESS", default_value = "127.0.0.1:15000")]
+    pub admin_address: SocketAddr,
+    /// Where readiness is told.
+    #[arg(long, env = "CULVERT_READY_ADDRESS", default_value = "[::]:15021")]
+    pub ready_address: SocketAddr,
+    /// Where metrics are scraped.
+    #[arg(long, env = "CULVERT_METRICS_ADDRESS", default_value = "[::]:15020")]
+    pub metrics_address: SocketAddr,
+    /// What is logged, e.g. `info,culvert_agent=debug`.
+    #[arg(long, env = "CULVERT_LOG", default_value = "info", global = true)]
+    pub log: String,
+    /// The form of log lines.
+    #[arg(long, env = "CULVERT_LOG_FORMAT", value_enum, default_value = "text", global = true)]
+    pub log_format: LogForm,
+    /// Engines of the data path, each on a thread of its own; default: usable cores.
+    #[arg(long, env = "CULVERT_WORKERS")]
+    pub workers: Option<usize>,
+    /// How long connections may go on when the agent stops or a pod leaves the mesh, seconds.
+    #[arg(long, env = "CULVERT_DRAIN_SECONDS", default_value_t = 5)]
+    pub drain_seconds: u64,
+    /// Enrolled pods may not send UDP, except DNS to the agent.
+    #[arg(long, env = "CULVERT_DENY_UDP")]
+    pub deny_udp: bool,
+    /// Enrolled pods may not send ICMP, except what IPv6 needs.
+    #[arg(long, env = "CULVERT_DENY_ICMP")]
+    pub deny_icmp: bool,
+}
+
+/// How the guard is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Guard {
+    /// tcx where the kernel has it, otherwise clsact.
+    Auto,
+    /// clsact everywhere.
+    Clsact,
+}
+
+/// The form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogForm {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+impl From<LogForm> for LogFormat {
+    fn from(form: LogForm) -> Self {
+        match form {
+            LogForm::Text => Self::Text,
+            LogForm::Json => Self::Json,
+        }
+    }
+}
+
+/// Settings that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidSettings {
+    /// The host has no name, or none that is text.
+    #[error("the host's name cannot be used: give --node-name")]
+    NodeName,
+    /// The admin interface tells secrets of the mesh's shape, and changes things.
+    #[error("--admin-address {0} is not a loopback address")]
+    AdminAddress(SocketAddr),
+    /// No scheme or host.
+    #[error("--controller {0} is not of the form https://host:port")]
+    Controller(http::Uri),
+}
+
+impl Settings {
+    /// This node's name.
+    ///
+    /// # Errors
+    /// When none was given and the host has none.
+    pub fn node_name(&self) -> Result<String, InvalidSettings> {
+        match &self.node_name {
+            Some(name) if !name.is_empty() => Ok(name.clone()),
+            Some(_) | None => std::fs::read_to_string("/proc/sys/kernel/hostname")
+                .map(|name| name.trim().to_owned())
+                .ok()
+                .filter(|name| !name.is_empty())
+                .ok_or(InvalidSettings::NodeName),
+        }
+    }
+
+    /// Checks what the command line parser cannot.
+    ///
+    /// # Errors
+    /// [`InvalidSettings`], naming the flag.
+    pub fn check(&self) -> Result<(), InvalidSettings> {
+        if !self.admin_address.ip().is_loopback() {
+            return Err(InvalidSettings::AdminAddress(self.admin_address));
+        }
+        let scheme = self.controller.scheme_str();
+        if !matches!(scheme, Some("https" | "http")) || self.controller.host().is_none() {
+            return Err(InvalidSettings::Controller(self.controller.clone()));
+        }
+        self.node_name().map(drop)
+    }
+
+    /// The agent's socket for enrolment.
+    #[must_use]
+    pub fn enrolment_socket(&self) -> PathBuf {
+        self.run_dir.join("agent.sock")
+    }
+
+    /// The agent's socket for administration.
+    #[must_use]
+    pub fn admin_socket(&self) -> PathBuf {
+        self.run_dir.join("admin.sock")
+    }
+
+    /// How long connections may go on when something ends.
+    #[must_use]
+    pub const fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+
+    /// Where capture lives.
+    pub(crate) fn capture(&self) -> mesh_ebpf::CaptureConfig {
+        mesh_ebpf::CaptureConfig {
+            bpffs: self.bpffs.clone(),
+            cgroup_root: (self.cgroup_root != "auto").then(|| PathBuf::from(&self.cgroup_root)),
+            guard: match self.guard {
+                Guard::Auto => GuardPreference::Auto,
+                Guard::Clsact => GuardPreference::Clsact,
+            },
+        }
+    }
+
+    /// Where the controller is.
+    pub(crate) fn controller(&self, node: &str) -> ControllerConfig {
+        let credential = match &self.token_file {
+            Some(file) => Credential::File(file.clone()),
+            None => Credential::Join {
+                file: self.join_token_file.clone(),
+                kept: self.state_dir.join("node-token"),
+            },
+        };
+        ControllerConfig {
+            address: self.controller.clone(),
+            root: self.controller_root.clone(),
+            node: node.to_owned(),
+            credential,
+        }
+    }
+
+    /// What enrolled pods may not send.
+    pub(crate) const fn denied(&self) -> Denied {
+        Denied { udp: self.deny_udp, icmp: self.deny_icmp }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_are_consistent() {
+        use clap::CommandFactory as _;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn settings_that_cannot_be_are_named() {
+        let check = |flags: &[&str], expected: &str| {
+            let program = ["culvert-agent", "--node-name", "n"];
+            let arguments = Arguments::parse_from(program.iter().chain(flags));
+            let error = arguments.settings.check().unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        };
+        check(&["--admin-address", "0.0.0.0:15000"], "loopback");
+        check(&["--controller", "host:15012"], "https://");
+        check(&["--controller", "ftp://host"], "https://");
+    }
+
+    #[test]
+    fn a_command_may_follow_the_flags_or_precede_them() {
+        let flags = ["culvert-agent", "--bpffs", "/b", "uninstall"];
+        let arguments = Arguments::parse_from(flags);
+        assert!(matches!(arguments.command, Some(Command::Uninstall)));
+        assert_eq!(arguments.settings.bpffs, PathBuf::from("/b"));
+        let flags = ["culvert-agent", "uninstall", "--bpffs", "/b"];
+        assert_eq!(Arguments::parse_from(flags).settings.bpffs, PathBuf::from("/b"));
+    }
+}

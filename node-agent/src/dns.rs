@@ -1,0 +1,289 @@
+//! The pods' resolver: answers names of the mesh, and hands everything else to the resolver the pod asked.
+
+mod exchange;
+pub(crate) mod lookup;
+mod tcp;
+mod udp;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use mesh_dns::{DnsClient, DnsDecision, Transport};
+use mesh_ebpf::NetnsCookie;
+use mesh_model::{PodUid, ports};
+use mesh_net::Netns;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::capture::KernelGate;
+use crate::dataplane::Shared;
+use crate::enrolment::attachment::AttachedPod;
+
+/// Resolvers of this node's pods.
+pub(crate) struct DnsDesk {
+    runtime: Handle,
+    gate: Arc<KernelGate>,
+    /// What names are answered from; set once the data plane's picture exists.
+    shared: OnceLock<Arc<Shared>>,
+    /// The node's own nameservers, for pods whose own are not known.
+    node_nameservers: Vec<IpAddr>,
+    cluster_domain: Arc<str>,
+    pods: Mutex<BTreeMap<PodUid, Arc<PodDns>>>,
+}
+
+/// One pod's resolver.
+struct PodDns {
+    namespace: Arc<str>,
+    name: Arc<str>,
+    netns: Arc<Netns>,
+    cookie: u64,
+    addresses: Vec<IpAddr>,
+    nameservers: Vec<IpAddr>,
+    /// Search domains as a kubelet writes them.
+    search: Vec<Arc<str>>,
+    /// Queries under way; further ones over UDP are dropped, as a busy resolver would.
+    queries: Arc<Semaphore>,
+    /// TCP connections; further ones are closed.
+    connections: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+/// Queries of one pod under way at once.
+const MAX_QUERIES: usize = 256;
+/// TCP connections of one pod to its resolver.
+const MAX_CONNECTIONS: usize = 128;
+/// Port of resolvers.
+const DNS_PORT: u16 = 53;
+
+impl std::fmt::Debug for DnsDesk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DnsDesk").finish_non_exhaustive()
+    }
+}
+
+impl Drop for PodDns {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl DnsDesk {
+    /// Resolvers that run on `runtime`.
+    pub(crate) fn new(
+        runtime: Handle,
+        gate: Arc<KernelGate>,
+        nameservers: Vec<IpAddr>,
+        cluster_domain: &str,
+    ) -> Self {
+        Self {
+            runtime,
+            gate,
+            shared: OnceLock::new(),
+            node_nameservers: nameservers,
+            cluster_domain: cluster_domain.into(),
+            pods: Mutex::default(),
+        }
+    }
+
+    /// Says what names are answered from. Before that every query is handed on.
+    pub(crate) fn answer_from(&self, shared: Arc<Shared>) {
+        if self.shared.set(shared).is_err() {
+            tracing::debug!("the resolver's picture was set before");
+        }
+    }
+
+    /// Opens a pod's resolver; for a pod that has one for the same namespace and addresses nothing changes.
+    ///
+    /// # Errors
+    /// When its port is taken in the pod.
+    pub(crate) fn add(self: &Arc<Self>, pod: &AttachedPod) -> io::Result<()> {
+        let uid = &pod.pod.uid;
+        let addresses: Vec<IpAddr> = pod.addresses.iter().copied().collect();
+        let serves_already = self.lock().get(uid).is_some_and(|served| {
+            served.cookie == pod.netns.cookie() && served.addresses == addresses
+        });
+        if serves_already {
+            return Ok(());
+        }
+        self.remove(uid);
+        let nameservers = if pod.nameservers.is_empty() {
+            self.node_nameservers.clone()
+        } else {
+            pod.nameservers.iter().copied().collect()
+        };
+        let served = Arc::new(PodDns {
+            namespace: pod.pod.name.namespace().into(),
+            name: pod.pod.name.name().into(),
+            netns: Arc::clone(&pod.netns),
+            cookie: pod.netns.cookie(),
+            addresses,
+            nameservers,
+            search: self.search_domains(pod.pod.name.namespace()),
+            queries: Arc::new(Semaphore::new(MAX_QUERIES)),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            stop: CancellationToken::new(),
+        });
+        let _runtime = self.runtime.enter();
+        let listener = self.listener(&served)?;
+        // Bound to each address, so that an answer comes from where the question went.
+        let sockets = served
+            .first_of_each_family()
+            .map(|address| self.udp_socket(&served, SocketAddr::new(address, ports::DNS)))
+            .collect::<io::Result<Vec<_>>>()?;
+        self.runtime.spawn(tcp::serve(Arc::clone(self), Arc::downgrade(&served), listener));
+        for socket in sockets {
+            let socket = Arc::new(socket);
+            self.runtime.spawn(udp::serve(Arc::clone(self), Arc::downgrade(&served), socket));
+        }
+        self.lock().insert(uid.clone(), served);
+        Ok(())
+    }
+
+    /// Closes a pod's resolver.
+    pub(crate) fn remove(&self, uid: &PodUid) {
+        if let Some(served) = self.lock().remove(uid) {
+            served.stop.cancel();
+        }
+    }
+
+    /// What to do with a pod's query.
+    fn decide(&self, pod: &PodDns, query: &[u8], transport: Transport) -> DnsDecision {
+        let Some(shared) = self.shared.get() else { return DnsDecision::Forward };
+        let snapshot = shared.snapshot.load();
+        // Without its workload the pod's network is not known, and so not which addresses it can reach.
+        let Some(workload) = snapshot.index.workload_by_name(&pod.namespace, &pod.name) else {
+            return DnsDecision::Forward;
+        };
+        let client = DnsClient {
+            namespace: Arc::clone(&pod.namespace),
+            network: workload.network.clone(),
+            search: pod.search.clone(),
+            cluster_domain: Arc::clone(&self.cluster_domain),
+        };
+        mesh_dns::answer(query, &client, &snapshot.index, transport)
+    }
+
+    /// Where a captured UDP query was going.
+    fn resolver_of(&self, pod: &PodDns, client: SocketAddr) -> Option<SocketAddr> {
+        let asked = self.gate.capture().orig_resolver(NetnsCookie(pod.cookie), client);
+        match asked {
+            Ok(Some(resolver)) => usable(pod, resolver),
+            Ok(None) => pod.fallback(client),
+            Err(error) => {
+                tracing::debug!(%error, "the resolver of a query is not known");
+                pod.fallback(client)
+            }
+        }
+    }
+
+    /// Where a captured TCP connection to a resolver was going.
+    fn tcp_resolver_of(&self, pod: &PodDns, client: SocketAddr) -> Option<SocketAddr> {
+        let asked = self.gate.capture().orig_dst(NetnsCookie(pod.cookie), client);
+        match asked {
+            Ok(Some(resolver)) => usable(pod, resolver),
+            Ok(None) | Err(_) => pod.fallback(client),
+        }
+    }
+
+    /// Source: the kubelet's `ClusterFirst` policy.
+    fn search_domains(&self, namespace: &str) -> Vec<Arc<str>> {
+        let domain = &self.cluster_domain;
+        let namespaced = format!("{namespace}.svc.{domain}");
+        vec![namespaced.into(), format!("svc.{domain}").into(), Arc::clone(domain)]
+    }
+
+    fn pod(&self, uid: &PodUid) -> Option<Arc<PodDns>> {
+        self.lock().get(uid).cloned()
+    }
+
+    fn listener(&self, pod: &PodDns) -> io::Result<TcpListener> {
+        let open = |address: SocketAddr| {
+            let socket = self.socket(pod, address, Type::STREAM, Protocol::TCP)?;
+            socket.listen(128)?;
+            TcpListener::from_std(socket.into())
+        };
+        match open((Ipv6Addr::UNSPECIFIED, ports::DNS).into()) {
+            Err(error) if no_ipv6(&error) => open((Ipv4Addr::UNSPECIFIED, ports::DNS).into()),
+            opened => opened,
+        }
+    }
+
+    /// A UDP socket of the agent in the pod, bound to `address`.
+    fn udp_socket(&self, pod: &PodDns, address: SocketAddr) -> io::Result<UdpSocket> {
+        UdpSocket::from_std(self.socket(pod, address, Type::DGRAM, Protocol::UDP)?.into())
+    }
+
+    fn socket(
+        &self,
+        pod: &PodDns,
+        address: SocketAddr,
+        kind: Type,
+        protocol: Protocol,
+    ) -> io::Result<Socket> {
+        pod.netns.enter(|| {
+            let socket =
+                Socket::new(Domain::for_address(address), kind.nonblocking(), Some(protocol))?;
+            if address.is_ipv6() {
+                socket.set_only_v6(!address.ip().is_unspecified())?;
+            }
+            if address.port() != 0 {
+                socket.set_reuse_address(true)?;
+                socket.set_reuse_port(true)?;
+            }
+            socket.bind(&address.into())?;
+            self.gate.capture().label(socket.as_fd())?;
+            Ok(socket)
+        })?
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PodUid, Arc<PodDns>>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PodDns {
+    fn first_of_each_family(&self) -> impl Iterator<Item = IpAddr> {
+        let v4 = self.addresses.iter().find(|ip| ip.is_ipv4());
+        let v6 = self.addresses.iter().find(|ip| ip.is_ipv6());
+        [v4, v6].into_iter().flatten().copied()
+    }
+
+    /// The address the agent asks a resolver from.
+    fn source_for(&self, resolver: SocketAddr) -> Option<IpAddr> {
+        self.first_of_each_family().find(|ip| ip.is_ipv4() == resolver.is_ipv4())
+    }
+
+    /// A nameserver of the pod, in the family the client used if there is one.
+    fn fallback(&self, client: SocketAddr) -> Option<SocketAddr> {
+        let reachable = |ip: &&IpAddr| {
+            self.source_for(SocketAddr::new(**ip, DNS_PORT)).is_some() && !ip.is_loopback()
+        };
+        let mut nameservers = self.nameservers.iter().filter(reachable);
+        let first = nameservers.clone().next();
+        nameservers
+            .find(|ip| ip.is_ipv4() == client.ip().to_canonical().is_ipv4())
+            .or(first)
+            .map(|ip| SocketAddr::new(*ip, DNS_PORT))
+    }
+}
+
+/// A resolver that is the agent itself would be asked for ever.
+fn usable(pod: &PodDns, resolver: SocketAddr) -> Option<SocketAddr> {
+    let resolver = SocketAddr::new(resolver.ip().to_canonical(), resolver.port());
+    let own = pod.addresses.contains(&resolver.ip()) && ports::is_agent_port(resolver.port());
+    (!own).then_some(resolver)
+}
+
+fn no_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+fn count(outcome: &'static str) {
+    metrics::counter!("culvert_dns_queries_total", "outcome" => outcome).increment(1);
+}

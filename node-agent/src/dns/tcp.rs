@@ -1,0 +1,129 @@
+//! Queries over TCP: what is the mesh's is answered in between, the rest goes both ways untouched, also answers of many
+//! messages such as zone transfers.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use mesh_dns::{DnsDecision, Transport};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::{DnsDesk, PodDns, count, exchange};
+
+/// How long a connection may be silent. Source: RFC 7766 §6.2.3 leaves it to the server.
+const IDLE: Duration = Duration::from_secs(30);
+/// Pause after an accept that failed, e.g. without a free descriptor.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves connections for as long as the pod has a resolver.
+pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, listener: TcpListener) {
+    let Some(stop) = pod.upgrade().map(|pod| pod.stop.clone()) else { return };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        let Some(pod) = pod.upgrade() else { return };
+        match accepted {
+            Ok((stream, client)) => {
+                let Ok(slot) = Arc::clone(&pod.connections).try_acquire_owned() else {
+                    count("refused");
+                    continue;
+                };
+                let (desk, stop) = (Arc::clone(&desk), stop.clone());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        done = converse(&desk, &pod, stream, client) => {
+                            if let Err(error) = done {
+                                tracing::debug!(%error, "a connection to the pod's resolver ended");
+                            }
+                        }
+                        () = stop.cancelled() => {}
+                    }
+                    drop(slot);
+                });
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a connection to the pod's resolver was not accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// A connection to the resolver the pod meant.
+struct Upstream {
+    writer: OwnedWriteHalf,
+    /// Carries what it says to the client.
+    reader: JoinHandle<()>,
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+async fn converse(
+    desk: &DnsDesk,
+    pod: &PodDns,
+    stream: TcpStream,
+    client: SocketAddr,
+) -> io::Result<()> {
+    let resolver = desk.tcp_resolver_of(pod, client);
+    let (mut queries, answers) = stream.into_split();
+    let answers = Arc::new(Mutex::new(answers));
+    let mut upstream: Option<Upstream> = None;
+    loop {
+        let query = timeout(IDLE, exchange::read_message(&mut queries)).await??;
+        match desk.decide(pod, &query, Transport::Tcp) {
+            DnsDecision::Reply(answer) => {
+                count("answered");
+                exchange::write_message(&mut *answers.lock().await, &answer).await?;
+            }
+            DnsDecision::Refuse(_why, Some(answer)) => {
+                count("refused");
+                exchange::write_message(&mut *answers.lock().await, &answer).await?;
+            }
+            DnsDecision::Refuse(_why, None) => {
+                count("refused");
+                return Ok(());
+            }
+            DnsDecision::Forward => {
+                count("forwarded");
+                let open = match upstream.take().filter(|open| !open.reader.is_finished()) {
+                    Some(open) => open,
+                    None => {
+                        let resolver = resolver.ok_or(io::ErrorKind::AddrNotAvailable)?;
+                        let stream = exchange::connect(desk, pod, resolver).await?;
+                        open_upstream(stream, Arc::clone(&answers))
+                    }
+                };
+                let open = upstream.insert(open);
+                exchange::write_message(&mut open.writer, &query).await?;
+            }
+        }
+    }
+}
+
+fn open_upstream(stream: TcpStream, answers: Arc<Mutex<OwnedWriteHalf>>) -> Upstream {
+    let (reader, writer) = stream.into_split();
+    let reader = tokio::spawn(async move {
+        if let Err(error) = carry(reader, &answers).await {
+            tracing::debug!(%error, "the resolver's connection ended");
+        }
+    });
+    Upstream { writer, reader }
+}
+
+async fn carry(mut from: OwnedReadHalf, to: &Mutex<OwnedWriteHalf>) -> io::Result<()> {
+    loop {
+        let answer = exchange::read_message(&mut from).await?;
+        exchange::write_message(&mut *to.lock().await, &answer).await?;
+    }
+}

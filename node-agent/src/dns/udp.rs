@@ -1,0 +1,83 @@
+//! Queries over UDP.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Weak};
+
+use mesh_dns::{DnsDecision, Transport};
+use tokio::net::UdpSocket;
+
+use super::{DnsDesk, PodDns, count, exchange};
+
+/// Largest query taken; queries carry one name and a few options.
+const MAX_QUERY_BYTES: usize = 4096;
+
+/// Serves one socket for as long as its pod has a resolver.
+pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, socket: Arc<UdpSocket>) {
+    let Some(stop) = pod.upgrade().map(|pod| pod.stop.clone()) else { return };
+    loop {
+        tokio::select! {
+            ready = socket.readable() => {
+                if let Err(error) = ready {
+                    tracing::warn!(%error, "a pod's resolver socket failed");
+                    return;
+                }
+            }
+            () = stop.cancelled() => return,
+        }
+        let Some(pod) = pod.upgrade() else { return };
+        let (query, client) = match receive(&socket) {
+            Ok(received) => received,
+            // Errors of earlier answers (a client that is gone) show here too.
+            Err(_would_block_or_of_a_client) => continue,
+        };
+        let Ok(slot) = Arc::clone(&pod.queries).try_acquire_owned() else {
+            count("refused");
+            continue;
+        };
+        let (desk, socket) = (Arc::clone(&desk), Arc::clone(&socket));
+        tokio::spawn(async move {
+            if let Some(answer) = answer(&desk, &pod, &query, client).await
+                && let Err(error) = socket.send_to(&answer, client).await
+            {
+                tracing::debug!(%error, "an answer was not sent");
+            }
+            drop(slot);
+        });
+    }
+}
+
+/// A query, read into a buffer that lives only while there is one.
+fn receive(socket: &UdpSocket) -> io::Result<(Vec<u8>, SocketAddr)> {
+    let mut buffer = [0; MAX_QUERY_BYTES];
+    let (length, client) = socket.try_recv_from(&mut buffer)?;
+    Ok((buffer[..length].to_vec(), client))
+}
+
+async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) -> Option<Vec<u8>> {
+    match desk.decide(pod, query, Transport::Udp) {
+        DnsDecision::Reply(answer) => {
+            count("answered");
+            Some(answer)
+        }
+        DnsDecision::Refuse(_why, answer) => {
+            count("refused");
+            answer
+        }
+        DnsDecision::Forward => {
+            let resolver = desk.resolver_of(pod, client)?;
+            match exchange::over_udp(desk, pod, resolver, query).await {
+                Ok(answer) => {
+                    count("forwarded");
+                    Some(answer)
+                }
+                // As without the mesh: a resolver that is silent is met with silence, and the client asks again.
+                Err(error) => {
+                    count("failed");
+                    tracing::debug!(%error, "a resolver did not answer");
+                    None
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! The agent's Unix socket: one request per connection, from root only.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_enroll::{
+    Enroll, EnrollReply, EnrollRequest, FrameError, MAX_FRAME_BYTES, PodName, Refusal,
+    decode_request, encode,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::enroller::{Enroller, WantedPod, error_chain};
+use crate::control::pods::WantedPods;
+
+/// Enrolment as the rest of the agent sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct Enrolment {
+    enroller: Arc<Enroller>,
+    wanted: watch::Receiver<Arc<WantedPods>>,
+    changed: watch::Sender<u64>,
+}
+
+/// Requests served at once; further ones wait in the socket's queue.
+const MAX_REQUESTS: usize = 64;
+/// A request is small and comes at once.
+const READ_PATIENCE: Duration = Duration::from_secs(5);
+/// How long `ADD` waits for the controller's word on a pod: a pod is announced when it is bound to the node, which is
+/// before its sandbox is made, so that the word is usually there.
+const WORD_PATIENCE: Duration = Duration::from_secs(8);
+/// Between looks at what vanished, what is to be tried again and what has drained.
+const TICK_INTERVAL: Duration = Duration::from_secs(1);
+/// Between looks at settings that a pod with privileges may have changed.
+const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
+
+impl Enrolment {
+    /// Enrolment over an enroller and what the controller wants.
+    pub(crate) fn new(enroller: Arc<Enroller>, wanted: watch::Receiver<Arc<WantedPods>>) -> Self {
+        Self { enroller, wanted, changed: watch::Sender::new(0) }
+    }
+
+    /// Changes when the list of pods may have.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Listens at `socket` until `stop`. What is being answered then is finished.
+    pub(crate) async fn serve(self, listener: UnixListener, stop: CancellationToken) {
+        let slots = Arc::new(Semaphore::new(MAX_REQUESTS));
+        loop {
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = stop.cancelled() => break,
+            };
+            match accepted {
+                Ok((stream, _from)) => {
+                    let enrolment = self.clone();
+                    tokio::spawn(async move {
+                        enrolment.converse(stream).await;
+                        drop(slot);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "an enrolment connection was not accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+        // All slots free: every answer has been given.
+        if let Ok(all) = u32::try_from(MAX_REQUESTS)
+            && slots.acquire_many(all).await.is_err()
+        {
+            tracing::debug!("enrolment ended");
+        }
+    }
+
+    /// Follows the controller's wishes and looks after the pods until `stop`.
+    pub(crate) async fn maintain(self, stop: CancellationToken) {
+        let mut wanted = self.wanted.clone();
+        let mut tick = tokio::time::interval(TICK_INTERVAL);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut repair = tokio::time::interval(REPAIR_INTERVAL);
+        repair.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let enroller = Arc::clone(&self.enroller);
+            let before = enroller.revision();
+            tokio::select! {
+                changed = wanted.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let list = Arc::clone(&wanted.borrow_and_update());
+                    blocking(move || enroller.configure(&list.pods, Instant::now())).await;
+                }
+                _ = tick.tick() => {
+                    blocking(move || enroller.tick(Instant::now())).await;
+                }
+                _ = repair.tick() => {
+                    if let Some(repaired) = blocking(move || enroller.repair()).await {
+                        metrics::counter!("culvert_pods_repaired_total").increment(
+                            u64::try_from(repaired).unwrap_or(u64::MAX));
+                    }
+                }
+                () = stop.cancelled() => return,
+            }
+            if self.enroller.revision() != before {
+                self.announce();
+            }
+        }
+    }
+
+    async fn converse(&self, mut stream: UnixStream) {
+        let reply = match self.receive(&mut stream).await {
+            Ok(request) => self.handle(request).await,
+            Err(refusal) => refusal.into(),
+        };
+        if let EnrollReply::Refused(refusal) = &reply {
+            metrics::counter!("culvert_enrolment_refusals_total").increment(1);
+            tracing::warn!(reason = refusal.reason, "enrolment request refused");
+        }
+        let sent = match encode(&reply) {
+            Ok(frame) => stream.write_all(&frame).await,
+            Err(error) => Err(io::Error::other(error)),
+        };
+        if let Err(error) = sent {
+            tracing::debug!(%error, "the asker did not wait for the answer");
+        }
+    }
+
+    async fn receive(&self, stream: &mut UnixStream) -> Result<EnrollRequest, Refusal> {
+        let peer = stream.peer_cred().map_err(|error| refused(&error.to_string(), ""))?;
+        if peer.uid() != 0 {
+            let reason = format!("uid {} may not enrol pods", peer.uid());
+            return Err(refused(&reason, "ask as root"));
+        }
+        let frame = tokio::time::timeout(READ_PATIENCE, read_frame(stream))
+            .await
+            .map_err(|_late| refused("the request did not come in time", ""))?;
+        frame
+            .and_then(|json| decode_request(&json))
+            .map_err(|error| refused(&error_chain(&error), "use plugin and agent of one version"))
+    }
+
+    async fn handle(&self, request: EnrollRequest) -> EnrollReply {
+        let enroller = Arc::clone(&self.enroller);
+        let reply = match request {
+            EnrollRequest::Enroll(enroll) => Some(self.enroll(enroll).await),
+            EnrollRequest::Unenroll { pod, gone } => {
+                blocking(move || enroller.unenroll(&pod, gone, Instant::now())).await
+            }
+            EnrollRequest::Check { pod } => blocking(move || enroller.check(&pod)).await,
+            EnrollRequest::Gc { valid } => blocking(move || enroller.collect(&valid)).await,
+            EnrollRequest::List => {
+                blocking(move || EnrollReply::Pods { pods: enroller.list() }).await
+            }
+            EnrollRequest::Status => Some(self.status()),
+        };
+        self.announce();
+        reply.unwrap_or_else(|| retry("the agent is shutting down", "ask again in a moment"))
+    }
+
+    fn status(&self) -> EnrollReply {
+        if self.wanted.borrow().known {
+            EnrollReply::Ok
+        } else {
+            retry(
+                "the agent knows nothing of its pods yet",
+                "see that the controller runs and that the agent can reach it",
+            )
+        }
+    }
+
+    async fn enroll(&self, request: Enroll) -> EnrollReply {
+        let name = request.pod.name.clone();
+        let Some(wanted) = self.word_on(&name).await else {
+            let reason = format!("the controller has not said whether {name} is in the mesh");
+            let remedy = "see that the controller runs and knows the pod: culvert status";
+            return retry(&reason, remedy);
+        };
+        let enroller = Arc::clone(&self.enroller);
+        let live = request.live;
+        let reply = blocking(move || {
+            if wanted.captured {
+                enroller.enroll(&request, &wanted)
+            } else {
+                enroller.exclude(&request, "neither the pod nor its namespace is in the mesh")
+            }
+        })
+        .await;
+        match reply {
+            Some(EnrollReply::Excluded { reason }) if live => {
+                refused(&reason, "label it culvert.dev/dataplane-mode=ambient").into()
+            }
+            Some(reply) => reply,
+            None => retry("the agent is shutting down", "ask again in a moment"),
+        }
+    }
+
+    /// Waits until the controller has said something about a pod.
+    async fn word_on(&self, name: &PodName) -> Option<WantedPod> {
+        let mut wanted = self.wanted.clone();
+        let known = wanted.wait_for(|list| list.pods.contains_key(name));
+        let list = tokio::time::timeout(WORD_PATIENCE, known).await.ok()?.ok()?;
+        list.pods.get(name).cloned()
+    }
+
+    fn announce(&self) {
+        self.changed.send_modify(|revision| *revision = revision.wrapping_add(1));
+    }
+}
+
+/// Opens the socket, in place of one that a dead agent left.
+///
+/// # Errors
+/// When the folder cannot be written, or another agent listens there.
+pub(crate) fn listen(socket: &Path) -> io::Result<UnixListener> {
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        let what = format!("another agent listens at {}", socket.display());
+        return Err(io::Error::new(io::ErrorKind::AddrInUse, what));
+    }
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _removed_or_absent => {}
+    }
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+async fn read_frame(stream: &mut UnixStream) -> Result<Vec<u8>, FrameError> {
+    let length = stream.read_u32().await.map_err(FrameError::Io)?;
+    let bytes = usize::try_from(length).unwrap_or(usize::MAX);
+    if bytes > MAX_FRAME_BYTES {
+        return Err(FrameError::TooLong { bytes });
+    }
+    let mut json = vec![0; bytes];
+    stream.read_exact(&mut json).await.map_err(FrameError::Io)?;
+    Ok(json)
+}
+
+/// Runs `work` where it may block; `None` when it panicked or the runtime is going down.
+async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> Option<R> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => Some(done),
+        Err(error) => {
+            tracing::error!(%error, "enrolment work ended early");
+            None
+        }
+    }
+}
+
+fn refused(reason: &str, remedy: &str) -> Refusal {
+    Refusal { reason: reason.to_owned(), remedy: remedy.to_owned(), retryable: false }
+}
+
+fn retry(reason: &str, remedy: &str) -> EnrollReply {
+    Refusal { reason: reason.to_owned(), remedy: remedy.to_owned(), retryable: true }.into()
+}

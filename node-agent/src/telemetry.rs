@@ -1,0 +1,127 @@
+//! Drains what the workers report about flows into metrics and the access log, on a thread of its own.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+
+use mesh_runtime::{AccessLog, FlowMeter, OpenFlow};
+use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord, PolicyRef};
+
+use crate::dataplane::{FlowEvent, FlowSink};
+
+/// Reports waiting at most; beyond that they are dropped and counted, since a worker never waits.
+const QUEUE: usize = 65_536;
+
+/// Takes reports from the workers.
+#[derive(Debug)]
+pub(crate) struct FlowReports {
+    queue: SyncSender<FlowEvent>,
+}
+
+impl FlowSink for FlowReports {
+    fn report(&self, event: FlowEvent) {
+        match self.queue.try_send(event) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                metrics::counter!("culvert_flow_reports_dropped_total").increment(1);
+            }
+        }
+    }
+}
+
+impl FlowReports {
+    /// Starts the thread. It ends when the last [`FlowReports`] is gone and everything reported is counted.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(crate) fn start(
+        meter: Arc<FlowMeter>,
+        access: AccessLog,
+    ) -> io::Result<(Self, JoinHandle<()>)> {
+        let (queue, events) = sync_channel(QUEUE);
+        let thread = std::thread::Builder::new()
+            .name("telemetry".to_owned())
+            .spawn(move || Ledger { meter, access, open: HashMap::new() }.keep(&events))?;
+        Ok((Self { queue }, thread))
+    }
+}
+
+/// Open flows by what is said about them: flows of the same facts count alike, so which of them a report is about
+/// does not matter.
+struct Ledger {
+    meter: Arc<FlowMeter>,
+    access: AccessLog,
+    open: HashMap<FlowFacts, Vec<Counted>>,
+}
+
+/// An open flow, and the bytes counted for it.
+struct Counted {
+    flow: OpenFlow,
+    total: FlowBytes,
+}
+
+impl Ledger {
+    fn keep(mut self, events: &Receiver<FlowEvent>) {
+        while let Ok(event) = events.recv() {
+            self.take(event);
+        }
+    }
+
+    fn take(&mut self, event: FlowEvent) {
+        match event {
+            FlowEvent::Opened(facts) => {
+                let path = if facts.mutual_tls { FlowPath::Tunnel } else { FlowPath::Plaintext };
+                let flow = self.meter.opened((*facts).clone(), path);
+                let counted = Counted { flow, total: FlowBytes::default() };
+                self.open.entry((*facts).clone()).or_default().push(counted);
+            }
+            FlowEvent::Moved { facts, bytes } => {
+                if let Some(counted) = self.open.get_mut(&*facts).and_then(|open| open.last_mut()) {
+                    counted.add(bytes);
+                }
+            }
+            FlowEvent::Closed { record, unreported, was_open } => {
+                self.access.flow(&record);
+                let counted = if was_open { self.pop(&record.facts) } else { None };
+                match counted {
+                    None => self.meter.refused(&record),
+                    Some(mut counted) => {
+                        counted.add(unreported);
+                        let as_counted = FlowRecord { bytes: counted.total, ..*record };
+                        self.meter.closed(counted.flow, &as_counted);
+                    }
+                }
+            }
+            FlowEvent::Noted { flow, pod, note } => {
+                let policy = PolicyRef {
+                    policy: note.rule.origin.to_string().into(),
+                    rule: note.rule.rule_index,
+                };
+                tracing::info!(
+                    target: "policy", flow_id = %flow, %pod, kind = note.kind.as_str(), %policy,
+                    "a policy that is not enforced matched"
+                );
+                self.meter.policy_note(note.kind.as_str(), &policy);
+            }
+        }
+    }
+
+    fn pop(&mut self, facts: &FlowFacts) -> Option<Counted> {
+        let open = self.open.get_mut(facts)?;
+        let counted = open.pop();
+        if open.is_empty() {
+            self.open.remove(facts);
+        }
+        counted
+    }
+}
+
+impl Counted {
+    fn add(&mut self, bytes: FlowBytes) {
+        self.total.client_to_server += bytes.client_to_server;
+        self.total.server_to_client += bytes.server_to_client;
+        self.flow.moved(self.total);
+    }
+}
