@@ -270,10 +270,7 @@ impl Drop for DataPlane {
 }
 
 /// Sends a command with a reply and waits for it; none when the worker has ended.
-async fn ask<T>(
-    worker: &Worker,
-    command: impl FnOnce(oneshot::Sender<T>) -> Command,
-) -> Option<T> {
+async fn ask<T>(worker: &Worker, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
     let (reply, answer) = oneshot::channel();
     if !deliver(worker, command(reply)).await {
         return None;

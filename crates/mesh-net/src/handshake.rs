@@ -210,11 +210,7 @@ impl Handshake {
         let peer = PeerCertificate::new(chain, presented_by).map_err(HandshakeError::Rejected)?;
         let suite = connection
             .negotiated_cipher_suite()
-            .and_then(|suite| match suite.suite() {
-                CipherSuite::TLS13_AES_128_GCM_SHA256 => Some(Suite::Aes128Gcm),
-                CipherSuite::TLS13_AES_256_GCM_SHA384 => Some(Suite::Aes256Gcm),
-                _ => None,
-            })
+            .and_then(|suite| known_suite(suite.suite()))
             .ok_or_else(|| incomplete("no known cipher suite"))?;
         let extracted = connection.dangerous_extract_secrets().map_err(HandshakeError::Tls)?;
         let (Some(client), Some(server)) = (secrets.client, secrets.server) else {
@@ -314,6 +310,14 @@ impl Handshake {
     }
 }
 
+fn known_suite(suite: CipherSuite) -> Option<Suite> {
+    let known = [
+        (CipherSuite::TLS13_AES_128_GCM_SHA256, Suite::Aes128Gcm),
+        (CipherSuite::TLS13_AES_256_GCM_SHA384, Suite::Aes256Gcm),
+    ];
+    known.into_iter().find(|(theirs, _)| *theirs == suite).map(|(_, ours)| ours)
+}
+
 /// Proof that a [`Handshake`] is done.
 #[derive(Debug)]
 pub struct Finished(());
@@ -344,8 +348,8 @@ impl Secrets {
     /// Takes what the last call into rustls logged. Calls are not nested, so it is this handshake's.
     fn collect(&mut self) {
         let heard = HEARD.take();
-        self.client = heard.client.or(self.client.take());
-        self.server = heard.server.or(self.server.take());
+        self.client = heard.client.or_else(|| self.client.take());
+        self.server = heard.server.or_else(|| self.server.take());
     }
 }
 

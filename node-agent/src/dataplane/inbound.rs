@@ -78,7 +78,7 @@ impl NodeWorker {
             },
         };
         let waiting = Waiting::Handshake { pod: Arc::clone(pod), sock, ends, deadline };
-        if self.park_other(waiting, wait_for, deadline).is_err() {
+        if self.park_other(waiting, wait_for, deadline).is_some() {
             ops.abort(sock);
             self.stats.handshake_failed(CloseReason::Overloaded);
         }
@@ -147,9 +147,8 @@ impl NodeWorker {
         let snapshot = self.snapshot();
         let Some(local) = request.pod.workload(&snapshot) else {
             let deadline = request.deadline;
-            let parked =
-                self.park_other(Waiting::Request(request), WaitFor::Workload, deadline);
-            if let Err(Waiting::Request(request)) = parked {
+            let parked = self.park_other(Waiting::Request(request), WaitFor::Workload, deadline);
+            if let Some(Waiting::Request(request)) = parked {
                 self.refuse_request(ops, request, None, CloseReason::Overloaded.into());
             }
             return;
@@ -206,7 +205,7 @@ impl NodeWorker {
 
     /// Answers a CONNECT with a failure and records it.
     pub(super) fn refuse_request(
-        &mut self,
+        &self,
         ops: &mut Ops,
         request: Request,
         resolved: Option<ResolvedFlow>,
@@ -218,7 +217,7 @@ impl NodeWorker {
 
     /// Records a CONNECT that came to nothing.
     pub(super) fn record_request(
-        &mut self,
+        &self,
         ops: &Ops,
         request: Request,
         resolved: Option<ResolvedFlow>,

@@ -125,7 +125,10 @@ impl NodeWorker {
         let key = TunnelKey {
             pod: conn.flow.pod.clone(),
             source,
-            source_ip: conn.pod.address_like(route.next_hop).unwrap_or(conn.flow.client.ip()),
+            source_ip: conn
+                .pod
+                .address_like(route.next_hop)
+                .unwrap_or_else(|| conn.flow.client.ip()),
             next_hop: route.next_hop,
             target_uid: route.target_uid,
             expected: route.expected,
@@ -173,7 +176,7 @@ impl NodeWorker {
         let wait = self.next_wait();
         let deadline = ops.now() + self.patience(WaitFor::Name);
         let waiting = Waiting::Name { conn, pending: Box::new(pending) };
-        if let Err(waiting) = self.park_other(waiting, WaitFor::Name, deadline) {
+        if let Some(waiting) = self.park_other(waiting, WaitFor::Name, deadline) {
             return self.give_up(ops, waiting, CloseReason::Overloaded);
         }
         let to_self = Arc::clone(&self.to_self);
@@ -238,14 +241,14 @@ impl NodeWorker {
 
 /// What a failed connect means for the flow that wanted it.
 pub(super) fn connect_failure(error: &io::Error) -> CloseReason {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused => CloseReason::ConnectRefused,
-        io::ErrorKind::TimedOut => CloseReason::ConnectTimeout,
-        _ => match error.raw_os_error() {
-            Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                CloseReason::Overloaded
-            }
-            _ => CloseReason::ConnectFailed,
-        },
+    let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+    if error.kind() == io::ErrorKind::ConnectionRefused {
+        CloseReason::ConnectRefused
+    } else if error.kind() == io::ErrorKind::TimedOut {
+        CloseReason::ConnectTimeout
+    } else if error.raw_os_error().is_some_and(|code| exhausted.contains(&code)) {
+        CloseReason::Overloaded
+    } else {
+        CloseReason::ConnectFailed
     }
 }

@@ -72,10 +72,7 @@ mod tests {
     fn ipv4_has_twelve_bytes_of_addresses() {
         let header = header("10.0.0.1:258", "10.0.0.2:80", None);
         assert_eq!(&header[..12], &SIGNATURE);
-        assert_eq!(
-            &header[12..],
-            &[0x21, 0x11, 0, 12, 10, 0, 0, 1, 10, 0, 0, 2, 1, 2, 0, 80]
-        );
+        assert_eq!(&header[12..], &[0x21, 0x11, 0, 12, 10, 0, 0, 1, 10, 0, 0, 2, 1, 2, 0, 80]);
     }
 
     #[test]

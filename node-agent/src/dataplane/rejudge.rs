@@ -153,7 +153,7 @@ impl NodeWorker {
     }
 
     /// Tunnels to workloads that are gone take no new streams; what they carry goes on until it ends.
-    fn retire_vanished_targets(&mut self, ops: &mut Ops, snapshot: &Snapshot) {
+    fn retire_vanished_targets(&self, ops: &mut Ops, snapshot: &Snapshot) {
         for target in self.tunnels.targets() {
             if snapshot.index.workload(&target).is_none() {
                 ops.engine.retire(Retire::Target(target), ops.now());
@@ -198,10 +198,7 @@ fn judge_again(snapshot: &Snapshot, live: &LiveFlow) -> Option<Denial> {
 
 /// A live flow that is denied was allowed before: what changed is the policy.
 fn live_reason(reason: CloseReason) -> CloseReason {
-    match reason {
-        CloseReason::PolicyDenied | CloseReason::EgressDenied | CloseReason::PolicyMissing => {
-            CloseReason::PolicyChanged
-        }
-        other => other,
-    }
+    let of_policy =
+        [CloseReason::PolicyDenied, CloseReason::EgressDenied, CloseReason::PolicyMissing];
+    if of_policy.contains(&reason) { CloseReason::PolicyChanged } else { reason }
 }

@@ -134,8 +134,7 @@ impl Story {
             facts.destination_principal = Some(proved.clone());
         }
         if let (None, Some(baggage)) = (&facts.destination, baggage) {
-            facts.destination =
-                Some(WorkloadLabels::from(&Baggage::parse([baggage.as_bytes()])));
+            facts.destination = Some(WorkloadLabels::from(&Baggage::parse([baggage.as_bytes()])));
         }
     }
 
@@ -201,8 +200,7 @@ fn facts(
         return facts;
     };
     let labels = |workload: &Arc<Workload>| WorkloadLabels::from(&**workload);
-    facts.source =
-        resolved.source().map(labels).or_else(|| baggage.map(WorkloadLabels::from));
+    facts.source = resolved.source().map(labels).or_else(|| baggage.map(WorkloadLabels::from));
     facts.destination = resolved.destination().map(labels);
     facts.service = resolved.service.as_deref().map(ServiceLabels::from);
     match flow.direction {

@@ -98,9 +98,9 @@ impl Tunnels {
 
     /// Tunnels dialled under `identity`.
     pub(super) fn dialled_as(&self, identity: &SpiffeId) -> Vec<TunnelId> {
-        self.select(|tunnel| {
-            matches!(tunnel, Tunnel::Dialled { key, .. } if key.source == *identity)
-        })
+        self.select(
+            |tunnel| matches!(tunnel, Tunnel::Dialled { key, .. } if key.source == *identity),
+        )
     }
 
     /// Tunnels accepted for `pod`.

@@ -87,12 +87,8 @@ impl<T> WaitingRoom<T> {
     }
 
     fn take_if(&mut self, condition: impl Fn(&Entry<T>) -> bool) -> Vec<T> {
-        let ids: Vec<WaitId> = self
-            .entries
-            .iter()
-            .filter(|(_, entry)| condition(entry))
-            .map(|(id, _)| *id)
-            .collect();
+        let ids: Vec<WaitId> =
+            self.entries.iter().filter(|(_, entry)| condition(entry)).map(|(id, _)| *id).collect();
         ids.into_iter().filter_map(|id| self.take(id)).collect()
     }
 

@@ -68,6 +68,7 @@ pub(super) struct CapturedConn {
 
 /// What waits in the waiting room.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "the large ones are the common ones")]
 pub(super) enum Waiting {
     /// A connection of a pod, or a plaintext one to it.
     Conn(CapturedConn),
@@ -200,7 +201,7 @@ impl NodeWorker {
 
     /// Refuses a captured connection: its client is reset, the refusal is recorded.
     pub(super) fn refuse(
-        &mut self,
+        &self,
         ops: &mut Ops,
         conn: CapturedConn,
         resolved: Option<ResolvedFlow>,
@@ -224,8 +225,7 @@ impl NodeWorker {
             _ => ops.now() + self.patience(wait_for),
         };
         conn.patience = Some((wait_for, deadline));
-        if let Err(Waiting::Conn(conn)) =
-            self.waiting.park(Waiting::Conn(conn), wait_for, deadline)
+        if let Err(Waiting::Conn(conn)) = self.waiting.park(Waiting::Conn(conn), wait_for, deadline)
         {
             self.refuse(ops, conn, None, CloseReason::Overloaded.into());
         }
@@ -237,8 +237,8 @@ impl NodeWorker {
         waiting: Waiting,
         wait_for: WaitFor,
         deadline: Instant,
-    ) -> Result<(), Waiting> {
-        self.waiting.park(waiting, wait_for, deadline)
+    ) -> Option<Waiting> {
+        self.waiting.park(waiting, wait_for, deadline).err()
     }
 
     /// Takes something out of the waiting room.
@@ -294,11 +294,8 @@ impl NodeWorker {
     }
 
     fn add_pod(&mut self, ops: &mut Ops, pod: Arc<Pod>) -> io::Result<()> {
-        let mut served = ServedPod {
-            pod: Arc::clone(&pod),
-            listeners: Vec::new(),
-            plaintext: None,
-        };
+        let mut served =
+            ServedPod { pod: Arc::clone(&pod), listeners: Vec::new(), plaintext: None };
         let opened = self.open_ports(ops, &mut served);
         if opened.is_ok() {
             self.pods_by_uid.insert(pod.sockets.uid.clone(), pod.key);
@@ -331,20 +328,12 @@ impl NodeWorker {
 
     fn steer(&self, ops: &Ops, key: PodKey) -> io::Result<()> {
         let served = self.pods.get(&key).ok_or(io::ErrorKind::NotFound)?;
-        let listener = served
-            .plaintext
-            .and_then(|id| ops.listener_fd(id))
-            .ok_or(io::ErrorKind::NotFound)?;
+        let listener =
+            served.plaintext.and_then(|id| ops.listener_fd(id)).ok_or(io::ErrorKind::NotFound)?;
         self.capture.set_listener(&served.pod.sockets, listener)
     }
 
-    fn remove_pod(
-        &mut self,
-        ops: &mut Ops,
-        key: PodKey,
-        drain: Drain,
-        reply: oneshot::Sender<()>,
-    ) {
+    fn remove_pod(&mut self, ops: &mut Ops, key: PodKey, drain: Drain, reply: oneshot::Sender<()>) {
         let Some(served) = self.pods.get_mut(&key) else {
             // Never added here, or gone: nothing is left, which is what the caller waits for.
             return answer(reply, ());

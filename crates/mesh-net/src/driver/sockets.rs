@@ -212,7 +212,8 @@ impl Io for Sockets {
         let Some(entry) = self.entry_mut(sock) else { return Poll::Ready(Err(gone())) };
         match connect_result(&entry.stream) {
             Poll::Ready(Ok(())) => Poll::Ready(entry.send_prefix()),
-            other => other,
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending => Poll::Pending,
         }
     }
 
