@@ -7,7 +7,8 @@
 //!                   └───── backoff is over ────┴───────────────────────┘
 //! ```
 //! One request per identity at a time, [`MAX_IN_FLIGHT`] in all, the most urgent first. A certificate in use is never
-//! given up for a failed renewal. Deadlines are monotonic: a wall clock that jumps moves none of them, and an answer
+//! given up for a failed renewal. Deadlines are monotonic: a wall clock set back postpones none of them. One that ran
+//! ahead (set forward, or the machine slept while its monotonic clock stood) renews what is due by it, once: an answer
 //! that looks old already is not asked for again at once.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -23,6 +24,8 @@ const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const MAX_BACKOFF: Duration = Duration::from_secs(150);
 /// Shortest time between an answer and the next request for the same identity, whatever the clocks say.
 const MIN_RENEWAL: Duration = Duration::from_secs(30);
+/// Longest time between two looks at the wall clock while certificates are held.
+const LONGEST_UNWATCHED: Duration = Duration::from_secs(60);
 
 /// How urgent a certificate is; least first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,6 +110,8 @@ pub struct RotationCore {
     commands: VecDeque<RotationCommand>,
     in_flight: usize,
     jitter: SplitMix,
+    /// When the wall clock was last compared with what is due by it.
+    looked_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -129,6 +134,10 @@ enum Phase {
 #[derive(Clone, Copy, Debug)]
 struct HeldCertificate {
     not_after: SystemTime,
+    /// When it is to be renewed, by the wall clock as it was at its issue.
+    renew_at: SystemTime,
+    /// Not before this, whatever the wall clock says.
+    soonest: Instant,
 }
 
 impl RotationCore {
@@ -140,6 +149,7 @@ impl RotationCore {
             commands: VecDeque::new(),
             in_flight: 0,
             jitter: SplitMix(seed),
+            looked_at: None,
         }
     }
 
@@ -155,6 +165,7 @@ impl RotationCore {
             RotationInput::RenewAll => self.renew_all(now),
             RotationInput::Tick => {}
         }
+        self.catch_up(now);
         self.dispatch(now);
     }
 
@@ -170,7 +181,10 @@ impl RotationCore {
         if self.in_flight >= MAX_IN_FLIGHT {
             return None;
         }
-        self.entries.values().filter_map(Entry::due).min()
+        let due = self.entries.values().filter_map(Entry::due).min()?;
+        let look = self.looked_at.map(|looked_at| looked_at + LONGEST_UNWATCHED);
+        let holds_any = self.entries.values().any(|entry| entry.held.is_some());
+        Some(look.filter(|_| holds_any).map_or(due, |look| due.min(look)))
     }
 
     /// True when `id` has a certificate that is valid by the wall clock.
@@ -233,11 +247,16 @@ impl RotationCore {
         let age = now.wall.duration_since(not_before).unwrap_or_default();
         // Up to a tenth of the life early, so that a node's certificates do not all renew at once.
         let half = lifetime / 2 - self.jitter.part_of(lifetime / 10);
-        let wait = half.saturating_sub(age).max(MIN_RENEWAL.min(half));
-        entry.phase = Phase::Due(now.monotonic + wait.max(Duration::from_secs(1)));
+        let soonest = MIN_RENEWAL.min(half).max(Duration::from_secs(1));
+        let wait = half.saturating_sub(age).max(soonest);
+        entry.phase = Phase::Due(now.monotonic + wait);
         entry.urgency = Urgency::Renewal;
         entry.failures = 0;
-        entry.held = Some(HeldCertificate { not_after });
+        entry.held = Some(HeldCertificate {
+            not_after,
+            renew_at: now.wall + wait,
+            soonest: now.monotonic + soonest,
+        });
         self.commands.push_back(RotationCommand::Install { id });
     }
 
@@ -269,6 +288,20 @@ impl RotationCore {
         for entry in self.entries.values_mut().filter(|entry| entry.held.is_some()) {
             if entry.phase != Phase::InFlight && entry.failures == 0 {
                 entry.phase = Phase::Due(now.monotonic);
+            }
+        }
+    }
+
+    /// Makes due what is due by the wall clock only: it ran ahead of the monotonic one since the issue. What failed
+    /// waits for its backoff.
+    fn catch_up(&mut self, now: Now) {
+        self.looked_at = Some(now.monotonic);
+        for entry in self.entries.values_mut().filter(|entry| entry.failures == 0) {
+            if let (Phase::Due(due), Some(held)) = (entry.phase, entry.held)
+                && due > now.monotonic
+                && held.renew_at <= now.wall
+            {
+                entry.phase = Phase::Due(due.min(held.soonest.max(now.monotonic)));
             }
         }
     }
@@ -324,16 +357,18 @@ impl SplitMix {
 }
 
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 mod tests {
     use super::*;
 
     const TTL: Duration = Duration::from_secs(3600);
 
-    fn id(n: usize) -> SpiffeId {
+    pub(super) fn id(n: usize) -> SpiffeId {
         SpiffeId::new("cluster.local", "shop", &format!("sa-{n}")).unwrap()
     }
 
-    fn at(start: Instant, seconds: u64) -> Now {
+    pub(super) fn at(start: Instant, seconds: u64) -> Now {
         let elapsed = Duration::from_secs(seconds);
         Now {
             wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000) + elapsed,
@@ -352,7 +387,7 @@ mod tests {
 
     /// One origin for all; only differences matter.
     #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
-    fn origin() -> Instant {
+    pub(super) fn origin() -> Instant {
         Instant::now()
     }
 
@@ -387,118 +422,34 @@ mod tests {
         assert_eq!((core.poll_command(), core.poll_timeout(), core.in_flight()), (None, None, 0));
     }
 
-    /// Many identities, a CA that fails for long spans, and a wall clock that jumps ten minutes either way.
-    fn simulate(seed: u64) {
-        let mut dice = SplitMix(seed);
-        let mut core = RotationCore::new(dice.next());
-        let start = origin();
-        let (count, hours) = (20, 24);
-        let mut skew: i64 = 0;
-        let mut under_way: Vec<(SpiffeId, u64)> = Vec::new();
-        let mut asked = 0;
-        let mut held: BTreeMap<SpiffeId, SystemTime> = BTreeMap::new();
-        let mut outage_until = 0;
-        let time = |second: u64, skew: i64| {
-            let mut now = at(start, second);
-            let jump = Duration::from_secs(skew.unsigned_abs());
-            now.wall = if skew < 0 { now.wall - jump } else { now.wall + jump };
-            now
-        };
-        for n in 0..count {
-            core.handle(
-                RotationInput::Want { id: id(n), urgency: Urgency::Prefetch },
-                time(0, skew),
-            );
-        }
-        for second in 0..hours * 3600 {
-            let now = time(second, skew);
-            if dice.next().is_multiple_of(7200) {
-                skew = [-600, 0, 600][usize::try_from(dice.next() % 3).unwrap()];
-            }
-            // One at a time: two in a row would be longer than half a life.
-            if second > outage_until + 3600 && dice.next().is_multiple_of(14_400) {
-                outage_until = second + dice.next() % 1200;
-            }
-            if core.poll_timeout().is_some_and(|due| due <= now.monotonic) {
-                core.handle(RotationInput::Tick, now);
-            }
-            let (done, waiting) = under_way.into_iter().partition(|(_, due)| *due <= second);
-            under_way = waiting;
-            for (id, _) in done {
-                if second < outage_until {
-                    core.handle(RotationInput::Failed { id }, now);
-                } else {
-                    // The CA's clock is right.
-                    let not_before = at(start, second).wall - Duration::from_secs(120);
-                    let not_after = at(start, second).wall + TTL;
-                    core.handle(RotationInput::Issued { id, not_before, not_after }, now);
-                    asked_installed(
-                        &mut core,
-                        &mut held,
-                        not_after,
-                        &mut under_way,
-                        second,
-                        &mut asked,
-                        &mut dice,
-                    );
-                }
-            }
-            asked_installed(
-                &mut core,
-                &mut held,
-                now.wall,
-                &mut under_way,
-                second,
-                &mut asked,
-                &mut dice,
-            );
-            assert!(under_way.len() <= MAX_IN_FLIGHT, "seed {seed}");
-            assert_eq!(under_way.len(), core.in_flight(), "seed {seed}");
-            let mut ids: Vec<_> = under_way.iter().map(|(id, _)| id).collect();
-            ids.sort();
-            ids.dedup();
-            assert_eq!(ids.len(), under_way.len(), "seed {seed}: two requests for one identity");
-            if second > 1800 {
-                // Outages are shorter than half a life: by the CA's clock everybody is valid at all times.
-                for n in 0..count {
-                    assert!(held[&id(n)] > at(start, second).wall, "seed {seed}: {n} expired");
-                }
-            }
-        }
-        // Half of a life is renewed at 0.4 to 0.5: at most 2.5 requests per hour and identity, retries on top.
-        assert!(
-            asked < count * usize::try_from(hours).unwrap() * 8,
-            "seed {seed}: {asked} requests"
-        );
-    }
-
-    fn asked_installed(
-        core: &mut RotationCore,
-        held: &mut BTreeMap<SpiffeId, SystemTime>,
-        not_after: SystemTime,
-        under_way: &mut Vec<(SpiffeId, u64)>,
-        second: u64,
-        asked: &mut usize,
-        dice: &mut SplitMix,
-    ) {
-        while let Some(command) = core.poll_command() {
-            match command {
-                RotationCommand::Request { id } => {
-                    *asked += 1;
-                    under_way.push((id, second + dice.next() % 5));
-                }
-                RotationCommand::Install { id } => {
-                    held.insert(id, not_after);
-                }
-                RotationCommand::Discard { id } => panic!("{id} was discarded while wanted"),
-            }
-        }
-    }
-
+    /// A machine that slept: its monotonic clock stood still meanwhile.
     #[test]
-    fn outages_and_clock_jumps_neither_lose_a_certificate_nor_make_a_storm() {
-        for seed in 0..4 {
-            simulate(seed);
+    fn a_wall_clock_that_ran_ahead_renews_at_once_and_only_once() {
+        let (start, mut core) = (origin(), RotationCore::new(1));
+        core.handle(RotationInput::Want { id: id(0), urgency: Urgency::Waiting }, at(start, 0));
+        assert_eq!(requests(&mut core), [id(0)]);
+        let issue = |core: &mut RotationCore, now: Now, not_before: SystemTime| {
+            let not_after = not_before + TTL;
+            core.handle(RotationInput::Issued { id: id(0), not_before, not_after }, now);
+        };
+        let now = at(start, 0);
+        issue(&mut core, now, now.wall);
+        assert!(requests(&mut core).is_empty());
+        // Two thirds of the certificate's life passed in a second. The core wants to be asked within a minute.
+        let woken = Now { wall: now.wall + TTL * 2 / 3, monotonic: now.monotonic + MIN_RENEWAL };
+        assert!(core.poll_timeout().unwrap() <= now.monotonic + LONGEST_UNWATCHED);
+        core.handle(RotationInput::Tick, woken);
+        assert_eq!(requests(&mut core), [id(0)]);
+        // The clock was wrong, and the CA's answer looks old by it: no storm.
+        issue(&mut core, woken, now.wall);
+        for seconds in 0..30 {
+            let later = Duration::from_secs(seconds);
+            let now = Now { wall: woken.wall + later, monotonic: woken.monotonic + later };
+            core.handle(RotationInput::Tick, now);
+            assert!(requests(&mut core).is_empty(), "after {seconds} s");
         }
+        // Back in time: nothing happens before the monotonic clock says so.
+        core.handle(RotationInput::Tick, Now { wall: SystemTime::UNIX_EPOCH, ..woken });
+        assert!(requests(&mut core).is_empty());
     }
 }
