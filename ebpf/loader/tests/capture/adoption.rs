@@ -51,6 +51,19 @@ fn what_is_pinned_captures_without_a_process_and_is_adopted() {
     lab.pod.inside(|| assert!(refused(&dial(at(OUTSIDE_V4, 80)))));
 }
 
+/// A run on another kernel says what that kernel has, so that its fallback is what was tested.
+#[test]
+fn the_guard_is_attached_as_the_kernel_allows() {
+    let lab = Lab::new();
+    let found = lab.capture().features().guard;
+    match std::env::var("CULVERT_EXPECTED_GUARD").as_deref() {
+        Ok("tcx") => assert_eq!(found, GuardAttachment::Tcx),
+        Ok("clsact") => assert_eq!(found, GuardAttachment::Clsact),
+        Ok(other) => panic!("CULVERT_EXPECTED_GUARD={other}"),
+        Err(_) => {}
+    }
+}
+
 #[test]
 fn programs_are_replaced_under_load_without_a_failure() {
     let lab = Lab::new();

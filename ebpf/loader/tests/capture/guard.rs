@@ -1,14 +1,18 @@
 //! The guard against a pod that sends packets by hand.
 #![expect(unsafe_code, reason = "raw and packet sockets, which std and socket2 do not offer whole")]
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_ebpf::{Capture, CaptureConfig, GuardPreference, PodSettings};
+use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::lab::{Lab, Namespace, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, POD_V6, at, ip};
+use crate::lab::{
+    Lab, Namespace, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, POD_V6, at, ip, scaled,
+};
 
 /// Found again in whatever arrives.
 const MARKER: &[u8] = b"culvert-guard-test";
@@ -39,57 +43,130 @@ fn interface_index(name: &str) -> u32 {
     index
 }
 
-/// Sends frames as they are from the pod's interface.
-fn send_frames(pod: &Namespace, frames: &[Vec<u8>]) {
-    pod.inside(|| {
-        let socket = packet_socket(interface_index("eth0"));
-        for frame in frames {
-            // SAFETY: pointer and length of a live slice.
-            let sent =
-                unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
-            assert_eq!(usize::try_from(sent).unwrap(), frame.len());
-        }
-    });
+/// How a pod gets bytes onto its interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// A whole frame through a packet socket.
+    Frame,
+    /// The same, past the queueing discipline (`PACKET_QDISC_BYPASS`).
+    FramePastQueue,
+    /// A whole IP packet through a raw socket of protocol `IPPROTO_RAW`.
+    Packet,
+    /// A TCP segment through a raw socket of protocol `IPPROTO_TCP`, to this address.
+    Segment(&'static str),
 }
 
-/// Frames with the marker that leave the guarded interface's node towards the outside, until a
-/// datagram sent last has arrived there.
-fn arrivals(lab: &Lab, send: impl FnOnce()) -> usize {
-    let socket = lab.outside.inside(|| packet_socket(interface_index("eth0")));
-    send();
-    // UDP passes, and the veth keeps the order: what was before it has arrived when it has.
-    let fence = lab.outside.inside(|| UdpSocket::bind(format!("{OUTSIDE_V4}:9")).unwrap());
-    fence.set_read_timeout(Some(PATIENCE)).unwrap();
-    lab.pod.inside(|| {
-        UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"fence", at(OUTSIDE_V4, 9)).unwrap();
-    });
-    fence.recv(&mut [0; 8]).unwrap();
-    let mut found = 0;
-    let mut frame = [0_u8; 4096];
-    loop {
-        // SAFETY: pointer and length of a live buffer.
-        let length = unsafe {
-            libc::recv(
-                socket.as_raw_fd(),
-                frame.as_mut_ptr().cast(),
-                frame.len(),
-                libc::MSG_DONTWAIT,
-            )
+/// Something a pod should not be able to send.
+#[derive(Clone, Debug)]
+struct Hostile {
+    name: &'static str,
+    way: Way,
+    bytes: Vec<u8>,
+}
+
+impl Hostile {
+    fn send(&self, pod: &Namespace) {
+        pod.inside(|| match self.way {
+            Way::Frame => self.send_frame(false),
+            Way::FramePastQueue => self.send_frame(true),
+            Way::Packet if self.bytes[0] >> 4 == 4 => self.send_raw(OUTSIDE_V4, libc::IPPROTO_RAW),
+            Way::Packet => self.send_raw(OUTSIDE_V6, libc::IPPROTO_RAW),
+            Way::Segment(target) => self.send_raw(target, libc::IPPROTO_TCP),
+        });
+    }
+
+    fn send_frame(&self, past_queue: bool) {
+        let socket = packet_socket(interface_index("eth0"));
+        if past_queue {
+            let on: libc::c_int = 1;
+            let length = u32::try_from(size_of_val(&on)).unwrap();
+            // SAFETY: pointer and length of a live integer.
+            let set = unsafe {
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::SOL_PACKET,
+                    libc::PACKET_QDISC_BYPASS,
+                    (&raw const on).cast(),
+                    length,
+                )
+            };
+            assert_eq!(set, 0);
+        }
+        // SAFETY: pointer and length of a live slice.
+        let sent = unsafe {
+            libc::send(socket.as_raw_fd(), self.bytes.as_ptr().cast(), self.bytes.len(), 0)
         };
-        let Ok(length) = usize::try_from(length) else { return found };
-        found += usize::from(frame[..length].windows(MARKER.len()).any(|part| part == MARKER));
+        assert_eq!(usize::try_from(sent).unwrap(), self.bytes.len());
+    }
+
+    fn send_raw(&self, target: &str, protocol: i32) {
+        let target = at(target, 0);
+        let domain = Domain::for_address(target);
+        let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(protocol))).unwrap();
+        assert_eq!(socket.send_to(&self.bytes, &target.into()).unwrap(), self.bytes.len());
     }
 }
 
-fn mac(namespace: &Namespace, interface: &str) -> Vec<u8> {
-    let name = namespace.path.file_name().unwrap().to_string_lossy().into_owned();
-    mac_from(&format!("ip -n {name} -br link show {interface}"))
+/// What comes in at the outside's interface with the marker in it.
+struct Sniffer(OwnedFd);
+
+impl Sniffer {
+    fn new(lab: &Lab) -> Self {
+        Self(lab.outside.inside(|| packet_socket(interface_index("eth0"))))
+    }
+
+    /// How many came in since the last call, until a datagram sent now has arrived there.
+    fn arrivals(&self, lab: &Lab) -> usize {
+        // UDP passes, and bridge and veth keep the order: what was before it has arrived when it
+        // has. One of each family, since a packet may wait for its neighbour to be resolved.
+        for (any, target) in [("0.0.0.0:0", OUTSIDE_V4), ("[::]:0", OUTSIDE_V6)] {
+            let target = at(target, 9);
+            let fence = lab.outside.inside(|| UdpSocket::bind(target).unwrap());
+            fence.set_read_timeout(Some(PATIENCE)).unwrap();
+            lab.pod.inside(|| UdpSocket::bind(any).unwrap().send_to(b"fence", target).unwrap());
+            fence.recv(&mut [0; 8]).unwrap();
+        }
+        let mut found = 0;
+        let mut frame = [0_u8; 4096];
+        while let Some(incoming) = self.next(&mut frame) {
+            let marked = incoming.windows(MARKER.len()).any(|part| part == MARKER);
+            found += usize::from(marked);
+        }
+        found
+    }
+
+    /// The next frame that came in; frames that the outside itself sends are skipped (its errors
+    /// quote what they are about).
+    fn next<'a>(&self, frame: &'a mut [u8]) -> Option<&'a [u8]> {
+        loop {
+            // SAFETY: a zeroed `sockaddr_ll` is one.
+            let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+            let mut from_length = u32::try_from(size_of_val(&from)).unwrap();
+            // SAFETY: pointers and lengths of a live buffer and address.
+            let length = unsafe {
+                libc::recvfrom(
+                    self.0.as_raw_fd(),
+                    frame.as_mut_ptr().cast(),
+                    frame.len(),
+                    libc::MSG_DONTWAIT,
+                    (&raw mut from).cast(),
+                    &raw mut from_length,
+                )
+            };
+            let length = usize::try_from(length).ok()?;
+            if from.sll_pkttype != libc::PACKET_OUTGOING {
+                return Some(&frame[..length]);
+            }
+        }
+    }
 }
 
-fn mac_from(command: &str) -> Vec<u8> {
-    let output = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+fn mac(namespace: &Namespace) -> Vec<u8> {
+    let name = namespace.path.file_name().unwrap().to_string_lossy().into_owned();
+    let arguments = ["-n", &name, "-br", "link", "show", "eth0"];
+    let output = std::process::Command::new("ip").args(arguments).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    let mac = text.split_ascii_whitespace().nth(2).unwrap().to_owned();
+    let mac = text.split_ascii_whitespace().nth(2).unwrap();
     mac.split(':').map(|octet| u8::from_str_radix(octet, 16).unwrap()).collect()
 }
 
@@ -145,10 +222,9 @@ fn ipv6(source: &str, next: u8, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// Every packet a pod should not be able to send, with its name.
+/// Every frame a pod should not be able to send, with its name.
 fn hostile_frames(lab: &Lab) -> Vec<(&'static str, Vec<u8>)> {
-    let mut link = mac_from("ip -br link show vpod");
-    link.extend(mac(&lab.pod, "eth0"));
+    let link = [mac(&lab.outside), mac(&lab.pod)].concat();
     let frame = |tags: &[u8], ethertype: u16, packet: Vec<u8>| {
         let mut frame = link.clone();
         frame.extend(tags);
@@ -205,50 +281,90 @@ fn hostile_frames(lab: &Lab) -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+/// Whole packets for raw sockets of protocol `IPPROTO_RAW`, with their names.
+fn hostile_packets() -> Vec<(&'static str, Vec<u8>)> {
+    const SYN: u8 = 0x02;
+    const MORE: u16 = 0x2000;
+    let segment = || tcp(40_001, 80, SYN);
+    let inner = ipv4(POD_V4, 6, 0, &[], &segment());
+    vec![
+        ("raw TCP", inner.clone()),
+        ("raw forged source", ipv4("10.91.1.77", 6, 0, &[], &segment())),
+        ("raw fragment", ipv4(POD_V4, 6, MORE, &[], &segment())),
+        ("raw IP in IP", ipv4(POD_V4, 4, 0, &[], &inner)),
+        ("raw IPv6 TCP", ipv6(POD_V6, 6, &segment())),
+        ("raw IPv6 IP in IP", ipv6(POD_V6, 4, &inner)),
+        (
+            "raw IPv6 behind destination options",
+            ipv6(POD_V6, 60, &[&[6, 0, 1, 4, 0, 0, 0, 0], &segment()[..]].concat()),
+        ),
+    ]
+}
+
+fn everything_hostile(lab: &Lab) -> Vec<Hostile> {
+    let mut all = Vec::new();
+    for (name, bytes) in hostile_frames(lab) {
+        all.push(Hostile { name, way: Way::Frame, bytes: bytes.clone() });
+        all.push(Hostile { name, way: Way::FramePastQueue, bytes });
+    }
+    for (name, bytes) in hostile_packets() {
+        all.push(Hostile { name, way: Way::Packet, bytes });
+    }
+    for (name, target) in [("raw segment", OUTSIDE_V4), ("raw IPv6 segment", OUTSIDE_V6)] {
+        all.push(Hostile { name, way: Way::Segment(target), bytes: tcp(40_002, 80, 0x18) });
+    }
+    all
+}
+
 fn guarded_by(lab: &Lab, guard: GuardPreference) -> Arc<Capture> {
     let config = CaptureConfig { guard, ..lab.config() };
     Arc::new(Capture::load_or_adopt(&config).unwrap())
 }
 
+/// What the guard dropped, by reason, without the prefix of the names.
+fn dropped(capture: &Capture) -> BTreeMap<&'static str, u64> {
+    let counters = capture.counters().unwrap();
+    counters
+        .into_iter()
+        .filter_map(|(name, count)| Some((name.strip_prefix("guard_dropped_")?, count)))
+        .collect()
+}
+
 #[test]
 fn nothing_sent_by_hand_leaves_the_pod() {
+    const REASONS: [&str; 7] = [
+        "vlan",
+        "ethertype",
+        "protocol",
+        "fragment",
+        "extension_header",
+        "spoofed_source",
+        "no_flow",
+    ];
     let lab = Lab::new();
-    // Neighbours are known, so that the node forwards at once.
-    lab.outside.inside(|| {
-        assert!((0..5).any(|_| ping(POD_V4)), "v4");
-        assert!((0..5).any(|_| ping(POD_V6)), "v6");
-    });
-    let frames = hostile_frames(&lab);
-    let only_frames: Vec<_> = frames.iter().map(|(_, frame)| frame.clone()).collect();
-    let without = arrivals(&lab, || send_frames(&lab.pod, &only_frames));
-    println!("without guard {without} of {} arrive", frames.len());
-    assert!(without >= 8, "without guard only {without} arrive: the test proves nothing");
+    lab.bridge();
+    let sniffer = Sniffer::new(&lab);
+    let hostile = everything_hostile(&lab);
     for guard in [GuardPreference::Auto, GuardPreference::Clsact] {
+        // Without a guard each one arrives, once; else the rest would prove nothing. In the second
+        // round that shows too that the first guard went.
+        for sent in &hostile {
+            sent.send(&lab.pod);
+            assert_eq!(sniffer.arrivals(&lab), 1, "{} by {:?}", sent.name, sent.way);
+        }
         let capture = guarded_by(&lab, guard);
         let agent = lab.enroll(&capture, PodSettings::default());
-        let before = capture.counters().unwrap();
-        for (name, frame) in &frames {
-            let arrived = arrivals(&lab, || send_frames(&lab.pod, std::slice::from_ref(frame)));
-            assert_eq!(arrived, 0, "{name} ({guard:?})");
+        let before = dropped(&capture);
+        for sent in &hostile {
+            sent.send(&lab.pod);
+            assert_eq!(sniffer.arrivals(&lab), 0, "{} by {:?} ({guard:?})", sent.name, sent.way);
         }
-        let after = capture.counters().unwrap();
-        let dropped: u64 = after
-            .iter()
-            .filter(|(name, _)| name.starts_with("guard_dropped"))
-            .map(|(name, count)| count - before[name])
-            .sum();
-        assert!(dropped >= frames.len() as u64, "{dropped} of {}: {after:?}", frames.len());
-        for reason in [
-            "vlan",
-            "ethertype",
-            "protocol",
-            "fragment",
-            "extension_header",
-            "spoofed_source",
-            "no_flow",
-        ] {
-            let name = format!("guard_dropped_{reason}");
-            assert!(after[name.as_str()] > before[name.as_str()], "{name}: {after:?}");
+        let after = dropped(&capture);
+        let since = |reason: &str| after[reason] - before[reason];
+        let all: u64 = after.keys().map(|reason| since(reason)).sum();
+        assert!(all >= hostile.len() as u64, "{all} of {}: {after:?}", hostile.len());
+        for reason in REASONS {
+            assert!(since(reason) > 0, "{reason}: {after:?}");
         }
         drop(agent);
         capture.detach_all().unwrap();
@@ -257,7 +373,6 @@ fn nothing_sent_by_hand_leaves_the_pod() {
 
 /// Whether an echo request is answered.
 fn ping(address: &str) -> bool {
-    use socket2::{Domain, Protocol, Socket, Type};
     let target = at(address, 0);
     let (protocol, request, reply) =
         if target.is_ipv4() { (Protocol::ICMPV4, 8, 0) } else { (Protocol::ICMPV6, 128, 129) };
@@ -270,7 +385,7 @@ fn ping(address: &str) -> bool {
         message[2..4].copy_from_slice(&sum);
     }
     socket.send_to(&message, target).unwrap();
-    let deadline = Instant::now() + Duration::from_millis(700);
+    let deadline = Instant::now() + scaled(Duration::from_millis(700));
     let mut packet = [0; 256];
     while let Some(left) =
         deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
@@ -288,7 +403,8 @@ fn ping(address: &str) -> bool {
 
 fn udp_arrives(lab: &Lab, bind: &str, capture: Option<&Capture>) -> bool {
     let server = lab.outside.inside(|| UdpSocket::bind(format!("{OUTSIDE_V4}:7000")).unwrap());
-    server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let moment = scaled(Duration::from_millis(300));
+    server.set_read_timeout(Some(moment)).unwrap();
     lab.pod.inside(|| {
         let client = UdpSocket::bind(bind).unwrap();
         if let Some(capture) = capture {
@@ -296,7 +412,7 @@ fn udp_arrives(lab: &Lab, bind: &str, capture: Option<&Capture>) -> bool {
         }
         client.connect(at(OUTSIDE_V4, 7000)).unwrap();
         client.send(b"datagram").ok();
-        client.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        client.set_read_timeout(Some(moment)).unwrap();
         let Ok((_, from)) = server.recv_from(&mut [0; 16]) else { return false };
         server.send_to(b"answer", from).unwrap();
         client.recv(&mut [0; 16]).is_ok()

@@ -3,12 +3,13 @@
 
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_ebpf::{PodSettings, Selection};
 
 use crate::lab::{
-    Lab, NODE_V4, OUTSIDE_V4, POD_V4, POD_V6, at, dial, greet, ip, listener, refused,
+    Lab, NODE_V4, OUTSIDE_V4, PATIENCE, POD_V4, POD_V6, at, at_once, dial, greet, ip, listener,
+    refused,
 };
 
 /// Applications in the pod on these ports, which greet with "application".
@@ -50,7 +51,7 @@ fn every_port_is_steered_to_the_agent_with_its_address() {
     lab.outside.inside(|| {
         // Both were members of one group; the kernel may still give the first one a share, which
         // ends with its closing.
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         while dial(at(POD_V4, 8080)).ok().as_deref() != Some("successor") {
             assert!(Instant::now() < deadline);
         }
@@ -58,12 +59,12 @@ fn every_port_is_steered_to_the_agent_with_its_address() {
     successor.shutdown(Shutdown::Both).unwrap();
     drop(successor);
     lab.outside.inside(|| {
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let start = Instant::now();
             let result = dial(at(POD_V4, 8080));
             if refused(&result) {
-                assert!(start.elapsed() < Duration::from_millis(100));
+                assert!(start.elapsed() < at_once());
                 break;
             }
             assert!(Instant::now() < deadline, "{result:?}");

@@ -22,7 +22,19 @@ pub(crate) const NODE_V4: &str = "10.91.1.1";
 /// Nobody has it; the node has no route either.
 pub(crate) const NOBODY_V4: &str = "198.51.100.7";
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for what has to come. Costs nothing but when it does not.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A refusal that took longer would be a lost packet and its retry.
+pub(crate) fn at_once() -> Duration {
+    scaled(Duration::from_millis(100))
+}
+
+/// A limit of time on a usual machine, on this one: an emulated machine is told by
+/// `CULVERT_SLOW_MACHINE` how many times slower it is.
+pub(crate) fn scaled(limit: Duration) -> Duration {
+    limit * std::env::var("CULVERT_SLOW_MACHINE").map_or(1, |times| times.parse().unwrap())
+}
 
 /// Runs `command` in the calling thread's namespace.
 pub(crate) fn run(command: &str) {
@@ -101,6 +113,25 @@ impl Lab {
         };
         let (pod, outside) = (member("pod", 1), member("out", 2));
         Self { pod, outside, bpffs, name }
+    }
+
+    /// Puts pod and outside on one bridge, which hands each frame on whatever is in it; addresses and
+    /// routes stay as they are.
+    pub(crate) fn bridge(&self) {
+        run("ip link add bridge0 type bridge mcast_snooping 0
+            for member in vpod vout; do
+                ip address flush dev $member scope global
+                ip link set $member master bridge0
+            done
+            for net in 1 2; do
+                ip address add 10.91.$net.1/24 dev bridge0
+                ip address add fd91:$net::1/64 dev bridge0 nodad
+            done
+            ip link set bridge0 up
+            for family in ip ip6 arp; do
+                [ ! -d /proc/sys/net/bridge ] ||
+                    echo 0 > /proc/sys/net/bridge/bridge-nf-call-${family}tables
+            done");
     }
 
     pub(crate) fn config(&self) -> CaptureConfig {

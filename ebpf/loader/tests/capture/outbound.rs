@@ -3,15 +3,14 @@
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use mesh_ebpf::{PodSettings, Selection};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::lab::{
-    Lab, NOBODY_V4, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, POD_V6, at, canonical, dial, greet,
-    ip, listener, read_line, refused,
+    Lab, NOBODY_V4, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, POD_V6, at, at_once, canonical, dial,
+    greet, ip, listener, read_line, refused,
 };
 
 const ROUNDS: usize = 25;
@@ -159,7 +158,7 @@ fn without_an_agent_connections_are_refused_at_once() {
             let start = Instant::now();
             let result = dial(target);
             assert!(refused(&result), "{target}: {result:?}");
-            assert!(start.elapsed() < Duration::from_millis(100), "{:?}", start.elapsed());
+            assert!(start.elapsed() < at_once(), "{:?}", start.elapsed());
         }
     });
 }
@@ -252,7 +251,6 @@ fn the_agents_own_sockets_go_out() {
             std::io::Write::write_all(&mut stream, b"12345").unwrap();
             let mut echo = [0; 5];
             stream.read_exact(&mut echo).unwrap();
-            assert!(stream.as_raw_fd() >= 0);
         }
     });
     assert_eq!(capture.counters().unwrap()["guard_dropped_no_flow"], 0);
