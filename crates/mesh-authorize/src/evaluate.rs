@@ -7,7 +7,7 @@ use mesh_resolve::{RequiredWaypoint, ResolvedFlow, Route};
 
 use crate::compile::{CompiledPolicy, Subject};
 use crate::policy::{Action, PolicyKind, PolicyOrigin};
-use crate::set::{PolicySet, UnknownEgress};
+use crate::set::{PolicySet, UnknownEgress, UnreadablePolicy};
 use crate::verdict::{Decision, Denial, DenialDetail, Note, NoteKind, Permit, RuleRef, Verdict};
 
 /// Policies and missing names that a denial names; beyond, they are counted.
@@ -125,12 +125,22 @@ pub(crate) fn judge(
         }));
     }
 
+    let mut unreadable = policies.unreadable_for(&resolved.local).peekable();
     let missing: Vec<_> = policies.missing(&resolved.local).take(MAX_NAMED).cloned().collect();
     let decision = if let Some(rule) = denied {
         Decision::Deny(Denial {
             reason: CloseReason::PolicyDenied,
             rule: Some(rule),
             detail: DenialDetail::DenyMatched,
+        })
+    } else if let Some(first) = unreadable.peek().copied() {
+        Decision::Deny(Denial {
+            reason: CloseReason::PolicyMissing,
+            rule: Some(whole(first)),
+            detail: DenialDetail::PolicyUnreadable {
+                reason: Arc::clone(&first.reason),
+                names: unreadable.take(MAX_NAMED).map(|policy| policy.name.clone()).collect(),
+            },
         })
     } else if !missing.is_empty() {
         Decision::Deny(Denial {
@@ -195,6 +205,16 @@ const fn wrong_stage() -> Decision {
         rule: None,
         detail: DenialDetail::WrongStage,
     })
+}
+
+/// A policy that could not be read. What kind of object it comes from is unknown; most are these.
+fn whole(policy: &UnreadablePolicy) -> RuleRef {
+    let origin = PolicyOrigin {
+        kind: PolicyKind::AuthorizationPolicy,
+        namespace: Arc::clone(&policy.name.namespace),
+        name: Arc::clone(&policy.name.name),
+    };
+    RuleRef { origin, rule_index: None }
 }
 
 fn synthetic(namespace: &Arc<str>, name: &str) -> RuleRef {

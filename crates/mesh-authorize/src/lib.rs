@@ -8,7 +8,8 @@
 //! applicable: global policies, those of the workload's namespace, those that it lists; and the waypoint it requires
 //!  1. the peer is not the required waypoint ──► denied
 //!  2. a DENY policy matches ──────────────────► denied
-//!  3. a listed policy is not known ───────────► denied (policy missing)
+//!  3. a listed policy is not known, or one that
+//!     could apply cannot be read ────────────► denied (policy missing)
 //!  4. there is no ALLOW policy ───────────────► allowed
 //!  5. an ALLOW policy matches ────────────────► allowed, else denied
 //! ```
@@ -29,5 +30,5 @@ pub use policy::{
     Action, Clause, InvalidPolicyName, Match, Policy, PolicyKind, PolicyName, PolicyOrigin,
     PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
-pub use set::{MissingPolicy, PolicySet, UnknownEgress};
+pub use set::{MissingPolicy, PolicySet, UnknownEgress, UnreadablePolicy};
 pub use verdict::{Decision, Denial, DenialDetail, Note, NoteKind, Permit, RuleRef, Verdict};

@@ -22,7 +22,8 @@ pub enum UnknownEgress {
     Deny,
 }
 
-/// What happens to flows of a workload that lists a policy which has not been received.
+/// What happens to flows under a policy that cannot be consulted: one that the workload lists and which has not been
+/// received, or an [`UnreadablePolicy`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum MissingPolicy {
     /// They are refused.
@@ -30,6 +31,17 @@ pub enum MissingPolicy {
     Deny,
     /// `compat`: the policy is skipped, as ztunnel does.
     Ignore,
+}
+
+/// A policy that was received and could not be read. Nobody knows whom it would have refused, so all are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnreadablePolicy {
+    /// Its key.
+    pub name: PolicyName,
+    /// Which workloads it would have applied to; Global when that could not be read either.
+    pub scope: PolicyScope,
+    /// Why it could not be read, for people.
+    pub reason: Arc<str>,
 }
 
 /// The policies of the mesh, compiled and found by scope. A clone is a snapshot and costs O(1); a change costs O(log n).
@@ -43,6 +55,8 @@ pub struct PolicySet {
     global: Policies,
     /// Those of scope Namespace, by that.
     by_namespace: OrdMap<Arc<str>, Policies>,
+    /// Of scope Global and Namespace.
+    unreadable: OrdMap<PolicyName, Arc<UnreadablePolicy>>,
     /// Namespaces that deny unknown destinations.
     egress_denied: OrdMap<Arc<str>, ()>,
     missing: MissingPolicy,
@@ -59,8 +73,9 @@ impl PolicySet {
 
     /// Adds a policy or replaces the one of its name, in whatever scope that was. Returns the new stamp.
     pub fn upsert(&mut self, policy: Policy) -> Revision {
+        let was_unreadable = self.unreadable.remove(&policy.name).is_some();
         if self.policies.get(&policy.name).is_some_and(|old| *old.source() == policy) {
-            return self.revision;
+            return if was_unreadable { self.stamp() } else { self.revision };
         }
         self.unlink(&policy.name);
         let name = policy.name.clone();
@@ -80,9 +95,25 @@ impl PolicySet {
         self.stamp()
     }
 
-    /// Removes a policy, if it is there. Returns the new stamp.
+    /// Removes a policy, readable or not, if it is there. Returns the new stamp.
     pub fn remove(&mut self, name: &PolicyName) -> Revision {
-        if self.unlink(name) { self.stamp() } else { self.revision }
+        let was_unreadable = self.unreadable.remove(name).is_some();
+        if self.unlink(name) || was_unreadable { self.stamp() } else { self.revision }
+    }
+
+    /// Refuses every inbound flow that `policy` could be about, until a policy of that name is added or removed. A
+    /// readable one of that name stays in force beside it. Returns the new stamp.
+    ///
+    /// One of scope Workload changes nothing: workloads that list it refuse their flows for its absence.
+    pub fn set_unreadable(&mut self, policy: UnreadablePolicy) -> Revision {
+        let changed = match policy.scope {
+            PolicyScope::Workload => self.unreadable.remove(&policy.name).is_some(),
+            PolicyScope::Global | PolicyScope::Namespace => {
+                let (name, policy) = (policy.name.clone(), Arc::new(policy));
+                self.unreadable.insert(name, Arc::clone(&policy)) != Some(policy)
+            }
+        };
+        if changed { self.stamp() } else { self.revision }
     }
 
     /// Says what a namespace's pods may reach beyond the mesh. Returns the new stamp.
@@ -124,6 +155,11 @@ impl PolicySet {
         self.policies.values().map(|compiled| compiled.source())
     }
 
+    /// Policies of scope Global and Namespace that could not be read, in the order of their names.
+    pub fn unreadable(&self) -> impl ExactSizeIterator<Item = &UnreadablePolicy> {
+        self.unreadable.values().map(|policy| &**policy)
+    }
+
     /// The policies that apply to a workload: global ones, its namespace's, those it lists. Each once.
     pub(crate) fn applicable<'s>(
         &'s self,
@@ -155,6 +191,26 @@ impl PolicySet {
         };
         let listed = workload.authorization_policies.iter();
         listed.filter(move |listed| counts && self.listed(listed).is_none())
+    }
+
+    /// The policies that could not be read and might apply to a workload; none in compatibility with ztunnel. Looks at
+    /// each one there is: a control plane that sends more than a handful is broken.
+    pub(crate) fn unreadable_for<'s>(
+        &'s self,
+        workload: &'s Workload,
+    ) -> impl Iterator<Item = &'s UnreadablePolicy> {
+        let counts = match self.missing {
+            MissingPolicy::Deny => true,
+            MissingPolicy::Ignore => false,
+        };
+        self.unreadable().filter(move |policy| {
+            counts
+                && match policy.scope {
+                    PolicyScope::Global => true,
+                    PolicyScope::Namespace => policy.name.namespace == workload.namespace,
+                    PolicyScope::Workload => false,
+                }
+        })
     }
 
     fn listed(&self, listed: &str) -> Option<&CompiledPolicy> {

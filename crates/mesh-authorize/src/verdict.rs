@@ -83,6 +83,13 @@ pub enum DenialDetail {
         /// Their names as listed, the first eight.
         names: Vec<Arc<str>>,
     },
+    /// Policies that may apply were received and could not be read.
+    PolicyUnreadable {
+        /// Their names, the first eight.
+        names: Vec<PolicyName>,
+        /// Why the first could not be read.
+        reason: Arc<str>,
+    },
     /// The flow did not come through the waypoint bound to its destination.
     WaypointBypassed {
         /// The waypoints it could have come through.
@@ -115,6 +122,11 @@ impl fmt::Display for Denial {
             (DenialDetail::PolicyMissing { names }, _) => {
                 f.write_str("policies not received: ")?;
                 list(f, names)
+            }
+            (DenialDetail::PolicyUnreadable { names, reason }, _) => {
+                f.write_str("policies cannot be read: ")?;
+                list(f, names)?;
+                write!(f, " ({reason})")
             }
             (DenialDetail::WaypointBypassed { waypoints }, _) => {
                 f.write_str("not through the required waypoint ")?;

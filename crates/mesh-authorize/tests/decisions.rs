@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use mesh_authorize::{
     Action, Clause, Decision, DenialDetail, Match, MissingPolicy, NoteKind, Policy, PolicyKind,
-    PolicyName, PolicyOrigin, PolicyScope, PolicySet, Rule, StringMatch, UnknownEgress, authorize,
-    authorize_egress, explain,
+    PolicyName, PolicyOrigin, PolicyScope, PolicySet, Rule, StringMatch, UnknownEgress,
+    UnreadablePolicy, authorize, authorize_egress, explain,
 };
 use mesh_model::{
     ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid, SpiffeId, Workload,
@@ -301,4 +301,54 @@ fn explanation_says_what_did_not_hold_and_survives_json() {
     assert_eq!(text, "rule 0: clause 0 does not hold for its destination port");
     let json = serde_json::to_string(&explained).unwrap();
     assert_eq!(serde_json::from_str::<mesh_authorize::Explanation>(&json).unwrap(), explained);
+}
+
+#[test]
+fn an_unreadable_policy_denies_what_it_could_be_about() {
+    let resolved = inbound("10.0.0.1:80", &[]);
+    let unreadable = |name: &str, scope| UnreadablePolicy {
+        name: name.parse().unwrap(),
+        scope,
+        reason: "action: unknown value 9".into(),
+    };
+    let denied = |name: &str| format!("policy_missing: AuthorizationPolicy {name}");
+    for (name, scope, expected) in [
+        ("root/x", PolicyScope::Global, denied("root/x")),
+        ("shop/x", PolicyScope::Namespace, denied("shop/x")),
+        ("bank/x", PolicyScope::Namespace, "allow".to_owned()),
+        // Whoever lists it is refused for its absence, as before.
+        ("shop/x", PolicyScope::Workload, "allow".to_owned()),
+    ] {
+        let mut set = PolicySet::default();
+        set.set_unreadable(unreadable(name, scope));
+        assert_eq!(check(&set, &resolved, Some(CART)), expected, "{name} {scope:?}");
+        set.set_missing(MissingPolicy::Ignore);
+        assert_eq!(check(&set, &resolved, Some(CART)), "allow", "compat, {name} {scope:?}");
+    }
+
+    // Neither an ALLOW that matches nor a DENY that does not makes up for it; a DENY that matches is named first.
+    let everyone = policy("shop/all", PolicyScope::Namespace, Action::Allow, vec![]);
+    let mut set = set([Policy { rules: vec![Rule::default()], ..everyone.clone() }]);
+    let before = set.revision();
+    set.set_unreadable(unreadable("root/x", PolicyScope::Global));
+    assert_ne!(set.revision(), before);
+    assert_eq!(check(&set, &resolved, Some(CART)), denied("root/x"));
+    let same = set.revision();
+    assert_eq!(set.set_unreadable(unreadable("root/x", PolicyScope::Global)), same);
+    let Decision::Deny(denial) = authorize(&set, &resolved, None).decision else {
+        panic!("allowed");
+    };
+    assert_eq!(denial.to_string(), "policies cannot be read: root/x (action: unknown value 9)");
+
+    // It ends with a readable one of its name, or with its removal.
+    let readable = policy("root/x", PolicyScope::Global, Action::Deny, vec![]);
+    let mut replaced = set.clone();
+    replaced.upsert(readable.clone());
+    assert_eq!(check(&replaced, &resolved, Some(CART)), "allow");
+    replaced.set_unreadable(unreadable("root/x", PolicyScope::Global));
+    let before = replaced.revision();
+    assert_ne!(replaced.upsert(readable), before, "the same policy again lifts the mark");
+    assert_eq!(check(&replaced, &resolved, Some(CART)), "allow");
+    set.remove(&"root/x".parse().unwrap());
+    assert_eq!((check(&set, &resolved, Some(CART)), set.unreadable().len()), ("allow".into(), 0));
 }
