@@ -126,9 +126,9 @@ const TCP_HEADER_OCTETS: u16 = 20;
 const IPV6_HEADER_OCTETS: u32 = 40;
 const HOP_BY_HOP: u8 = 0;
 
-/// Longest chain of IPv6 extension headers that is followed. What hosts send has one or two
-/// (hop-by-hop for MLD, fragment for large UDP).
-const MAX_EXTENSIONS: usize = 4;
+/// Longest chain of headers behind IPv6's own that is followed, the transport's included. What hosts
+/// send has one or two before it (hop-by-hop for MLD, fragment for large UDP).
+const MAX_HEADERS: usize = 5;
 
 /// Judges a packet, and fills `into`, which starts as [`Packet::ARP`]. `ethertype` in host byte
 /// order.
@@ -223,7 +223,7 @@ fn parse_extensions(bytes: &impl Fetch, mut next: u8, into: &mut Packet) -> Resu
     const AUTHENTICATION: u8 = 51;
 
     let mut at = IPV6_HEADER_OCTETS;
-    for _ in 0..MAX_EXTENSIONS {
+    for _ in 0..MAX_HEADERS {
         match next {
             protocol::UDP => return parse_udp(bytes, at, into),
             protocol::ICMPV6 => return parse_icmp(bytes, at, Transport::IcmpV6, into),
