@@ -179,7 +179,8 @@ impl Lab {
         });
         ready.with_context(|| format!("controller:\n{}", process.log_tail(30)))?;
         self.controller = Some(process);
-        Ok(())
+        let root = self.controller_command(&["ca", "root"])?;
+        Ok(std::fs::write(self.controller_root(), root)?)
     }
 
     /// Kills the controller.
@@ -217,7 +218,7 @@ impl Lab {
     pub fn start_agent(&mut self, index: usize) -> anyhow::Result<()> {
         let config = AgentConfig {
             controller: format!("https://{CONTROLLER_IP}:15012"),
-            controller_root: self.folder.join("controller/root-cert.pem"),
+            controller_root: self.controller_root(),
             extra: self.config.agent_arguments.clone(),
             log: self.config.log.clone(),
         };
@@ -287,6 +288,10 @@ impl Lab {
     #[must_use]
     pub fn controller_socket(&self) -> PathBuf {
         self.folder.join("controller/admin.sock")
+    }
+
+    fn controller_root(&self) -> PathBuf {
+        self.folder.join("root.pem")
     }
 
     /// The folder with the programs under test.
@@ -360,13 +365,14 @@ impl Lab {
         let namespace = Namespace::create(&name)?;
         net::sysctl(&name, "net.ipv6.conf.all.accept_dad=0")?;
         net::sysctl(&name, "net.ipv6.conf.default.accept_dad=0")?;
+        let container_id = format!("{}{}", self.config.name, uid.replace('-', ""));
         let attachment = Attachment {
-            container_id: format!("{}{}", self.config.name, uid.replace('-', "")),
             netns: format!("/run/netns/{name}"),
             args: format!(
-                "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID={uid};K8S_POD_INFRA_CONTAINER_ID={uid}",
+                "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID={uid};K8S_POD_INFRA_CONTAINER_ID={container_id}",
                 spec.namespace, spec.name
             ),
+            container_id,
         };
         let result = node.chain.add(&attachment)?;
         let addresses: Vec<IpAddr> = result["ips"]

@@ -35,7 +35,9 @@ impl Sniffer {
     ) -> anyhow::Result<Self> {
         let file = folder.join(format!("{name}.pcap"));
         let mut command = in_namespace(Some(namespace), "tcpdump");
-        command.args(["-i", interface, "-U", "-n", "-s", "0", "-B", "65536", "-w"]).arg(&file);
+        command
+            .args(["-i", interface, "--immediate-mode", "-U", "-n", "-s", "0", "-B", "65536", "-w"])
+            .arg(&file);
         let process = Process::start(&format!("sniff-{name}"), &mut command, folder)?;
         until("tcpdump listening", PATIENCE, || {
             Ok(process.log().contains("listening on").then_some(()))
@@ -53,7 +55,13 @@ impl Sniffer {
         self.process.signal(Signal::SIGINT)?;
         until("tcpdump ending", PATIENCE, || Ok((!self.process.running()).then_some(())))?;
         let log = self.process.log();
-        if !log.contains("0 packets dropped by kernel") {
+        let count = |what: &str| {
+            let line = log.lines().find(|line| line.contains(what))?;
+            line.split(' ').next()?.parse::<u64>().ok()
+        };
+        let received = count("received by filter");
+        let whole = received.is_some() && received == count("captured");
+        if !whole || !log.contains("0 packets dropped by kernel") {
             bail!("the capture is incomplete: {log}");
         }
         Ok(Capture { file: self.file })
