@@ -8,21 +8,25 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use mesh_authorize::PolicyName;
+use mesh_authorize::{PolicyName, UnreadablePolicy};
 use mesh_model::{NamespacedHostname, WorkloadUid};
 
 use crate::address::two_parts;
 use crate::error::InvalidResource;
 use crate::kind::ResourceKind;
-use crate::pb::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use crate::pb::discovery::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource as WireResource,
+};
 use crate::pb::mesh::SavedState;
 use crate::pb::rpc::Status;
+use crate::policy::{policy_name, unreadable};
 use crate::resource::{Published, Resource};
 
 /// What an agent holds of a controller's resources, over all streams of its life.
 ///
 /// A resource that was refused is not held under its new version: it is sent again after a reconnect. What was held
-/// under that name before stays in force until then.
+/// under that name before stays in force until then. Where nothing was, a refused policy is remembered, also on disk:
+/// the flows it may be about must not pass for want of it.
 #[derive(Clone, Debug)]
 pub struct DeltaClientState {
     kinds: BTreeMap<ResourceKind, Held>,
@@ -31,6 +35,8 @@ pub struct DeltaClientState {
 #[derive(Clone, Debug, Default)]
 struct Held {
     resources: BTreeMap<Arc<str>, HeldResource>,
+    /// Policies that were refused and have no readable predecessor, as they were sent.
+    unreadable: BTreeMap<Arc<str>, WireResource>,
     /// A response came on the current stream.
     answered: bool,
 }
@@ -51,7 +57,7 @@ enum Content {
     Service,
 }
 
-/// What one response changes. Removals first, then resources, each replacing what bore its key.
+/// What one response changes: removals first, then what is unreadable, then resources, each replacing what bore its key.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Update {
     /// The kind it is about.
@@ -60,8 +66,11 @@ pub struct Update {
     pub removed: Vec<RemovedResource>,
     /// What is new or changed.
     pub resources: Vec<Resource>,
-    /// What was refused; nothing changes for these.
+    /// What was refused. What bore these names before stays in force.
     pub rejected: Vec<RejectedResource>,
+    /// Refused policies of which there is no earlier version: what they could apply to must be refused. Each ends with
+    /// a policy or a removal of its name. For [`PolicySet::set_unreadable`](mesh_authorize::PolicySet::set_unreadable).
+    pub unreadable: Vec<UnreadablePolicy>,
 }
 
 /// The key of something that is gone.
@@ -71,7 +80,7 @@ pub enum RemovedResource {
     Mesh,
     /// A pod's settings.
     Pod(WorkloadUid),
-    /// A policy.
+    /// A policy, or one that was unreadable.
     Policy(PolicyName),
     /// A workload.
     Workload(WorkloadUid),
@@ -114,11 +123,7 @@ impl DeltaClientState {
                 DeltaDiscoveryRequest {
                     node: Some(node.clone()),
                     type_url: kind.type_url().to_owned(),
-                    initial_resource_versions: held
-                        .resources
-                        .iter()
-                        .map(|(name, held)| (name.to_string(), held.version.to_string()))
-                        .collect(),
+                    initial_resource_versions: held.versions(),
                     ..Default::default()
                 }
             })
@@ -185,6 +190,7 @@ impl DeltaClientState {
                         let resource = find(*kind, name)?;
                         Some(Published::new(&resource).to_wire_as(&held.version))
                     })
+                    .chain(held.unreadable.values().cloned())
                     .collect(),
                 ..Default::default()
             })
@@ -207,12 +213,30 @@ impl DeltaClientState {
 }
 
 impl Held {
+    /// What the control plane is told at the start of a stream. A name that is missing there would not be removed, so
+    /// what is unreadable is listed too, as held in a version that nothing has.
+    fn versions(&self) -> BTreeMap<String, String> {
+        let held = self.resources.iter().map(|(name, held)| (name, held.version.as_ref()));
+        let unreadable = self.unreadable.keys().map(|name| (name, UNREADABLE_VERSION));
+        held.chain(unreadable)
+            .map(|(name, version)| (name.as_ref().to_owned(), version.to_owned()))
+            .collect()
+    }
+
     fn apply(&mut self, kind: ResourceKind, response: &DeltaDiscoveryResponse) -> Update {
-        let mut update =
-            Update { kind, removed: Vec::new(), resources: Vec::new(), rejected: Vec::new() };
+        let mut update = Update {
+            kind,
+            removed: Vec::new(),
+            resources: Vec::new(),
+            rejected: Vec::new(),
+            unreadable: Vec::new(),
+        };
         for name in &response.removed_resources {
             if let Some(gone) = self.resources.remove(name.as_str()) {
                 update.removed.extend(gone.content.key(name));
+            }
+            if self.unreadable.remove(name.as_str()).is_some() {
+                update.removed.push(RemovedResource::Policy(policy_name(name)));
             }
         }
         for wire in &response.resources {
@@ -220,6 +244,7 @@ impl Held {
                 Ok(resource) => {
                     let content = Content::of(&resource);
                     let held = HeldResource { version: wire.version.as_str().into(), content };
+                    self.unreadable.remove(wire.name.as_str());
                     let before = self.resources.insert(wire.name.as_str().into(), held);
                     if let Some(before) = before.filter(|before| before.content != content) {
                         update.removed.extend(before.content.key(&wire.name));
@@ -227,11 +252,32 @@ impl Held {
                     update.resources.push(resource);
                 }
                 Err(error) => {
+                    if kind == ResourceKind::Authorization {
+                        self.refuse_policy(wire, &error, &mut update);
+                    }
                     update.rejected.push(RejectedResource { name: wire.name.clone(), error });
                 }
             }
         }
         update
+    }
+
+    fn refuse_policy(&mut self, wire: &WireResource, error: &InvalidResource, update: &mut Update) {
+        if self.resources.contains_key(wire.name.as_str()) {
+            return;
+        }
+        match unreadable(wire, error) {
+            Some(policy) => {
+                self.unreadable.insert(wire.name.as_str().into(), wire.clone());
+                update.unreadable.push(policy);
+            }
+            // It was to be enforced before, and is not now.
+            None => {
+                if self.unreadable.remove(wire.name.as_str()).is_some() {
+                    update.removed.push(RemovedResource::Policy(policy_name(&wire.name)));
+                }
+            }
+        }
     }
 }
 
@@ -261,6 +307,8 @@ impl Content {
     }
 }
 
+/// No version of ours; a control plane that gives none gives the empty one.
+const UNREADABLE_VERSION: &str = "unreadable";
 /// Most refusals told in one answer; the rest is counted.
 const MAX_TOLD: usize = 8;
 

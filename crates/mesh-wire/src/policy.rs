@@ -3,10 +3,13 @@
 //! Two things travel as extensions, each so that a peer that ignores extensions errs on the strict side:
 //! AUDIT policies go as dry-run ALLOW (never enforced), and a match on trust domains as a match that is never true in
 //! an ALLOW policy and one without that condition in a DENY policy.
+//!
+//! A policy that does not convert is not simply left out, which would open what it closes: [`unreadable`] says whom it
+//! may have been about.
 
 use mesh_authorize::{
     Action, Clause, Match, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, Rule,
-    ServiceAccountMatch, StringMatch,
+    ServiceAccountMatch, StringMatch, UnreadablePolicy,
 };
 use mesh_model::IpPrefix;
 use prost::Message as _;
@@ -14,8 +17,9 @@ use prost_types::Any;
 
 use crate::address::{ip_bytes, port, prefix, two_parts};
 use crate::error::{InvalidResource, Problem, each, known, required};
+use crate::kind::ResourceKind;
 use crate::pb::workload::Extension;
-use crate::pb::{mesh, security as pb};
+use crate::pb::{discovery, mesh, security as pb};
 use crate::workload::text;
 
 /// Name of the extension that says where a policy comes from.
@@ -62,6 +66,40 @@ impl TryFrom<&pb::Authorization> for Policy {
                 Ok(Rule { clauses: each("clauses", &rule.clauses, clause)? })
             })?,
         })
+    }
+}
+
+/// What is known of a policy that does not convert. None when it was to be noted only, not enforced.
+pub(crate) fn unreadable(
+    resource: &discovery::Resource,
+    error: &InvalidResource,
+) -> Option<UnreadablePolicy> {
+    let content = resource
+        .resource
+        .as_ref()
+        .filter(|any| any.type_url == ResourceKind::Authorization.type_url())
+        .and_then(|any| pb::Authorization::decode(any.value.as_slice()).ok());
+    if content.as_ref().is_some_and(|content| content.dry_run) {
+        return None;
+    }
+    // Its scope counts only if it is what its name says: otherwise the namespace is anybody's guess.
+    let named = content.filter(|content| {
+        two_parts(&resource.name) == Some((content.namespace.as_str(), content.name.as_str()))
+    });
+    let scope = match named.map(|content| pb::Scope::try_from(content.scope)) {
+        Some(Ok(pb::Scope::Namespace)) => PolicyScope::Namespace,
+        Some(Ok(pb::Scope::WorkloadSelector)) => PolicyScope::Workload,
+        Some(Ok(pb::Scope::Global) | Err(_)) | None => PolicyScope::Global,
+    };
+    let name = policy_name(&resource.name);
+    Some(UnreadablePolicy { name, scope, reason: error.to_string().into() })
+}
+
+/// The key behind a resource's name, whatever its shape; different names have different keys.
+pub(crate) fn policy_name(name: &str) -> PolicyName {
+    match name.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() => PolicyName::new(namespace, name),
+        Some(_) | None => PolicyName::new("", name),
     }
 }
 

@@ -144,18 +144,12 @@ impl DeltaServerState {
 
     /// The next response to send; call until it returns none.
     pub fn poll_response(&mut self, view: &impl NodeView) -> Option<DeltaDiscoveryResponse> {
-        for kind in ResourceKind::ALL {
-            let removals_wait = kind == ResourceKind::Authorization && self.addresses_pending();
-            let Some(subscription) = self.kinds.get_mut(&kind) else { continue };
-            let Some(mut response) = subscription.respond(kind, view, removals_wait) else {
-                continue;
-            };
-            self.responses += 1;
-            response.nonce = format!("{:x}-{:x}", self.stream, self.responses);
-            subscription.in_flight = Some(response.nonce.clone());
+        let waited = self.addresses_pending();
+        if let Some(response) = self.poll_kinds(view) {
             return Some(response);
         }
-        None
+        // Addresses that turned out the same held removals back; nothing else would send those now.
+        if waited && !self.addresses_pending() { self.poll_kinds(view) } else { None }
     }
 
     /// True while a response of `kind` is not answered; for a watchdog over silent agents.
@@ -168,6 +162,21 @@ impl DeltaServerState {
     #[must_use]
     pub fn is_subscribed(&self, kind: ResourceKind) -> bool {
         self.kinds.contains_key(&kind)
+    }
+
+    fn poll_kinds(&mut self, view: &impl NodeView) -> Option<DeltaDiscoveryResponse> {
+        for kind in ResourceKind::ALL {
+            let removals_wait = kind == ResourceKind::Authorization && self.addresses_pending();
+            let Some(subscription) = self.kinds.get_mut(&kind) else { continue };
+            let Some(mut response) = subscription.respond(kind, view, removals_wait) else {
+                continue;
+            };
+            self.responses += 1;
+            response.nonce = format!("{:x}-{:x}", self.stream, self.responses);
+            subscription.in_flight = Some(response.nonce.clone());
+            return Some(response);
+        }
+        None
     }
 
     /// Addresses have changes that were not sent. A workload that still names a removed policy refuses traffic, so
