@@ -1,143 +1,90 @@
-//! Other kernels: Debian's stock 6.1 and 6.12 in QEMU, without KVM, with the suites of this machine inside.
-//!
-//! The guest is an initramfs made of busybox, iproute2, the kernel's modules that the suites need and the very
-//! binaries that were built for this machine, with the libraries they are linked to.
+//! Other kernels: Debian's stock 6.1 and 6.12 in QEMU, without KVM, with the capture suite inside.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+mod guest;
+mod image;
+mod package;
 
-use anyhow::{Context as _, bail};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::command::{command, root, run};
+use anyhow::{anyhow, bail};
 
-/// A kernel to test on: its name, where Debian keeps it, and the package's pattern.
-struct Kernel {
+use crate::command::command;
+use guest::{Outcome, Report};
+
+/// A kernel to test on.
+pub(crate) struct Kernel {
+    /// Its series.
     name: &'static str,
+    /// Where Debian keeps it.
     suite: &'static str,
+    /// What its package is called; a regular expression of apt's.
     pattern: &'static str,
+    /// How the guard is attached on it. The suite fails where it finds another way.
+    guard: &'static str,
 }
 
 const KERNELS: &[Kernel] = &[
-    Kernel { name: "6.1", suite: "bookworm", pattern: r"^linux-image-6\.1\.[0-9.-]*-cloud-amd64$" },
+    Kernel {
+        name: "6.1",
+        suite: "bookworm",
+        pattern: r"^linux-image-6\.1\.[0-9.-]*-cloud-amd64$",
+        guard: "clsact",
+    },
     Kernel {
         name: "6.12",
         suite: "bookworm-backports",
         pattern: r"^linux-image-6\.12\.[0-9.+a-z]*-cloud-amd64$",
+        guard: "tcx",
     },
 ];
 
-/// Modules the suites need beyond what is built in. What a kernel has built in is not found and not missed.
-const MODULES: &str = "virtio_pci virtio_blk veth bridge dummy sch_ingress cls_bpf act_bpf tcp_diag \
-    inet_diag mptcp_diag udp_diag 8021q ipip ip_gre aesni_intel nf_tables";
-
-/// Programs of the host that the guest's suites run.
-const HOST_PROGRAMS: &[&str] = &["dash", "ip", "tc", "ss", "nsenter"];
-
-/// How long a guest may run. Emulation is 20 to 80 times slower than this machine.
-const LIMIT_SECONDS: &str = "900";
-
-/// Runs the capture suite in every kernel, or in those whose name contains `filter`.
+/// Runs the capture suite in every kernel at once, or in the one called `filter`, and prints a table.
 pub(crate) fn run_suites(filter: Option<&str>) -> anyhow::Result<()> {
+    let kernels: Vec<&Kernel> =
+        KERNELS.iter().filter(|kernel| filter.is_none_or(|name| kernel.name == name)).collect();
+    if kernels.is_empty() {
+        let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
+        bail!("no kernel {}: there are {}", filter.unwrap_or_default(), known.join(" and "));
+    }
     let suites = test_programs("mesh-ebpf")?;
-    if suites.is_empty() {
-        bail!("mesh-ebpf has no test programs");
+    let mut guests = Vec::new();
+    for kernel in kernels {
+        let files = package::fetch(kernel)?;
+        let image = image::make(kernel, &files, &suites)?;
+        println!("→ the capture suite on Linux {}", files.version);
+        guests.push((kernel, files, image));
     }
-    let mut failed = Vec::new();
-    for kernel in
-        KERNELS.iter().filter(|kernel| filter.is_none_or(|text| kernel.name.contains(text)))
-    {
-        let files = fetch(kernel)?;
-        let image = make_image(kernel, &files, &suites)?;
-        println!("→ the capture suite on Linux {} ({})", kernel.name, files.version);
-        if !boot(&files.vmlinuz, &image)? {
-            failed.push(kernel.name);
-        }
+    let reports = thread::scope(|scope| {
+        let running: Vec<_> = guests
+            .iter()
+            .map(|(kernel, files, image)| scope.spawn(|| guest::boot(kernel, files, image)))
+            .collect();
+        running
+            .into_iter()
+            .map(|guest| guest.join().map_err(|_| anyhow!("the guest's reader panicked"))?)
+            .collect::<anyhow::Result<Vec<Report>>>()
+    })?;
+    for report in &reports {
+        report.print_failures();
     }
+    print_table(&reports);
+    let failed: Vec<_> =
+        reports.iter().filter(|report| !report.passed()).map(|report| report.kernel).collect();
     if !failed.is_empty() {
-        bail!("the capture suite failed on Linux {}", failed.join(", "));
+        bail!("the capture suite failed on Linux {}", failed.join(" and "));
     }
     Ok(())
 }
 
-/// Kernel, modules and version of an unpacked package.
-struct Files {
-    vmlinuz: PathBuf,
-    modules: PathBuf,
-    version: String,
-}
-
-fn cache() -> PathBuf {
-    let base = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"),
-        PathBuf::from,
-    );
-    base.join("culvert/kernels")
-}
-
-/// Fetches and unpacks the newest package of a kernel, once.
-fn fetch(kernel: &Kernel) -> anyhow::Result<Files> {
-    let folder = cache().join(kernel.name);
-    let unpacked = folder.join("unpacked");
-    if !unpacked.join("boot").is_dir() {
-        std::fs::create_dir_all(folder.join("lists/partial"))?;
-        let list = folder.join("sources.list");
-        let debian =
-            "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org";
-        let mut sources = format!("deb {debian}/debian {} main\n", kernel.suite);
-        if kernel.suite == "bookworm" {
-            sources.push_str(&format!("deb {debian}/debian-security bookworm-security main\n"));
-        }
-        std::fs::write(&list, sources)?;
-        let options = [
-            format!("Dir::Etc::sourcelist={}", list.display()),
-            "Dir::Etc::sourceparts=-".to_owned(),
-            format!("Dir::State::lists={}", folder.join("lists").display()),
-        ];
-        let apt = |program: &str| {
-            let mut command = Command::new(program);
-            command.current_dir(&folder);
-            for option in &options {
-                command.args(["-o", option]);
-            }
-            command
-        };
-        run(apt("apt-get").args(["-q", "update"]))?;
-        let found = apt("apt-cache").args(["search", "--names-only", kernel.pattern]).output()?;
-        let package = String::from_utf8(found.stdout)?
-            .lines()
-            .filter_map(|line| Some(line.split_once(' ')?.0.to_owned()))
-            .max_by_key(|name| numbers(name))
-            .with_context(|| format!("Debian {} has no {}", kernel.suite, kernel.pattern))?;
-        run(apt("apt-get").args(["-q", "download", &package]))?;
-        let archive = std::fs::read_dir(&folder)?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-            .context("apt-get download left no package")?;
-        run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&unpacked))?;
-    }
-    let boot = unpacked.join("boot");
-    let vmlinuz = std::fs::read_dir(&boot)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
-        })
-        .with_context(|| format!("no kernel in {}", boot.display()))?;
-    let name =
-        vmlinuz.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let version = name.trim_start_matches("vmlinuz-").to_owned();
-    Ok(Files { vmlinuz, modules: unpacked, version })
-}
-
-fn numbers(text: &str) -> Vec<u64> {
-    text.split(|character: char| !character.is_ascii_digit())
-        .filter_map(|digits| digits.parse().ok())
-        .collect()
-}
-
 /// The test programs cargo builds for a package.
 fn test_programs(package: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let started = Instant::now();
     let arguments = ["test", "--package", package, "--tests", "--no-run", "--message-format=json"];
+    println!("→ cargo {}", arguments.join(" "));
     let output = command("cargo", &arguments).stderr(Stdio::inherit()).output()?;
     if !output.status.success() {
         bail!("building the tests of {package} failed");
@@ -150,153 +97,40 @@ fn test_programs(package: &str) -> anyhow::Result<Vec<PathBuf>> {
             programs.push(PathBuf::from(path));
         }
     }
+    if programs.is_empty() {
+        bail!("{package} has no test programs");
+    }
+    println!("   built in {} s", started.elapsed().as_secs());
     Ok(programs)
 }
 
-/// Packs the initramfs.
-fn make_image(kernel: &Kernel, files: &Files, suites: &[PathBuf]) -> anyhow::Result<PathBuf> {
-    let folder = cache().join(kernel.name);
-    let tree = folder.join("tree");
-    if tree.exists() {
-        std::fs::remove_dir_all(&tree)?;
-    }
-    for name in
-        ["bin", "sbin", "dev", "proc", "sys", "run", "tmp", "etc", "root", "suites", "usr/bin"]
-    {
-        std::fs::create_dir_all(tree.join(name))?;
-    }
-    std::os::unix::fs::symlink("../run", tree.join("var")).context("linking /var")?;
-    busybox(&tree)?;
-    for program in HOST_PROGRAMS {
-        let path = which(program)?;
-        copy_program(&tree, &path, &tree.join("usr/bin").join(program))?;
-    }
-    std::os::unix::fs::symlink("/usr/bin/dash", tree.join("bin/sh"))?;
-    copy_modules(&tree, files)?;
-    for (index, suite) in suites.iter().enumerate() {
-        copy_program(&tree, suite, &tree.join(format!("suites/{index}")))?;
-    }
-    std::fs::write(tree.join("init"), INIT)?;
-    run(Command::new("chmod").arg("+x").arg(tree.join("init")))?;
-    let image = folder.join("image.gz");
-    let pack = format!(
-        "cd '{}' && find . | cpio --quiet -o -H newc -R 0:0 | gzip -1 > '{}'",
-        tree.display(),
-        image.display()
-    );
-    run(Command::new("sh").args(["-c", &pack]))?;
-    Ok(image)
-}
-
-fn busybox(tree: &Path) -> anyhow::Result<()> {
-    let busybox = tree.join("bin/busybox");
-    std::fs::copy("/bin/busybox", &busybox).context("busybox-static is not installed")?;
-    let list = Command::new(&busybox).arg("--list").output()?;
-    for applet in String::from_utf8(list.stdout)?.lines() {
-        // Busybox's own ip knows no namespaces, and its shell would prefer it.
-        if !["ip", "tc", "sh", "busybox", "nsenter"].contains(&applet) {
-            std::os::unix::fs::symlink("busybox", tree.join("bin").join(applet))?;
+/// One row per test, one column per kernel.
+fn print_table(reports: &[Report]) {
+    let mut rows: BTreeMap<&str, Vec<Option<(Outcome, Duration)>>> = BTreeMap::new();
+    for (column, report) in reports.iter().enumerate() {
+        for test in &report.tests {
+            let row = rows.entry(&test.name).or_insert_with(|| vec![None; reports.len()]);
+            row[column] = Some((test.outcome, test.took));
         }
     }
-    Ok(())
-}
-
-fn which(program: &str) -> anyhow::Result<PathBuf> {
-    ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
-        .iter()
-        .map(|folder| Path::new(folder).join(program))
-        .find(|path| path.is_file())
-        .with_context(|| format!("{program} is not installed"))
-}
-
-/// Copies a program and the libraries it is linked to.
-fn copy_program(tree: &Path, from: &Path, to: &Path) -> anyhow::Result<()> {
-    std::fs::copy(from, to).with_context(|| format!("copying {}", from.display()))?;
-    let libraries = Command::new("ldd").arg(from).output()?;
-    for word in String::from_utf8(libraries.stdout)?.split_whitespace() {
-        if word.starts_with('/') {
-            let target = tree.join(word.trim_start_matches('/'));
-            if !target.exists() {
-                std::fs::create_dir_all(target.parent().context("a library at the root")?)?;
-                std::fs::copy(word, &target).with_context(|| format!("copying {word}"))?;
-            }
+    let width = rows.keys().map(|name| name.len()).max().unwrap_or(0);
+    print!("\n{:width$}", "");
+    for report in reports {
+        print!("  {:>14}", format!("Linux {}", report.kernel));
+    }
+    println!();
+    for (name, cells) in &rows {
+        print!("{name:width$}");
+        for cell in cells {
+            let text = cell.map_or_else(
+                || "not run".to_owned(),
+                |(outcome, took)| format!("{outcome} {:5.1} s", took.as_secs_f32()),
+            );
+            print!("  {text:>14}");
         }
+        println!();
     }
-    Ok(())
+    for report in reports {
+        println!("{}", report.summary());
+    }
 }
-
-fn copy_modules(tree: &Path, files: &Files) -> anyhow::Result<()> {
-    let version = &files.version;
-    let modules = format!("lib/modules/{version}");
-    let source = files.modules.join(&modules);
-    let target = tree.join(&modules);
-    std::fs::create_dir_all(&target)?;
-    if !source.join("modules.dep").exists() {
-        run(Command::new("depmod").arg("-b").arg(&files.modules).arg(version))?;
-    }
-    for name in ["modules.order", "modules.builtin", "modules.builtin.modinfo"] {
-        std::fs::copy(source.join(name), target.join(name)).with_context(|| name.to_owned())?;
-    }
-    let mut wanted = BTreeSet::new();
-    for module in MODULES.split_whitespace() {
-        let output = Command::new("modprobe")
-            .arg("-d")
-            .arg(&files.modules)
-            .args(["-S", version, "--show-depends", module])
-            .output()?;
-        for line in String::from_utf8(output.stdout)?.lines() {
-            if let Some(path) = line.strip_prefix("insmod ") {
-                wanted.insert(PathBuf::from(path.split_whitespace().next().unwrap_or_default()));
-            }
-        }
-    }
-    for path in wanted {
-        let relative = path.strip_prefix(&files.modules).context("a module elsewhere")?;
-        let mut to = tree.join(relative);
-        std::fs::create_dir_all(to.parent().context("a module at the root")?)?;
-        if path.extension().is_some_and(|extension| extension == "xz") {
-            // The guest's modprobe cannot unpack; the signature stays valid.
-            to.set_extension("");
-            let output = std::fs::File::create(&to)?;
-            let status = Command::new("xz").arg("-dc").arg(&path).stdout(output).status()?;
-            if !status.success() {
-                bail!("cannot unpack {}", path.display());
-            }
-        } else {
-            std::fs::copy(&path, &to)?;
-        }
-    }
-    run(Command::new("depmod").arg("-b").arg(tree).arg(version))
-}
-
-/// Boots the image; true when every suite passed.
-fn boot(vmlinuz: &Path, image: &Path) -> anyhow::Result<bool> {
-    let mut qemu = Command::new("timeout");
-    qemu.args([LIMIT_SECONDS, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2"]);
-    qemu.args(["-m", "1536", "-cpu", "max", "-nographic", "-no-reboot", "-nodefaults"]);
-    qemu.args(["-serial", "stdio", "-append", "console=ttyS0 panic=-1 quiet loglevel=3"]);
-    qemu.arg("-kernel").arg(vmlinuz).arg("-initrd").arg(image).current_dir(root());
-    let output = qemu.stdin(Stdio::null()).output().context("starting QEMU")?;
-    let console = String::from_utf8_lossy(&output.stdout);
-    for line in console.lines() {
-        println!("   {}", line.trim_end());
-    }
-    Ok(console.lines().any(|line| line.trim_end() == "SUITES PASSED"))
-}
-
-/// The guest's first process: mounts, runs every suite, says how it went, ends the machine.
-const INIT: &str = r#"#!/bin/sh
-export PATH=/usr/bin:/sbin:/bin HOME=/root
-mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
-mount -t tmpfs run /run; mount -t tmpfs tmp /tmp; mkdir -p /run/netns /etc/netns
-ln -sf /bin/modprobe /sbin/modprobe; echo /sbin/modprobe > /proc/sys/kernel/modprobe
-mount -t cgroup2 cgroup /sys/fs/cgroup; mount -t bpf bpf /sys/fs/bpf; ip link set lo up
-for module in veth bridge sch_ingress cls_bpf tcp_diag aesni_intel; do modprobe $module 2>/dev/null; done
-echo "Linux $(uname -r), up $(cut -d' ' -f1 /proc/uptime) s"
-verdict=PASSED
-for suite in /suites/*; do
-  CULVERT_SLOW_MACHINE=20 RUST_BACKTRACE=1 $suite --test-threads=1 || verdict=FAILED
-done
-echo "SUITES $verdict"
-poweroff -f
-"#;

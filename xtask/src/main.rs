@@ -43,7 +43,7 @@ enum Verb {
     },
     /// Runs the capture suite inside Debian's stock kernels under QEMU.
     Kernels {
-        /// Only kernels whose version contains this text.
+        /// Only this kernel: 6.1 or 6.12.
         filter: Option<String>,
     },
     /// Builds the eBPF object alone.
