@@ -157,7 +157,7 @@ impl FrameHeader {
             FrameKind::Priority => (on_stream, self.length == 5),
             FrameKind::RstStream => (on_stream, self.length == 4),
             FrameKind::Settings if self.has(ACK) => (!on_stream, self.length == 0),
-            FrameKind::Settings => (!on_stream, self.length % 6 == 0),
+            FrameKind::Settings => (!on_stream, self.length.is_multiple_of(6)),
             FrameKind::PushPromise => (false, true),
             FrameKind::Ping => (!on_stream, self.length == 8),
             FrameKind::Goaway => (!on_stream, self.length >= 8),

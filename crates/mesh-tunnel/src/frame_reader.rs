@@ -164,12 +164,11 @@ impl FrameReader {
                 self.take_pad_length(*byte)?;
             }
             let payload_left = self.left - self.padding;
-            let take = (payload_left as usize).min(input.len() - at);
+            let (take, taken) = at_most(payload_left, input.len() - at);
             if take > 0 {
                 let range = at..at + take;
                 at += take;
-                // `take` is at most `left`, a u32.
-                self.left -= take as u32;
+                self.left -= taken;
                 match self.payload {
                     Payload::Data => {
                         let stream = self.current.stream;
@@ -180,12 +179,12 @@ impl FrameReader {
                 }
             }
             if self.left > 0 {
-                let take = (self.left as usize).min(input.len() - at);
+                let (take, taken) = at_most(self.left, input.len() - at);
                 if self.left == self.padding {
+                    // Padding is taken, not stored.
                     at += take;
-                    // As above. Padding is taken, not stored.
-                    self.left -= take as u32;
-                    self.padding -= take as u32;
+                    self.left -= taken;
+                    self.padding -= taken;
                 }
                 if self.left > 0 {
                     return Ok((at, None));
@@ -290,10 +289,9 @@ impl FrameReader {
 
     fn collect(&mut self, mut bytes: &[u8]) -> Result<(), ErrorCode> {
         if self.lead_left > 0 {
-            let skip = (self.lead_left as usize).min(bytes.len());
+            let (skip, skipped) = at_most(self.lead_left, bytes.len());
             bytes = &bytes[skip..];
-            // `skip` is at most `lead_left`, a u32.
-            self.lead_left -= skip as u32;
+            self.lead_left -= skipped;
         }
         let limit = match self.current.kind {
             FrameKind::Headers | FrameKind::Continuation => {
@@ -339,4 +337,10 @@ impl FrameReader {
             | FrameKind::Unknown => Some(FrameEvent::Control(header)),
         }
     }
+}
+
+/// The smaller of a count left and the bytes at hand, in both types.
+fn at_most(left: u32, have: usize) -> (usize, u32) {
+    let taken = left.min(u32::try_from(have).unwrap_or(u32::MAX));
+    (taken as usize, taken)
 }

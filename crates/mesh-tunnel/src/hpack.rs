@@ -200,10 +200,8 @@ fn take_string<'a>(block: &mut &'a [u8], scratch: &mut Vec<u8>) -> Result<Text<'
     }
     let start = scratch.len();
     // No code is shorter than 5 bits.
-    huffman::decode(text, length * 8 / 5, scratch).map_err(
-        #[expect(clippy::map_err_ignore, reason = "the cause has no content")]
-        |_| HpackError::Huffman,
-    )?;
+    huffman::decode(text, length * 8 / 5, scratch)
+        .map_err(|huffman::InvalidHuffman| HpackError::Huffman)?;
     Ok(Text::Scratch(start, scratch.len()))
 }
 
@@ -251,17 +249,17 @@ impl Encoder {
     }
 
     fn string(&mut self, text: &[u8]) -> &mut Self {
-        let mut length = text.len();
-        if length < 0x7f {
-            self.block.push(length as u8);
-        } else {
-            self.block.push(0x7f);
-            length -= 0x7f;
-            while length >= 0x80 {
-                self.block.push((length & 0x7f) as u8 | 0x80);
-                length >>= 7;
+        match u8::try_from(text.len()) {
+            Ok(length) if length < 0x7f => self.block.push(length),
+            Ok(_) | Err(_) => {
+                self.block.push(0x7f);
+                let mut rest = text.len() - 0x7f;
+                while rest >= 0x80 {
+                    self.block.push(rest.to_le_bytes()[0] | 0x80);
+                    rest >>= 7;
+                }
+                self.block.push(rest.to_le_bytes()[0]);
             }
-            self.block.push(length as u8);
         }
         self.block.extend_from_slice(text);
         self

@@ -49,8 +49,8 @@ const fn canonical() -> Canonical {
         let mut symbol = 0;
         while symbol < 256 {
             if LENGTHS[symbol] as usize == bits {
-                // At most 256 symbols: both fit.
-                table.symbols[place as usize] = symbol as u8;
+                // Below 256: its lowest byte is all of it.
+                table.symbols[place as usize] = symbol.to_le_bytes()[0];
                 place += 1;
                 code += 1;
             }
@@ -120,7 +120,7 @@ mod tests {
             let code = CANONICAL.first_code[length] as usize + rank;
             bits.push_str(&format!("{code:0length$b}"));
         }
-        while bits.len() % 8 != 0 {
+        while !bits.len().is_multiple_of(8) {
             bits.push('1');
         }
         bits.as_bytes()

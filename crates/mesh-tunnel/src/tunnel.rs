@@ -256,8 +256,8 @@ impl Tunnel {
     /// True when a stream of this id has never been opened.
     pub(crate) fn is_idle_id(&self, id: u32) -> bool {
         match self.role {
-            Role::Client(_) => id % 2 == 0 || id >= self.next_stream,
-            Role::Server => id % 2 == 0 || id > self.highest_stream,
+            Role::Client(_) => id.is_multiple_of(2) || id >= self.next_stream,
+            Role::Server => id.is_multiple_of(2) || id > self.highest_stream,
         }
     }
 
@@ -297,12 +297,11 @@ impl Tunnel {
             let id = u16::from_be_bytes([entry[0], entry[1]]);
             let value = u32::from_be_bytes([entry[2], entry[3], entry[4], entry[5]]);
             match id {
-                setting::ENABLE_PUSH => {
+                setting::ENABLE_PUSH
                     // A server may only send 0 (RFC 9113 §6.5.2).
-                    if value > 1 || (value == 1 && !self.is_server()) {
+                    if (value > 1 || (value == 1 && !self.is_server())) => {
                         return Err(ErrorCode::PROTOCOL_ERROR);
                     }
-                }
                 setting::MAX_CONCURRENT_STREAMS => limit = Some(value),
                 setting::INITIAL_WINDOW_SIZE => {
                     if value > MAX_WINDOW {

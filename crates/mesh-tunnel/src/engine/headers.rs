@@ -49,7 +49,7 @@ impl Engine {
         fields: Fields,
     ) -> Result<(), Ending> {
         let Some(tunnel) = self.tunnels.get_mut(id) else { return Ok(()) };
-        if stream % 2 == 0 {
+        if stream.is_multiple_of(2) {
             return Err(ErrorCode::PROTOCOL_ERROR.into());
         }
         if let Some(key) = tunnel.streams.get(&stream).copied() {

@@ -129,7 +129,7 @@ impl Engine {
         Ok(())
     }
 
-    fn alert(&mut self, id: u64, content: &[u8]) -> Result<(), Ending> {
+    fn alert(&self, id: u64, content: &[u8]) -> Result<(), Ending> {
         let Some(tunnel) = self.tunnels.get(id) else { return Ok(()) };
         let &[_level, description] = content else {
             return Err(Ending::tls(Alert::DecodeError));

@@ -276,9 +276,6 @@ impl Engine {
 
 /// What the end of a tunnel means to a stream on it.
 const fn stream_reason(reason: CloseReason) -> CloseReason {
-    match reason {
-        // A tunnel that ended well under a stream did not end well for the stream.
-        CloseReason::Complete => CloseReason::TunnelClosed,
-        other => other,
-    }
+    // A tunnel that ended well under a stream did not end well for the stream.
+    if matches!(reason, CloseReason::Complete) { CloseReason::TunnelClosed } else { reason }
 }
