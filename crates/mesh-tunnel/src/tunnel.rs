@@ -142,6 +142,8 @@ pub(crate) enum Due {
     SettingsLate,
     /// No stream for too long.
     Idle,
+    /// The peer has not answered the PING behind our warning.
+    WarningUnanswered,
     /// The drain took too long.
     DrainOver,
     /// The last bytes took too long.
@@ -359,8 +361,11 @@ impl Tunnel {
             Some(sent) => add(Some(sent), Some(config.ping_timeout), Due::PeerSilent),
             None => add(Some(self.heard_at), Some(config.ping_interval), Due::Ping),
         }
-        if matches!(self.role, Role::Client(_)) {
+        if matches!(self.role, Role::Client(_)) && self.phase == TunnelPhase::Up {
             add(self.idle_since, Some(config.idle_timeout), Due::Idle);
+        }
+        if self.goaway_sent == GoawaySent::Warning {
+            add(self.drain_since, Some(config.ping_timeout), Due::WarningUnanswered);
         }
         add(self.drain_since, config.drain_timeout, Due::DrainOver);
         all

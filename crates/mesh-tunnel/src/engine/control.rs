@@ -84,13 +84,19 @@ impl Engine {
     }
 
     fn ping_answered(&mut self, id: u64, payload: [u8; 8]) {
-        let Some(tunnel) = self.tunnels.get_mut(id) else { return };
+        let Some(tunnel) = self.tunnels.get(id) else { return };
         // The peer has seen our warning: what it opens from here on was opened knowing it.
         if payload == PING_DRAIN && tunnel.goaway_sent == GoawaySent::Warning {
-            let last = tunnel.highest_stream;
-            tunnel.goaway_sent = GoawaySent::Final(last);
-            self.send_frame(id, &SmallFrame::goaway(last, ErrorCode::NO_ERROR));
+            self.final_goaway(id);
         }
+    }
+
+    /// Streams above those there are by now are not processed.
+    pub(super) fn final_goaway(&mut self, id: u64) {
+        let Some(tunnel) = self.tunnels.get_mut(id) else { return };
+        let last = tunnel.highest_stream;
+        tunnel.goaway_sent = GoawaySent::Final(last);
+        self.send_frame(id, &SmallFrame::goaway(last, ErrorCode::NO_ERROR));
     }
 
     fn window_update(&mut self, id: u64, stream: u32, credit: u32) -> Result<(), Ending> {

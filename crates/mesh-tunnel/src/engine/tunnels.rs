@@ -251,6 +251,7 @@ impl Engine {
                 self.close_tunnel(id, Ending::http(code, CloseReason::ProtocolError));
             }
             Due::Idle => self.drain_tunnel(id),
+            Due::WarningUnanswered => self.final_goaway(id),
             Due::DrainOver => {
                 self.close_tunnel(id, Ending::http(ErrorCode::NO_ERROR, CloseReason::Drained));
             }
