@@ -1,0 +1,176 @@
+//! The command line.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::failure::EXIT_CODES;
+
+/// Looks at a Culvert mesh, and takes pods in and out of it.
+#[derive(Debug, Parser)]
+#[command(name = "culvert", version, after_help = EXIT_CODES)]
+pub(crate) struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Whom to ask.
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    /// Tables for people, or the server's JSON, untouched, for programs.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+}
+
+/// Where the daemons listen.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Reach {
+    /// Folder of the agent's sockets, `agent.sock` and `admin.sock`
+    #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", global = true)]
+    pub(crate) run_dir: PathBuf,
+    /// The controller's admin socket: its --admin-socket
+    #[arg(
+        long,
+        env = "CULVERT_CONTROLLER_SOCKET",
+        default_value = "/run/culvert-controller/admin.sock",
+        global = true
+    )]
+    pub(crate) controller_socket: PathBuf,
+    /// How long to wait for an answer, seconds
+    #[arg(
+        long = "timeout",
+        value_name = "SECONDS",
+        default_value_t = 20,
+        global = true,
+        value_parser = clap::value_parser!(u64).range(1..=3600)
+    )]
+    pub(crate) timeout_seconds: u64,
+}
+
+/// For whom the answer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// Which daemon is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Daemon {
+    /// This node's agent.
+    Agent,
+    /// The controller.
+    Controller,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// How the node's agent, or the controller, is doing
+    Status(StatusArgs),
+    /// Would a connection be made, and what decides? Nothing is sent.
+    ///
+    /// Asks the controller, which runs the agents' own code on the whole mesh, and prints every step.
+    #[command(after_help = "\
+Examples:
+  culvert explain shop/client web.shop:80
+  culvert explain 'shop/client -> web.shop:80'
+  culvert explain shop/client '->' '[fd00:10::7]:5432'
+Both ends: namespace/pod, service.namespace, service.namespace.svc.cluster.local, or an address.")]
+    Explain(ExplainArgs),
+    /// The open connections of this node's pods
+    Connections(ConnectionsArgs),
+    /// The certificates this node's agent holds
+    Certs,
+    /// This node's pods: take one in, let one go, list them
+    #[command(subcommand)]
+    Pod(PodCommand),
+}
+
+/// Whose status.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// Who is asked; default: the agent, on a machine without one the controller
+    #[arg(value_enum)]
+    pub(crate) daemon: Option<Daemon>,
+}
+
+/// A question to explain.
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// Who dials, or the whole question in quotes: 'A -> B:port'
+    pub(crate) from: String,
+    /// `->`, or what is dialled
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) arrow: Option<String>,
+    /// What is dialled, with its port
+    pub(crate) to: Option<String>,
+}
+
+/// Which connections.
+#[derive(Debug, Args)]
+pub(crate) struct ConnectionsArgs {
+    /// Only those of this pod: NAMESPACE/NAME
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub(crate) pod: Option<String>,
+}
+
+/// What to do with pods.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PodCommand {
+    /// Take a pod into the mesh; for machines without a CNI
+    Enroll(Box<EnrollArgs>),
+    /// Let a pod go; its open connections end or finish first
+    Unenroll(UnenrollArgs),
+    /// The pods that the agent knows
+    List,
+}
+
+/// The pod to take in.
+#[derive(Debug, Args)]
+pub(crate) struct EnrollArgs {
+    /// Its network namespace, such as /run/netns/NAME or /proc/PID/ns/net
+    #[arg(long, value_name = "PATH")]
+    pub(crate) netns: String,
+    /// Its namespace
+    #[arg(long)]
+    pub(crate) namespace: String,
+    /// Its name
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Its service account, for lists and logs; its identity comes from the controller
+    #[arg(long, default_value = "")]
+    pub(crate) service_account: String,
+    /// Its uid, or a name of your choice that no other pod of this node has
+    #[arg(long)]
+    pub(crate) uid: String,
+    /// An address of it; give it once for each. Default: those the namespace has
+    #[arg(long = "ip", value_name = "ADDRESS")]
+    pub(crate) ips: Vec<IpAddr>,
+    /// A nameserver of it; give it once for each. Default: the node's
+    #[arg(long = "nameserver", value_name = "ADDRESS")]
+    pub(crate) nameservers: Vec<IpAddr>,
+    /// Its sandbox, as the container runtime names it; default: the uid
+    #[arg(long)]
+    pub(crate) container_id: Option<String>,
+    /// It runs already: leave its open connections as they are
+    #[arg(long)]
+    pub(crate) live: bool,
+}
+
+/// The pod to let go.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false, id = "which")]
+pub(crate) struct UnenrollArgs {
+    /// By name: NAMESPACE/NAME
+    #[arg(value_name = "NAMESPACE/NAME", group = "which")]
+    pub(crate) pod: Option<String>,
+    /// By uid
+    #[arg(long, group = "which")]
+    pub(crate) uid: Option<String>,
+    /// By sandbox
+    #[arg(long, group = "which")]
+    pub(crate) container_id: Option<String>,
+}

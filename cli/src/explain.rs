@@ -1,0 +1,131 @@
+//! `culvert explain`: would a connection be made, and what decides.
+
+mod question;
+
+use std::fmt::{Display, Write as _};
+
+use mesh_authorize::{Explanation, Outcome};
+use mesh_resolve::Step;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::admin::{AdminClient, query};
+use crate::arguments::{Daemon, ExplainArgs, Output, Reach};
+use crate::failure::{Ending, Failure};
+use crate::show;
+use question::Question;
+
+/// The controller's answer. Steps are kept as they came, so that one that a newer controller has invented is shown
+/// raw instead of spoiling the whole answer.
+#[derive(Debug, Deserialize)]
+struct Answer {
+    allowed: bool,
+    reason: Option<String>,
+    summary: String,
+    stages: Vec<Stage>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Stage {
+    side: String,
+    workload: String,
+    resolve: Vec<Value>,
+    authorize: Option<Value>,
+    outcome: String,
+}
+
+/// Asks, prints, and ends with whether the connection would be made.
+///
+/// # Errors
+/// When the question cannot be read, or the controller cannot answer it.
+pub(crate) fn run(args: &ExplainArgs, reach: &Reach, output: Output) -> Result<Ending, Failure> {
+    let question = Question::read(args)?;
+    let controller = AdminClient::new(Daemon::Controller, reach);
+    let port = question.port.to_string();
+    let target = format!(
+        "/explain{}",
+        query(&[("from", &question.from), ("to", &question.to), ("port", &port)])
+    );
+    let body = controller.get(&target)?;
+    let answer: Answer = controller.read(&body)?;
+    match output {
+        Output::Json => show::raw(&body)?,
+        Output::Table => show::text(&render(&question, &answer))?,
+    }
+    Ok(if answer.allowed { Ending::Yes } else { Ending::No })
+}
+
+fn render(question: &Question, answer: &Answer) -> String {
+    let mut text = String::new();
+    line(&mut text, 0, question);
+    for stage in &answer.stages {
+        render_stage(&mut text, stage);
+    }
+    let verdict = match (&answer.reason, answer.allowed) {
+        (_, true) => format!("ALLOWED: {}", answer.summary),
+        (Some(reason), false) => format!("DENIED ({reason}): {}", answer.summary),
+        (None, false) => format!("DENIED: {}", answer.summary),
+    };
+    text.push('\n');
+    line(&mut text, 0, &verdict);
+    if let Some(rule) = deciding_rule(answer) {
+        line(&mut text, 0, &format!("decided by {rule}"));
+    }
+    text
+}
+
+fn render_stage(text: &mut String, stage: &Stage) {
+    let title = match stage.side.as_str() {
+        "source" => "At the source",
+        "destination" => "At the destination",
+        other => other,
+    };
+    text.push('\n');
+    line(text, 0, &format!("{title}, {}", stage.workload));
+    for step in &stage.resolve {
+        line(text, 1, &sentence::<Step>(step));
+    }
+    if let Some(authorize) = &stage.authorize {
+        match Explanation::deserialize(authorize) {
+            Ok(explanation) => render_policies(text, &explanation),
+            Err(_newer) => line(text, 1, authorize),
+        }
+    }
+    line(text, 1, &format!("=> {}", stage.outcome));
+}
+
+fn render_policies(text: &mut String, explanation: &Explanation) {
+    for policy in &explanation.policies {
+        line(text, 1, policy);
+        for rule in &policy.rules {
+            line(text, 2, rule);
+        }
+    }
+    for note in &explanation.notes {
+        line(text, 1, &format!("note: {} by {} (not enforced)", note.kind.as_str(), note.rule));
+    }
+    if explanation.policies.is_empty() && matches!(explanation.outcome, Outcome::Allowed { .. }) {
+        line(text, 1, &"no policy applies");
+    }
+}
+
+/// The rule that decides, by name: that of the last end that judged.
+fn deciding_rule(answer: &Answer) -> Option<String> {
+    let last = answer.stages.iter().rev().find_map(|stage| stage.authorize.as_ref())?;
+    let explanation = Explanation::deserialize(last).ok()?;
+    match explanation.outcome {
+        Outcome::Allowed { rule } => rule,
+        Outcome::Denied(denial) => denial.rule,
+    }
+    .map(|rule| rule.to_string())
+}
+
+/// A step in words, or raw when this program does not know it.
+fn sentence<T: DeserializeOwned + Display>(step: &Value) -> String {
+    T::deserialize(step).map_or_else(|_newer| step.to_string(), |step| step.to_string())
+}
+
+fn line(text: &mut String, depth: usize, what: &dyn Display) {
+    writeln!(text, "{:width$}{what}", "", width = depth * 2).expect("a String takes everything");
+}

@@ -1,0 +1,230 @@
+//! `culvert status`: is the node, or the controller, well?
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use mesh_enroll::EnrolledPod;
+use serde::Deserialize;
+
+use crate::admin::AdminClient;
+use crate::arguments::{Daemon, Output, Reach, StatusArgs};
+use crate::failure::{Ending, Failure};
+use crate::pod::pods_table;
+use crate::show::{self, Columns, count};
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AgentStatus {
+    version: String,
+    node: String,
+    ready: bool,
+    waiting_for: Vec<String>,
+    controller: Standing,
+    capture: CaptureStatus,
+    pods: Vec<EnrolledPod>,
+    workloads: usize,
+    services: usize,
+    policies: usize,
+    certificates: usize,
+    index_revision: u64,
+    policy_revision: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Standing {
+    connected: bool,
+    synced: bool,
+    last_error: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct CaptureStatus {
+    cgroup_order: String,
+    guard: String,
+    cgroup_root: String,
+    adopted: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct ControllerStatus {
+    synced: bool,
+    source: SourceStatus,
+    policies: BTreeMap<String, PolicyStatus>,
+    notes: Vec<(String, String)>,
+}
+
+#[derive(Debug, Deserialize)]
+struct SourceStatus {
+    objects: usize,
+    refused: Vec<RefusedObject>,
+    ignored: Vec<(String, usize)>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RefusedObject {
+    file: String,
+    line: usize,
+    object: Option<String>,
+    field: String,
+    problem: String,
+    remedy: String,
+    last_good_in_use: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct PolicyStatus {
+    enforced_as_written: bool,
+    place: String,
+    notes: Vec<String>,
+}
+
+/// Asks the agent, or the controller, and prints. Ends with whether it is ready.
+///
+/// # Errors
+/// When it cannot be asked.
+pub(crate) fn run(args: &StatusArgs, reach: &Reach, output: Output) -> Result<Ending, Failure> {
+    let daemon = args.daemon.unwrap_or_else(|| nearest(reach));
+    let client = AdminClient::new(daemon, reach);
+    let body = client.get("/status")?;
+    let (text, well) = match daemon {
+        Daemon::Agent => {
+            let status: AgentStatus = client.read(&body)?;
+            (render_agent(&status), status.ready)
+        }
+        Daemon::Controller => {
+            let status: ControllerStatus = client.read(&body)?;
+            (render_controller(&status), status.synced)
+        }
+    };
+    match output {
+        Output::Json => show::raw(&body)?,
+        Output::Table => show::text(&text)?,
+    }
+    Ok(if well { Ending::Yes } else { Ending::No })
+}
+
+/// The agent, except on a machine that only has a controller.
+pub(crate) fn nearest(reach: &Reach) -> Daemon {
+    let has = |daemon| AdminClient::new(daemon, reach).is_there();
+    if !has(Daemon::Agent) && has(Daemon::Controller) { Daemon::Controller } else { Daemon::Agent }
+}
+
+fn render_agent(status: &AgentStatus) -> String {
+    let ready = if status.ready {
+        "ready".to_owned()
+    } else {
+        format!("not ready, waiting for {}", status.waiting_for.join(", "))
+    };
+    let standing = &status.controller;
+    let controller = match (standing.connected, standing.synced) {
+        (true, true) => "connected, in sync".to_owned(),
+        (true, false) => "connected, not yet in sync".to_owned(),
+        (false, true) => "away; going on with what it said last".to_owned(),
+        (false, false) => "away".to_owned(),
+    };
+    let because = match &standing.last_error {
+        Some(error) if !standing.connected => format!(" ({error})"),
+        Some(_) | None => String::new(),
+    };
+    let capture = &status.capture;
+    let adopted = if capture.adopted { ", adopted from a predecessor" } else { "" };
+    let facts = [
+        ("node", status.node.clone()),
+        ("agent", format!("{ready} (version {})", status.version)),
+        ("controller", format!("{controller}{because}")),
+        (
+            "capture",
+            format!(
+                "guard by {}, hooks {}, at {}{adopted}",
+                capture.guard, capture.cgroup_order, capture.cgroup_root
+            ),
+        ),
+        (
+            "knows",
+            [
+                count(status.workloads, "workload"),
+                count(status.services, "service"),
+                format!("{} (revision {})", policies(status.policies), status.policy_revision),
+                count(status.certificates, "certificate"),
+                format!("index revision {}", status.index_revision),
+            ]
+            .join(", "),
+        ),
+    ];
+    let mut text = list(&facts);
+    text.push('\n');
+    text.push_str(&pods_table(&status.pods));
+    text
+}
+
+fn render_controller(status: &ControllerStatus) -> String {
+    let source = &status.source;
+    let synced = if status.synced { "in sync" } else { "still reading its source" };
+    let mut text = list(&[
+        ("controller", synced.to_owned()),
+        ("objects", format!("{} in use, {} refused", source.objects, source.refused.len())),
+    ]);
+    if !source.ignored.is_empty() {
+        let kinds: Vec<String> =
+            source.ignored.iter().map(|(kind, number)| format!("{kind} ({number})")).collect();
+        text.push_str(&list(&[("not read", kinds.join(", "))]));
+    }
+    for refused in &source.refused {
+        text.push_str(&render_refused(refused));
+    }
+    if !status.policies.is_empty() {
+        let mut columns = Columns::new(&["POLICY", "ENFORCED", "WHERE", "NOTES"]);
+        for (name, policy) in &status.policies {
+            let enforced = if policy.enforced_as_written { "as written" } else { "not as written" };
+            columns.row([
+                name.clone(),
+                enforced.to_owned(),
+                policy.place.clone(),
+                policy.notes.join("; "),
+            ]);
+        }
+        text.push('\n');
+        text.push_str(&columns.render());
+    }
+    for (object, note) in &status.notes {
+        add(&mut text, format_args!("\nnote: {object}: {note}"));
+    }
+    text
+}
+
+fn render_refused(refused: &RefusedObject) -> String {
+    let mut text = String::new();
+    let place = match refused.line {
+        0 => refused.file.clone(),
+        line => format!("{}:{line}", refused.file),
+    };
+    let object = refused.object.as_deref().unwrap_or("the document");
+    let field =
+        if refused.field.is_empty() { String::new() } else { format!(", {}", refused.field) };
+    add(&mut text, format_args!("\nrefused: {object} at {place}{field}: {}", refused.problem));
+    add(&mut text, format_args!("  remedy: {}", refused.remedy));
+    if refused.last_good_in_use {
+        add(&mut text, format_args!("  its last good version is still in use"));
+    }
+    text
+}
+
+/// Facts, one a line, their names in a column.
+fn list(facts: &[(&str, String)]) -> String {
+    let mut text = String::new();
+    for (name, fact) in facts {
+        let one_line = fact.replace('\n', " ");
+        add(&mut text, format_args!("{:<12}{one_line}", format!("{name}:")));
+    }
+    text
+}
+
+fn policies(number: usize) -> String {
+    if number == 1 { "1 policy".to_owned() } else { format!("{number} policies") }
+}
+
+fn add(text: &mut String, line: std::fmt::Arguments<'_>) {
+    writeln!(text, "{line}").expect("a String takes everything");
+}
