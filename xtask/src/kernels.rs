@@ -65,7 +65,9 @@ pub(crate) fn run_suites(filter: Option<&str>) -> anyhow::Result<()> {
             .collect();
         running
             .into_iter()
-            .map(|guest| guest.join().map_err(|_| anyhow!("the guest's reader panicked"))?)
+            .map(|guest| {
+                guest.join().unwrap_or_else(|_| Err(anyhow!("reading a guest's console panicked")))
+            })
             .collect::<anyhow::Result<Vec<Report>>>()
     })?;
     for report in &reports {
