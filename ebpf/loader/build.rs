@@ -2,7 +2,6 @@
 //!
 //! Two compilers will do: Debian's `rustc-web` with `libstd-rust-web-dev-bpf` (a prebuilt `core` for
 //! the target), or a nightly toolchain with `rust-src`. Both need `bpf-linker`.
-#![expect(clippy::print_stdout, reason = "this is how a build script talks to cargo")]
 
 use std::env;
 use std::ffi::OsString;

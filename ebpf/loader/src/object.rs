@@ -79,6 +79,7 @@ pub(crate) fn load(map_directory: &Path) -> Result<Programs, CaptureError> {
 fn verified(object: &mut Ebpf, name: &'static str) -> Result<OwnedFd, CaptureError> {
     let refused = |source| CaptureError::Program { program: name, source };
     let program = object.program_mut(name).ok_or(CaptureError::Missing { name })?;
+    #[expect(clippy::wildcard_enum_match_arm, reason = "aya's enum has every kind there is")]
     let fd: BorrowedFd<'_> = match program {
         Program::CgroupSockAddr(program) => load_sock_addr(program).map_err(refused)?,
         Program::SockOps(program) => load_sock_ops(program).map_err(refused)?,

@@ -323,12 +323,12 @@ pub(crate) fn network_namespace_cookie() -> io::Result<u64> {
 
 /// Whether a directory is on a bpffs.
 pub(crate) fn is_bpffs(path: &Path) -> io::Result<bool> {
-    Ok(file_system(path)? == i64::from(libc::BPF_FS_MAGIC))
+    Ok(file_system(path)? == libc::BPF_FS_MAGIC)
 }
 
 /// Whether a directory is on a cgroup2 file system.
 pub(crate) fn is_cgroup2(path: &Path) -> io::Result<bool> {
-    Ok(file_system(path)? == i64::from(libc::CGROUP2_SUPER_MAGIC))
+    Ok(file_system(path)? == libc::CGROUP2_SUPER_MAGIC)
 }
 
 fn file_system(path: &Path) -> io::Result<i64> {

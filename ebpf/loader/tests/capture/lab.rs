@@ -76,11 +76,8 @@ impl Lab {
     pub(crate) fn new() -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         // SAFETY: no arguments.
-        assert_eq!(
-            unsafe { libc::geteuid() },
-            0,
-            "these tests load eBPF programs: run them as root"
-        );
+        let user = unsafe { libc::geteuid() };
+        assert_eq!(user, 0, "these tests load eBPF programs: run them as root");
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let name = format!("mebpf-{}-{serial}", std::process::id());
         // SAFETY: no pointers; the test's thread stays in the new namespace until it ends.
