@@ -1,5 +1,4 @@
 //! Compiles the protobufs without `protoc`.
-#![expect(clippy::print_stdout, reason = "cargo reads directives from standard output")]
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [

@@ -29,10 +29,11 @@ pub(crate) fn spiffe_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, P
         .subject_alternative_name()
         .map_err(|_malformed| PeerRejection::Malformed)?
         .ok_or(PeerRejection::NoSpiffeId)?;
-    let mut uris = names.value.general_names.iter().filter_map(|name| match name {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    });
+    let mut uris = names
+        .value
+        .general_names
+        .iter()
+        .filter_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None });
     let Some(uri) = uris.next() else { return Err(PeerRejection::NoSpiffeId) };
     if uris.next().is_some() {
         return Err(PeerRejection::SeveralUriNames);

@@ -151,11 +151,14 @@ pub(crate) fn verify_chain(
     // Intermediates that cannot be parsed are junk that webpki passed over, or the reason why it found no path.
     let mut parsed = vec![parse(leaf)?];
     parsed.extend(intermediates.iter().filter_map(|der| parse(der).ok()));
-    path.map_err(|error| match PeerRejection::from_webpki(&error) {
-        PeerRejection::UnknownIssuer if parsed[0].subject() == parsed[0].issuer() => {
+    path.map_err(|error| {
+        let rejection = PeerRejection::from_webpki(&error);
+        let by_itself = parsed[0].subject() == parsed[0].issuer();
+        if rejection == PeerRejection::UnknownIssuer && by_itself {
             PeerRejection::SelfSigned
+        } else {
+            rejection
         }
-        rejection => rejection,
     })?;
     match revoked(&parsed, bundle.of_domain(trust_domain), bundle.lists()) {
         Some(depth) => Err(PeerRejection::Revoked { depth }),

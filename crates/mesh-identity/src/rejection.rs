@@ -111,6 +111,7 @@ impl PeerRejection {
 
     /// The rejection inside a failed handshake's error; none when the handshake failed for another reason.
     #[must_use]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "another crate's enum, which grows")]
     pub fn from_rustls(error: &rustls::Error) -> Option<Self> {
         match error {
             rustls::Error::NoCertificatesPresented => Some(Self::NoCertificate),
@@ -127,6 +128,7 @@ impl PeerRejection {
         }
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "another crate's enum, which grows")]
     pub(crate) fn from_webpki(error: &webpki::Error) -> Self {
         use webpki::Error;
         match error {

@@ -1,5 +1,7 @@
 //! Real certificates of a real authority, judged and shaken hands with.
 
+#![expect(clippy::unwrap_used, reason = "a test's own values are valid")]
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 

@@ -178,16 +178,16 @@ fn filter(field: &str, wire: Option<&pb::TrafficFilter>) -> Result<TrafficFilter
         Ok(TrafficFilter {
             include_ports: ports("include_ports", &wire.include_ports)?,
             exclude_ports: ports("exclude_ports", &wire.exclude_ports)?,
-            include_cidrs: each("include_cidrs", &wire.include_cidrs, cidr)?,
-            exclude_cidrs: each("exclude_cidrs", &wire.exclude_cidrs, cidr)?,
+            include_cidrs: each("include_cidrs", &wire.include_cidrs, |text| cidr(text))?,
+            exclude_cidrs: each("exclude_cidrs", &wire.exclude_cidrs, |text| cidr(text))?,
         })
     };
     convert().map_err(|error: InvalidResource| error.within(field))
 }
 
-fn cidr(text: &String) -> Result<IpPrefix, InvalidResource> {
+fn cidr(text: &str) -> Result<IpPrefix, InvalidResource> {
     text.parse()
-        .map_err(|_invalid| InvalidResource::new("", Problem::Prefix { text: text.clone() }))
+        .map_err(|_invalid| InvalidResource::new("", Problem::Prefix { text: text.to_owned() }))
 }
 
 impl From<&PodConfig> for pb::PodConfig {

@@ -16,13 +16,16 @@ fn refusal(kind: ResourceKind, name: &str, content: &impl Message) -> InvalidRes
     Resource::decode(kind, &wire).expect_err("refused")
 }
 
+/// The field that is refused, what makes it bad, and what is said about it.
+type Case<M> = (&'static str, fn(&mut M), Problem);
+
 /// Applies each change to a copy of `good` and expects its refusal.
 fn check<M: Message + Clone>(
     kind: ResourceKind,
     name: &str,
     good: &M,
     wrap: impl Fn(M) -> pb::Address,
-    table: &[(&str, fn(&mut M), Problem)],
+    table: &[Case<M>],
 ) {
     for (field, change, problem) in table {
         let mut bad = good.clone();
@@ -425,8 +428,7 @@ fn settings() {
 #[test]
 fn envelopes() {
     let good = Published::new(&Resource::Workload(Workload::named("u", "shop", "p"))).to_wire();
-    type Change = fn(&mut discovery::Resource);
-    let table: [(&str, Change, Problem); 5] = [
+    let table: [Case<discovery::Resource>; 5] = [
         ("resource", |r| r.resource = None, Problem::Missing),
         ("name", |r| r.name = "v".into(), Problem::OtherName { content: "u".into() }),
         (
