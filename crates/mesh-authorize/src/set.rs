@@ -34,7 +34,7 @@ pub enum MissingPolicy {
 }
 
 /// A policy that was received and could not be read. Nobody knows whom it would have refused, so all are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct UnreadablePolicy {
     /// Its key.
     pub name: PolicyName,

@@ -46,6 +46,7 @@ pub(super) fn config(
             "workloads": snapshot.index.workloads().collect::<Vec<_>>(),
             "services": snapshot.index.services().collect::<Vec<_>>(),
             "policies": snapshot.policies.policies().collect::<Vec<_>>(),
+            "unreadablePolicies": snapshot.policies.unreadable().collect::<Vec<_>>(),
         },
     })
 }

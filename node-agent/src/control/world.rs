@@ -83,6 +83,14 @@ impl World {
                 RemovedResource::Service(key) => delta.removed_services.push(key),
             }
         }
+        for unreadable in update.unreadable {
+            tracing::error!(
+                policy = %unreadable.name, scope = ?unreadable.scope, error = %unreadable.reason,
+                "a policy cannot be read; what it could apply to is refused until the controller replaces or removes it"
+            );
+            self.policies.set_unreadable(unreadable);
+            touched.add(Changed::POLICIES);
+        }
         for resource in update.resources {
             match resource {
                 Resource::Mesh(config) => self.apply_mesh(config, &mut touched),
@@ -219,5 +227,37 @@ pub(crate) const fn kind_name(kind: ResourceKind) -> &'static str {
         ResourceKind::Pod => "pod",
         ResourceKind::Authorization => "authorization",
         ResourceKind::Address => "address",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_wire::DeltaClientState;
+    use mesh_wire::pb::discovery;
+
+    use super::*;
+
+    fn policies(names: &[&str], removed: &[&str]) -> discovery::DeltaDiscoveryResponse {
+        let bad = |name: &&str| discovery::Resource { name: (*name).into(), ..Default::default() };
+        discovery::DeltaDiscoveryResponse {
+            type_url: ResourceKind::Authorization.type_url().into(),
+            resources: names.iter().map(bad).collect(),
+            removed_resources: removed.iter().map(|name| (*name).into()).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_read_is_in_force_as_a_refusal() {
+        let mut world = World::new(Denied::default());
+        let mut client = DeltaClientState::new(&ResourceKind::ALL);
+        let (update, _) = client.handle(policies(&["shop/p"], &[])).unwrap();
+        let touched = world.apply(update);
+        assert_eq!(touched.picture, Some(Changed::POLICIES));
+        let marked: Vec<_> = world.policies.unreadable().map(|one| one.name.to_string()).collect();
+        assert_eq!(marked, ["shop/p"]);
+        let (update, _) = client.handle(policies(&[], &["shop/p"])).unwrap();
+        assert_eq!(world.apply(update).picture, Some(Changed::POLICIES));
+        assert_eq!(world.policies.unreadable().len(), 0);
     }
 }
