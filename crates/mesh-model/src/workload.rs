@@ -166,6 +166,7 @@ pub struct Workload {
     /// Delivery override.
     pub application_tunnel: Option<ApplicationTunnel>,
     /// The services it is an endpoint of, with the port mapping of each.
+    #[serde(with = "services_by_name")]
     pub services: BTreeMap<NamespacedHostname, Vec<ServicePort>>,
     /// Names `namespace/name` of selector policies that apply to it.
     pub authorization_policies: Vec<Arc<str>>,
@@ -218,5 +219,60 @@ impl Workload {
             locality: Locality::default(),
             capacity: 1,
         }
+    }
+}
+
+/// A map of services with `namespace/host` for its keys: JSON has no others than text.
+mod services_by_name {
+    use std::collections::BTreeMap;
+
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use super::{NamespacedHostname, ServicePort};
+
+    type Services = BTreeMap<NamespacedHostname, Vec<ServicePort>>;
+
+    pub(super) fn serialize<S: Serializer>(
+        services: &Services,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(services.iter().map(|(key, ports)| (key.to_string(), ports)))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Services, D::Error> {
+        let by_name: BTreeMap<String, Vec<ServicePort>> = BTreeMap::deserialize(deserializer)?;
+        let keyed = by_name.into_iter().map(|(name, ports)| match name.split_once('/') {
+            Some((namespace, host)) => Ok((NamespacedHostname::new(namespace, host), ports)),
+            None => Err(D::Error::custom(format_args!("not of the form namespace/host: {name}"))),
+        });
+        keyed.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workload_with_services_goes_through_json() {
+        let mut workload = Workload::named("Kubernetes//Pod/shop/cart-0", "shop", "cart-0");
+        let key = NamespacedHostname::new("shop", "cart.shop.svc.cluster.local");
+        let ports = vec![ServicePort { service_port: 80, target_port: 8080 }];
+        workload.services.insert(key, ports);
+        let json = serde_json::to_value(&workload).expect("every workload can be shown");
+        assert!(json["services"]["shop/cart.shop.svc.cluster.local"].is_array());
+        assert_eq!(serde_json::from_value::<Workload>(json).expect("its own JSON"), workload);
+    }
+
+    #[test]
+    fn a_service_without_its_namespace_is_refused() {
+        let workload = Workload::named("Kubernetes//Pod/shop/cart-0", "shop", "cart-0");
+        let mut json = serde_json::to_value(workload).expect("every workload can be shown");
+        json["services"] = serde_json::json!({ "cart": [] });
+        let error = serde_json::from_value::<Workload>(json).unwrap_err();
+        assert!(error.to_string().contains("namespace/host: cart"), "{error}");
     }
 }
