@@ -13,7 +13,7 @@ use crate::maps::{GUARDS, count, pod};
 /// Goes on to the next program of the interface (`TC_ACT_UNSPEC`, which is `TCX_NEXT`).
 pub const NEXT: i32 = -1;
 /// Drops the packet.
-pub const SHOT: i32 = TC_ACT_SHOT as i32;
+pub const SHOT: i32 = TC_ACT_SHOT;
 
 /// A packet's bytes from its network header on, wherever that lies.
 struct Bytes<'a>(&'a TcContext);

@@ -73,9 +73,10 @@ fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf
         watch_state(ctx);
         return;
     }
-    // The entry of an earlier connection from the same address must not be taken for this one's.
-    ORIGINALS.remove(client).ok();
     if stays_inside(cookie, &key.remote) {
+        // It may be for the agent's listener: an earlier connection's entry must not be taken for its own. A connection
+        // to elsewhere may share its source address with a captured one, whose entry stays.
+        ORIGINALS.remove(client).ok();
         return;
     }
     if labelled {
