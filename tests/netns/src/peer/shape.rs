@@ -228,6 +228,8 @@ pub fn check_closed(target: SocketAddr, limit: Duration) -> anyhow::Result<Strin
     let started = Instant::now();
     let how = match TcpStream::connect_timeout(&target, LIMIT) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => "refused",
+        // An agent accepted, and reset before the call looked.
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => "reset",
         Err(error) => bail!("instead of a refusal: {error}"),
         Ok(mut stream) => {
             stream.set_read_timeout(Some(LIMIT))?;
