@@ -128,7 +128,11 @@ impl fmt::Display for NetworkAddress {
 
 /// An IP prefix with its host bits cleared; a bare address is its own full-length prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct IpPrefix(ipnet::IpNet);
+
+/// Bits in front of the IPv4 address in a mapped one. Source: RFC 4291 §2.5.5.2.
+const MAPPED_BITS: u8 = 96;
 
 /// Text or bytes that are no IP prefix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -139,13 +143,18 @@ pub struct InvalidPrefix {
 }
 
 impl IpPrefix {
-    /// The prefix of `length` bits around `ip`.
+    /// The prefix of `length` bits around `ip`. A prefix of IPv4-mapped addresses is one of IPv4, its length less the 96 bits
+    /// in front: no canonical address would ever lie in it otherwise.
     ///
     /// # Errors
     /// When `length` exceeds the address family's bits.
     pub fn new(ip: IpAddr, length: u8) -> Result<Self, InvalidPrefix> {
-        let ip = canonical_ip(ip);
-        ipnet::IpNet::new(ip, length)
+        let canonical = canonical_ip(ip);
+        let (ip, bits) = match length.checked_sub(MAPPED_BITS) {
+            Some(bits) if canonical != ip => (canonical, bits),
+            Some(_) | None => (ip, length),
+        };
+        ipnet::IpNet::new(ip, bits)
             .map(|net| Self(net.trunc()))
             .map_err(|_source| InvalidPrefix { text: format!("{ip}/{length}") })
     }
@@ -182,9 +191,23 @@ impl FromStr for IpPrefix {
         if let Ok(ip) = text.parse::<IpAddr>() {
             return Ok(Self::host(ip));
         }
-        text.parse::<ipnet::IpNet>()
-            .map(|net| Self(net.trunc()))
-            .map_err(|_source| InvalidPrefix { text: text.to_owned() })
+        let invalid = || InvalidPrefix { text: text.chars().take(256).collect() };
+        let net: ipnet::IpNet = text.parse().map_err(|_source| invalid())?;
+        Self::new(net.addr(), net.prefix_len())
+    }
+}
+
+impl From<IpPrefix> for String {
+    fn from(prefix: IpPrefix) -> Self {
+        prefix.to_string()
+    }
+}
+
+impl TryFrom<String> for IpPrefix {
+    type Error = InvalidPrefix;
+
+    fn try_from(text: String) -> Result<Self, InvalidPrefix> {
+        text.parse()
     }
 }
 
@@ -213,6 +236,9 @@ mod tests {
         assert!(prefix.contains("10.255.0.1".parse().unwrap()));
         assert!(prefix.contains("::ffff:10.255.0.1".parse().unwrap()));
         assert!(!prefix.contains("11.0.0.1".parse().unwrap()));
+        assert_eq!("::ffff:10.1.0.0/104".parse(), "10.0.0.0/8".parse::<IpPrefix>());
+        assert_eq!(IpPrefix::new("::ffff:10.1.0.0".parse().unwrap(), 104), "10.0.0.0/8".parse());
+        assert_eq!("::ffff:10.1.0.0/0".parse(), "::/0".parse::<IpPrefix>());
         assert!("10.0.0.0/33".parse::<IpPrefix>().is_err());
         assert!("ten".parse::<IpPrefix>().is_err());
         assert_eq!("fd00::1".parse::<IpPrefix>().unwrap().length(), 128);
