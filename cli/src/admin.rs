@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, StatusCode, header};
+use http::{StatusCode, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
@@ -51,15 +51,7 @@ impl AdminClient {
     /// # Errors
     /// [`Failure::Unreachable`], [`Failure::NoAnswer`]; [`Failure::Answered`] for any status but 200.
     pub(crate) fn get(&self, target: &str) -> Result<Bytes, Failure> {
-        self.ask(Method::GET, target)
-    }
-
-    /// As [`get`](Self::get), changing something.
-    ///
-    /// # Errors
-    /// As [`get`](Self::get).
-    pub(crate) fn post(&self, target: &str) -> Result<Bytes, Failure> {
-        self.ask(Method::POST, target)
+        self.ask(target)
     }
 
     /// An answer's JSON as a value.
@@ -71,13 +63,13 @@ impl AdminClient {
             .map_err(|source| Failure::Unreadable { who: self.daemon.name(), source })
     }
 
-    fn ask(&self, method: Method, target: &str) -> Result<Bytes, Failure> {
+    fn ask(&self, target: &str) -> Result<Bytes, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|source| self.unreachable(source))?;
         let answered = runtime.block_on(async {
-            tokio::time::timeout(self.timeout, Box::pin(self.converse(method, target))).await
+            tokio::time::timeout(self.timeout, Box::pin(self.converse(target))).await
         });
         let (status, body) = answered.map_err(|_elapsed| {
             self.no_answer(format!("none in {} s", self.timeout.as_secs()))
@@ -85,7 +77,7 @@ impl AdminClient {
         if status == StatusCode::OK { Ok(body) } else { Err(self.refusal(status, &body)) }
     }
 
-    async fn converse(&self, method: Method, target: &str) -> Result<(StatusCode, Bytes), Failure> {
+    async fn converse(&self, target: &str) -> Result<(StatusCode, Bytes), Failure> {
         let stream =
             UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(error))?;
         let broken = |error: &dyn std::error::Error| self.no_answer(chain(error));
@@ -93,7 +85,6 @@ impl AdminClient {
             .await
             .map_err(|error| broken(&error))?;
         let request = http::Request::builder()
-            .method(method)
             .uri(target)
             .header(header::HOST, "localhost")
             .header(header::CONNECTION, "close")
@@ -159,13 +150,13 @@ impl Daemon {
             }
         };
         let who = self.name();
-        let remedy = match source.kind() {
-            io::ErrorKind::PermissionDenied => "ask as root".to_owned(),
-            io::ErrorKind::NotFound => {
-                format!("see that the {who} runs on this machine, and {elsewhere}")
-            }
-            io::ErrorKind::ConnectionRefused => format!("the {who} has ended; start it again"),
-            _ => format!("see that the {who} runs, or {elsewhere}"),
+        let is = |kind| source.kind() == kind;
+        let remedy = if is(io::ErrorKind::PermissionDenied) {
+            "ask as root".to_owned()
+        } else if is(io::ErrorKind::ConnectionRefused) {
+            format!("the {who} has ended; start it again")
+        } else {
+            format!("see that the {who} runs on this machine, and {elsewhere}")
         };
         Failure::Unreachable { who, socket: socket.to_owned(), remedy, source }
     }

@@ -68,7 +68,9 @@ pub(crate) enum Daemon {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// How the node's agent, or the controller, is doing
+    /// Has this machine what the agent needs? Works without an agent; run it as the agent will run
+    Check(CheckArgs),
+    /// How the node's agent, or the controller, is doing; exit code 1 while it is not ready
     Status(StatusArgs),
     /// Would a connection be made, and what decides? Nothing is sent.
     ///
@@ -80,13 +82,85 @@ Examples:
   culvert explain shop/client '->' '[fd00:10::7]:5432'
 Both ends: namespace/pod, service.namespace, service.namespace.svc.cluster.local, or an address.")]
     Explain(ExplainArgs),
+    /// What the agent, or the controller, holds: workloads, services, policies
+    Config(ConfigArgs),
     /// The open connections of this node's pods
     Connections(ConnectionsArgs),
     /// The certificates this node's agent holds
     Certs,
+    /// What the agent logged about one pod
+    #[command(after_help = "\
+Reads the journal of the agent's unit, or a file, or standard input:
+  culvert logs --pod shop/cart-0 --follow
+  kubectl logs -n culvert-system culvert-agent-x7k2p -f | culvert logs --pod shop/cart-0 --file -")]
+    Logs(LogsArgs),
     /// This node's pods: take one in, let one go, list them
     #[command(subcommand)]
     Pod(PodCommand),
+    /// A script that completes command lines: culvert completions bash > /etc/bash_completion.d/culvert
+    Completions {
+        /// Of which shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which machine is meant.
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Where the agent pins its programs
+    #[arg(long, env = "CULVERT_BPFFS", default_value = "/sys/fs/bpf/culvert")]
+    pub(crate) bpffs: PathBuf,
+    /// Root of the machine's cgroup2 hierarchy, or `auto`
+    #[arg(long, env = "CULVERT_CGROUP_ROOT", default_value = "auto")]
+    pub(crate) cgroup_root: String,
+}
+
+/// Whose configuration, and which part of it.
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    /// The part; default: everything
+    #[arg(value_enum, default_value_t = Part::All)]
+    pub(crate) part: Part,
+    /// Who is asked; default: the agent, on a machine without one the controller
+    #[arg(long = "of", value_enum)]
+    pub(crate) daemon: Option<Daemon>,
+}
+
+/// A part of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// Everything.
+    All,
+    /// Workloads.
+    Workloads,
+    /// Services.
+    Services,
+    /// Policies.
+    Policies,
+}
+
+/// Which lines of which log.
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// The pod: NAMESPACE/NAME
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub(crate) pod: String,
+    /// A file with the agent's log, or `-` for standard input; default: the journal
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["follow", "since"])]
+    pub(crate) file: Option<PathBuf>,
+    /// The agent's systemd unit
+    #[arg(long, default_value = "culvert-agent")]
+    pub(crate) unit: String,
+    /// Go on with what is logged from now on
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Only what is younger, as journalctl reads it: `10 min ago`, today
+    #[arg(long)]
+    pub(crate) since: Option<String>,
+    /// Only connections that did not end well
+    #[arg(long)]
+    pub(crate) refused: bool,
 }
 
 /// Whose status.

@@ -1,6 +1,7 @@
 //! `culvert explain`: would a connection be made, and what decides.
 
 mod question;
+mod source;
 
 use std::fmt::{Display, Write as _};
 
@@ -40,8 +41,10 @@ struct Stage {
 /// # Errors
 /// When the question cannot be read, or the controller cannot answer it.
 pub(crate) fn run(args: &ExplainArgs, reach: &Reach, output: Output) -> Result<Ending, Failure> {
-    let question = Question::read(args)?;
+    let mut question = Question::read(args)?;
     let controller = AdminClient::new(Daemon::Controller, reach);
+    let asked = question.to_string();
+    let note = source::replace_service(&mut question, &controller)?;
     let port = question.port.to_string();
     let target = format!(
         "/explain{}",
@@ -51,14 +54,17 @@ pub(crate) fn run(args: &ExplainArgs, reach: &Reach, output: Output) -> Result<E
     let answer: Answer = controller.read(&body)?;
     match output {
         Output::Json => show::raw(&body)?,
-        Output::Table => show::text(&render(&question, &answer))?,
+        Output::Table => show::text(&render(&asked, note.as_deref(), &answer))?,
     }
     Ok(if answer.allowed { Ending::Yes } else { Ending::No })
 }
 
-fn render(question: &Question, answer: &Answer) -> String {
+fn render(asked: &str, note: Option<&str>, answer: &Answer) -> String {
     let mut text = String::new();
-    line(&mut text, 0, question);
+    line(&mut text, 0, &asked);
+    if let Some(note) = note {
+        line(&mut text, 0, &note);
+    }
     for stage in &answer.stages {
         render_stage(&mut text, stage);
     }

@@ -9,11 +9,12 @@ use std::process::ExitCode;
 /// The exit codes, as `--help` tells them.
 pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; `explain`: the connection would be made; `check`: nothing is missing
-  1  a plain no: `explain`: it would be refused; `check`: something is missing; the agent refused
-  2  the command line cannot be understood
-  3  the agent or the controller cannot be reached
-  4  the agent or the controller answered with an error, or with what cannot be read";
+  0  done; explain: the connection would be made; status: ready; check: nothing is missing
+  1  a plain no: explain: it would be refused; status: not ready; check: something is missing;
+     pod: the agent refused, or the pod stays outside the mesh
+  2  the command line, or a name in it, cannot be understood
+  3  the agent or the controller cannot be reached, or does not answer in time
+  4  it answered with an error, or with what cannot be read; a local file or program failed";
 
 /// A run that came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

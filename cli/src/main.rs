@@ -5,16 +5,19 @@
 mod admin;
 mod arguments;
 mod certs;
+mod check;
+mod config;
 mod connections;
 mod explain;
 mod failure;
+mod logs;
 mod pod;
 mod show;
 mod status;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use crate::arguments::{Arguments, Command};
 use crate::failure::{Ending, Failure};
@@ -30,10 +33,21 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<Ending, Failure> {
     let Arguments { command, reach, output } = arguments;
     match command {
+        Command::Check(what) => check::run(what, reach, *output),
         Command::Status(what) => status::run(what, reach, *output),
         Command::Explain(question) => explain::run(question, reach, *output),
+        Command::Config(what) => config::run(what, reach, *output),
         Command::Connections(filter) => connections::run(filter, reach, *output),
         Command::Certs => certs::run(reach, *output),
+        Command::Logs(lines) => logs::run(lines, reach),
         Command::Pod(action) => pod::run(action, reach, *output),
+        Command::Completions { shell } => completions(*shell),
     }
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<Ending, Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "culvert", &mut script);
+    show::raw(&script)?;
+    Ok(Ending::Yes)
 }
