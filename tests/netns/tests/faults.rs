@@ -185,7 +185,7 @@ fn live_enrolment_leaves_old_connections_alone(mesh: &mut Mesh) -> anyhow::Resul
     mesh.lab.apply(&manifest::namespace("later", &[("culvert.dev/dataplane-mode", "ambient")]))?;
     let late = mesh.lab.pod("late");
     let netns = format!("/run/netns/{}", late.netns());
-    let enrolled = mesh.lab.node("a").culvert(&[
+    let arguments = [
         "pod",
         "enroll",
         "--netns",
@@ -199,8 +199,13 @@ fn live_enrolment_leaves_old_connections_alone(mesh: &mut Mesh) -> anyhow::Resul
         "--uid",
         &late.uid,
         "--live",
-    ])?;
-    ensure!(enrolled.success(), "enroll: {}{}", enrolled.stdout, enrolled.stderr);
+    ];
+    // The label travels from the folder over the controller to the agent.
+    until("the pod being enrolled", PATIENCE, || {
+        let enrolled = mesh.lab.node("a").culvert(&arguments)?;
+        ensure!(enrolled.success(), "enroll: {}{}", enrolled.stdout, enrolled.stderr);
+        Ok(Some(()))
+    })?;
     let sniffer = mesh.sniff("late")?;
     until("a new connection through the tunnel", PATIENCE, || {
         Ok(mesh.curl("late")?.success().then_some(()))

@@ -174,7 +174,7 @@ fn postgres(cell: &Cell) -> anyhow::Result<()> {
 
 fn iperf(cell: &Cell) -> anyhow::Result<()> {
     let host = cell.target(ports::IPERF).ip().to_string();
-    let mut iperf = cell.command("iperf3", &["-c", &host, "-n", "50M", "-J", "--bidir"]);
+    let mut iperf = cell.command("iperf3", &["-c", &host, "-t", "1", "-J", "--bidir"]);
     let output = run(&mut iperf, Duration::from_secs(40))?.output()?;
     ensure!(!output.contains("\"error\""), "iperf3 said {output}");
     Ok(())

@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 
 MARKER = b"LEAKED-BY-RAW"
 source4, target4, source6, target6, gateway = sys.argv[1:6]
@@ -48,9 +49,16 @@ def ipv6(payload, next_header=6, source=source6):
 
 
 def neighbour(address):
-    subprocess.run(["ping", "-c", "1", "-W", "1", address], stdout=subprocess.DEVNULL, check=False)
-    text = subprocess.run(["ip", "neigh", "show", address], capture_output=True, text=True, check=True).stdout
-    return bytes.fromhex(text.split("lladdr ")[1].split()[0].replace(":", ""))
+    # Any datagram makes the kernel ask for the address.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
+        datagram.sendto(b"who", (address, 9))
+    for _ in range(100):
+        show = ["ip", "neigh", "show", address]
+        text = subprocess.run(show, capture_output=True, text=True, check=True).stdout
+        if "lladdr " in text:
+            return bytes.fromhex(text.split("lladdr ")[1].split()[0].replace(":", ""))
+        time.sleep(0.02)
+    sys.exit(f"{address} does not answer")
 
 
 def own():

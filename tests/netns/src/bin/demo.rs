@@ -148,7 +148,7 @@ impl Demo {
         let sniffer = Sniffer::start(lab.wire(), "br0", lab.folder(), "wire-down")?;
         lab.node_mut("a").kill_agent();
         let started = Instant::now();
-        let refused = curl(lab.pod("client"))?;
+        let refused = get(lab.pod("client"), WEB_VIP)?;
         ensure!(!refused.success(), "the connection went through without an agent");
         proof(&format!(
             "client after {} ms: {}",
@@ -184,8 +184,12 @@ fn proof(text: &str) {
 }
 
 fn curl(pod: &Pod) -> anyhow::Result<Finished> {
+    get(pod, "web.shop")
+}
+
+fn get(pod: &Pod, host: &str) -> anyhow::Result<Finished> {
     let mut command = pod.command("curl");
-    command.args(["-sS", "-4", "-m", "5", "http://web.shop/"]);
+    command.args(["-sS", "-4", "-m", "5", &format!("http://{host}/")]);
     mesh_netns::process::run(&mut command, Duration::from_secs(10)).context("curl")
 }
 
