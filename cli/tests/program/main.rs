@@ -59,7 +59,7 @@ fn denial() -> Value {
     let uid = "Kubernetes//Pod/shop/intruder";
     let dialled = Step::Dialled {
         source: WorkloadUid::new(uid),
-        destination: "10.96.0.1:80".parse().unwrap(),
+        destination: "10.96.0.1:80".parse().expect("an address"),
     };
     json!({
         "allowed": false,
