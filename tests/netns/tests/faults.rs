@@ -127,7 +127,7 @@ fn pod_does_not_start_without_an_agent(mesh: &mut Mesh) -> anyhow::Result<()> {
     mesh.lab.delete_pod("early")
 }
 
-/// The controller is away: traffic goes on, also new connections, also after an agent's restart.
+/// The controller is away: traffic goes on, also new connections.
 fn controller_away_changes_nothing(mesh: &mut Mesh) -> anyhow::Result<()> {
     mesh.lab.kill_controller();
     for _ in 0..5 {
