@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
 mod command;
+mod fuzz;
 mod kernels;
 mod run;
 mod setup;
@@ -46,6 +47,8 @@ enum Verb {
         /// Only this kernel: 6.1 or 6.12.
         filter: Option<String>,
     },
+    /// Fuzzes every parser of outside bytes, guided by coverage; fails on a crash and keeps its input.
+    Fuzz(fuzz::Options),
     /// Builds the eBPF object alone.
     Ebpf,
     /// Checks what the compiler cannot: crate edges, file sizes, stray paths.
@@ -64,6 +67,7 @@ fn main() -> anyhow::Result<()> {
             setup::ensure()?;
             kernels::run_suites(filter.as_deref())
         }
+        Verb::Fuzz(options) => fuzz::fuzz(&options),
         Verb::Ebpf => run::ebpf(),
         Verb::Tidy => tidy::run(),
         Verb::Ci => run::ci(),
