@@ -113,7 +113,9 @@ impl Outbox {
     pub(crate) fn blocked(&mut self, pool: &mut BufferPool) {
         let rest = self.fill - self.head;
         if rest <= SMALL_BACKLOG && self.buffer.len() > 2 * SMALL_BACKLOG {
-            let small = self.buffer[self.head..self.fill].to_vec();
+            // `fill` counts the next record's header, which may have no place yet.
+            let end = self.fill.min(self.buffer.len());
+            let small = self.buffer[self.head..end].to_vec();
             self.replace(small, pool);
         }
     }
@@ -286,5 +288,162 @@ impl Outbox {
         self.record -= self.head;
         self.fill -= self.head;
         self.head = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::record_len;
+    use crate::session::{Suite, TrafficSecret};
+
+    fn key() -> RecordKey {
+        let secret = TrafficSecret::new(Suite::Aes128Gcm, &[9; 32]).unwrap();
+        RecordKey::new(Suite::Aes128Gcm, secret, 0)
+    }
+
+    /// The socket's side: what it was given, opened.
+    struct Reader {
+        key: RecordKey,
+        wire: Vec<u8>,
+        text: Vec<u8>,
+    }
+
+    impl Reader {
+        fn take(&mut self, bytes: &[u8]) {
+            self.wire.extend_from_slice(bytes);
+            let mut at = 0;
+            while let Some(length) = record_len(&self.wire[at..]).unwrap()
+                && at + length <= self.wire.len()
+            {
+                let record = &mut self.wire[at..at + length];
+                let (content_type, size) = self.key.open(record).unwrap();
+                if content_type == ContentType::Handshake {
+                    self.key.renew();
+                } else {
+                    self.text.extend_from_slice(&record[HEADER..HEADER + size]);
+                }
+                at += length;
+            }
+            self.wire.drain(..at);
+        }
+    }
+
+    fn random(state: &mut u64, bound: usize) -> usize {
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        usize::try_from(*state).unwrap_or(0) % bound.max(1)
+    }
+
+    /// Any mix of frames, data, renewals and partial writes comes out in order, sealed once; and an empty outbox holds nothing.
+    #[test]
+    fn what_goes_in_comes_out_in_order() {
+        for seed in 1..300u64 {
+            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let limit = [32 << 10, 100_000, 512 << 10][random(&mut state, 3)];
+            let mut pool = BufferPool::new(limit);
+            let mut outbox = Outbox::new(key(), [2, 30, 1 << 23][random(&mut state, 3)], limit);
+            let mut reader = Reader { key: key(), wire: Vec::new(), text: Vec::new() };
+            let mut expected = Vec::new();
+            let mut byte = 0u8;
+            for _ in 0..200 {
+                match random(&mut state, 6) {
+                    0 => {
+                        byte = byte.wrapping_add(1);
+                        let longest = [9, 40_000][random(&mut state, 2)];
+                        let length = random(&mut state, longest);
+                        let mut frame = header(FrameKind::Unknown, length).to_vec();
+                        frame.resize(FRAME_HEADER + length, byte);
+                        if outbox.control(&frame, &mut pool).is_err() {
+                            break;
+                        }
+                        expected.extend_from_slice(&frame[FRAME_HEADER..]);
+                    }
+                    1 | 2 if outbox.takes_data() => {
+                        byte = byte.wrapping_add(1);
+                        let most = [50, 200_000][random(&mut state, 2)];
+                        let max = 1 + random(&mut state, most);
+                        let mut places = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+                        let (count, offered) = outbox.places(max, &mut places, &mut pool).unwrap();
+                        assert!(offered > 0 && offered <= max);
+                        let given = 1 + random(&mut state, offered);
+                        let mut left = given;
+                        for place in &mut places[..count] {
+                            let part = left.min(place.len());
+                            place[..part].fill(byte);
+                            left -= part;
+                        }
+                        outbox.commit(7, given);
+                        expected.resize(expected.len() + given, byte);
+                    }
+                    3 => drop(outbox.renew(false, &mut pool)),
+                    _ => {
+                        outbox.close_record();
+                        let whole = outbox.sealed().len();
+                        let all = random(&mut state, 3) == 0;
+                        let count = if all { whole } else { random(&mut state, whole + 1) };
+                        reader.take(&outbox.sealed()[..count]);
+                        outbox.sent(count, &mut pool);
+                        if count < whole {
+                            outbox.blocked(&mut pool);
+                        }
+                    }
+                }
+            }
+            outbox.close_record();
+            let rest = outbox.sealed().len();
+            reader.take(outbox.sealed());
+            outbox.sent(rest, &mut pool);
+            assert!(outbox.is_empty() && outbox.buffer.is_empty());
+            assert!(payloads(&reader.text) == expected, "seed {seed}");
+        }
+    }
+
+    fn header(kind: FrameKind, length: usize) -> [u8; FRAME_HEADER] {
+        let length = u32::try_from(length).unwrap();
+        FrameHeader { length, kind, flags: 0, stream: 7 }.bytes()
+    }
+
+    /// The payloads of a row of frames.
+    fn payloads(mut text: &[u8]) -> Vec<u8> {
+        let mut payloads = Vec::new();
+        while let Some((head, rest)) = text.split_first_chunk::<FRAME_HEADER>() {
+            let (payload, rest) = rest.split_at(FrameHeader::parse(head).length as usize);
+            payloads.extend_from_slice(payload);
+            text = rest;
+        }
+        payloads
+    }
+
+    /// A peer that reads nothing while the buffer fills to its very end by control frames, and then some.
+    #[test]
+    fn a_buffer_filled_to_its_end_survives_partial_writes() {
+        for length in 1..400 {
+            let mut pool = BufferPool::new(128 << 10);
+            let mut outbox = Outbox::new(key(), u64::MAX, 128 << 10);
+            let mut reader = Reader { key: key(), wire: Vec::new(), text: Vec::new() };
+            let mut total = 0;
+            while outbox.control(&vec![1; length * 41], &mut pool).is_ok() {
+                total += length * 41;
+                outbox.close_record();
+                let exact = outbox.buffer.len().saturating_sub(outbox.fill + TAIL);
+                if exact > 0 && exact <= MAX_PLAINTEXT {
+                    outbox.control(&vec![1; exact], &mut pool).unwrap();
+                    total += exact;
+                    outbox.close_record();
+                    break;
+                }
+            }
+            let keep = 1_000.min(outbox.sealed().len());
+            let count = outbox.sealed().len() - keep;
+            reader.take(&outbox.sealed()[..count]);
+            outbox.sent(count, &mut pool);
+            outbox.blocked(&mut pool);
+            outbox.control(&[1; 9], &mut pool).unwrap();
+            outbox.close_record();
+            reader.take(outbox.sealed());
+            assert_eq!(reader.text.len(), total + 9);
+        }
     }
 }

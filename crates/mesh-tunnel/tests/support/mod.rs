@@ -1,9 +1,11 @@
 //! What the tests share: a random number generator, a network in memory, sessions and keys.
 #![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, reason = "a test's own values are valid")]
 #![allow(unreachable_pub, missing_docs, missing_debug_implementations, reason = "test support")]
 
 pub mod net;
 pub mod permit;
+pub mod tap;
 
 use std::time::Instant;
 
@@ -25,7 +27,8 @@ impl Rng {
 
     /// In `0..bound`.
     pub fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
+        let bound = u64::try_from(bound.max(1)).expect("64 bits at most");
+        usize::try_from(self.next() % bound).expect("below a usize")
     }
 
     pub fn chance(&mut self, percent: usize) -> bool {
@@ -48,7 +51,7 @@ pub fn seeds(default: u64) -> std::ops::Range<u64> {
 /// Both ends of a finished handshake.
 pub fn sessions(suite: Suite, rng: &mut Rng) -> (TlsSession, TlsSession) {
     let mut secret = || {
-        let bytes: Vec<u8> = (0..suite.secret_len()).map(|_| rng.next() as u8).collect();
+        let bytes: Vec<u8> = (0..suite.secret_len()).map(|_| rng.next().to_be_bytes()[0]).collect();
         TrafficSecret::new(suite, &bytes).unwrap()
     };
     let (up, down) = (secret(), secret());
@@ -85,5 +88,5 @@ pub fn head(authority: &str) -> ConnectHead {
 /// The byte at a place of a stream; depends on the place, so that lost, doubled and swapped bytes show.
 pub fn pattern(stream: u64, at: u64) -> u8 {
     let mixed = (at ^ stream.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x2545_f491_4f6c_dd1d);
-    (mixed >> 56) as u8
+    mixed.to_be_bytes()[0]
 }

@@ -10,6 +10,7 @@ use std::task::Poll;
 use mesh_tunnel::{Io, Readiness, SockId};
 
 use super::Rng;
+use super::tap::Tap;
 
 /// How a socket's connect comes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +22,6 @@ pub enum Connect {
     Never,
 }
 
-#[derive(Debug)]
 pub struct Sock {
     peer: usize,
     /// What the peer wrote.
@@ -35,6 +35,8 @@ pub struct Sock {
     shut: bool,
     peer_blocked: bool,
     pub connect: Connect,
+    /// Judges what is written to this socket.
+    pub tap: Option<Box<Tap>>,
 }
 
 pub struct Net {
@@ -43,13 +45,11 @@ pub struct Net {
     pub edges: Vec<(SockId, Readiness)>,
     /// Partial reads and writes.
     pub fickle: bool,
-    /// Bytes that went through sockets marked as wires.
-    pub total: u64,
 }
 
 impl Net {
     pub fn new(seed: u64, fickle: bool) -> Self {
-        Self { rng: Rng(seed), socks: Vec::new(), edges: Vec::new(), fickle, total: 0 }
+        Self { rng: Rng(seed), socks: Vec::new(), edges: Vec::new(), fickle }
     }
 
     pub fn pair(&mut self, capacity: usize) -> (SockId, SockId) {
@@ -66,6 +66,7 @@ impl Net {
                 shut: false,
                 peer_blocked: false,
                 connect: Connect::Done,
+                tap: None,
             });
         }
         (SockId(first as u64), SockId(first as u64 + 1))
@@ -78,12 +79,23 @@ impl Net {
     }
 
     pub fn reset(&self, sock: SockId) -> bool {
-        self.socks[sock.0 as usize].reset
+        self.socks[Self::index(sock)].reset
     }
 
-    pub fn readable(&self, sock: SockId) -> bool {
-        let sock = &self.socks[sock.0 as usize];
-        !sock.closed && !sock.inbox.is_empty()
+    /// Its index in `socks`.
+    pub fn index(sock: SockId) -> usize {
+        usize::try_from(sock.0).expect("names are indexes here")
+    }
+
+    /// Bytes that can be read.
+    pub fn waiting(&self, sock: SockId) -> usize {
+        self.socks[Self::index(sock)].inbox.len()
+    }
+
+    /// An end or a reset can be read, or will be behind the bytes.
+    pub fn ends(&self, sock: SockId) -> bool {
+        let sock = &self.socks[Self::index(sock)];
+        sock.fin || sock.reset
     }
 
     pub fn take_edges(&mut self) -> Vec<(SockId, Readiness)> {
@@ -91,7 +103,7 @@ impl Net {
     }
 
     pub fn read(&mut self, sock: SockId, limit: usize) -> io::Result<Vec<u8>> {
-        let mut buffer = vec![0; limit];
+        let mut buffer = vec![0; limit.min(self.waiting(sock)).max(1)];
         let count = self.readv(sock, &mut [IoSliceMut::new(&mut buffer)])?;
         buffer.truncate(count);
         Ok(buffer)
@@ -133,7 +145,7 @@ impl Net {
 
 impl Io for Net {
     fn readv(&mut self, sock: SockId, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        let sock = sock.0 as usize;
+        let sock = Self::index(sock);
         assert!(!self.socks[sock].closed, "read of closed socket {sock}");
         let room: usize = bufs.iter().map(|buf| buf.len()).sum();
         assert!(room > 0, "a read without room looks like an end");
@@ -151,10 +163,14 @@ impl Io for Net {
         let count = self.part(room.min(have));
         let mut left = count;
         for buf in bufs {
-            for byte in buf.iter_mut().take(left) {
-                *byte = self.socks[sock].inbox.pop_front().unwrap();
-            }
-            left -= left.min(buf.len());
+            let take = left.min(buf.len());
+            let inbox = &mut self.socks[sock].inbox;
+            let (front, back) = inbox.as_slices();
+            let first = take.min(front.len());
+            buf[..first].copy_from_slice(&front[..first]);
+            buf[first..take].copy_from_slice(&back[..take - first]);
+            inbox.drain(..take);
+            left -= take;
         }
         if count < room && (count < have || self.socks[sock].fin) {
             let fin = self.socks[sock].fin;
@@ -168,7 +184,7 @@ impl Io for Net {
     }
 
     fn writev(&mut self, sock: SockId, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        let sock = sock.0 as usize;
+        let sock = Self::index(sock);
         assert!(!self.socks[sock].closed, "write to closed socket {sock}");
         assert!(!self.socks[sock].shut, "write behind FIN on socket {sock}");
         let peer = self.socks[sock].peer;
@@ -197,15 +213,17 @@ impl Io for Net {
         for buf in bufs {
             let take = left.min(buf.len());
             self.socks[peer].inbox.extend(&buf[..take]);
+            if let Some(tap) = &mut self.socks[sock].tap {
+                tap.hear(&buf[..take]);
+            }
             left -= take;
         }
-        self.total += count as u64;
         self.edge(peer, Readiness { readable: true, ..Readiness::default() });
         Ok(count)
     }
 
     fn connect_result(&mut self, sock: SockId) -> Poll<io::Result<()>> {
-        let index = sock.0 as usize;
+        let index = Self::index(sock);
         match self.socks[index].connect {
             Connect::Done => Poll::Ready(Ok(())),
             Connect::Later(0) => {
@@ -223,7 +241,7 @@ impl Io for Net {
     }
 
     fn shutdown_write(&mut self, sock: SockId) -> io::Result<()> {
-        let sock = sock.0 as usize;
+        let sock = Self::index(sock);
         assert!(!self.socks[sock].closed && !self.socks[sock].shut, "FIN twice on {sock}");
         if self.socks[sock].reset {
             return Err(io::ErrorKind::NotConnected.into());
@@ -236,10 +254,10 @@ impl Io for Net {
     }
 
     fn close(&mut self, sock: SockId) {
-        self.leave(sock.0 as usize, false);
+        self.leave(Self::index(sock), false);
     }
 
     fn abort(&mut self, sock: SockId) {
-        self.leave(sock.0 as usize, true);
+        self.leave(Self::index(sock), true);
     }
 }
