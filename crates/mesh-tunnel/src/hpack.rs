@@ -19,6 +19,9 @@ pub enum HpackError {
     /// A Huffman-coded string that is none.
     #[error("invalid huffman code")]
     Huffman,
+    /// A list that decodes to more than any limit on header lists would let through.
+    #[error("header list longer than 1 MiB")]
+    ListTooLong,
     /// A table size above what we allow, or a size update behind a field.
     #[error("dynamic table size update not allowed here")]
     TableSize,
@@ -28,6 +31,10 @@ pub enum HpackError {
 const ENTRY_OVERHEAD: usize = 32;
 /// The table size both sides start with, and the one we keep. Source: RFC 9113 §6.5.2.
 const TABLE_SIZE: usize = 4096;
+
+/// Longest list one block may decode to, counted as RFC 9113 §6.5.2 does. A few bytes can name a long entry, or even have it
+/// copied; this bounds the work that one block is.
+const MAX_LIST: usize = 1 << 20;
 
 /// One entry of the dynamic table: name and value in one allocation.
 #[derive(Clone, Debug)]
@@ -68,6 +75,12 @@ impl Decoder {
         mut field: impl FnMut(&[u8], &[u8]),
     ) -> Result<(), HpackError> {
         let mut updates_allowed = 2;
+        let mut list = 0;
+        let mut field = |name: &[u8], value: &[u8]| {
+            list += name.len() + value.len() + ENTRY_OVERHEAD;
+            field(name, value);
+            if list > MAX_LIST { Err(HpackError::ListTooLong) } else { Ok(()) }
+        };
         while let Some(first) = block.first().copied() {
             if first & 0xe0 == 0x20 {
                 // Updates come before the first field, at most two (RFC 7541 §4.2).
@@ -87,7 +100,7 @@ impl Decoder {
             if first & 0x80 != 0 {
                 let index = take_integer(&mut block, 7)?;
                 let (name, value) = self.entry(index)?;
-                field(name, value);
+                field(name, value)?;
                 continue;
             }
             let indexing = first & 0x40 != 0;
@@ -113,7 +126,7 @@ impl Decoder {
         index: usize,
         indexing: bool,
         scratch: &mut Vec<u8>,
-        field: &mut impl FnMut(&[u8], &[u8]),
+        field: &mut impl FnMut(&[u8], &[u8]) -> Result<(), HpackError>,
     ) -> Result<(), HpackError> {
         let name = if index == 0 { Some(take_string(block, scratch)?) } else { None };
         let value = take_string(block, scratch)?;
@@ -122,7 +135,7 @@ impl Decoder {
             None => self.entry(index)?.0,
         };
         let value = value.bytes(scratch);
-        field(name, value);
+        field(name, value)?;
         if indexing {
             let entry = Entry { bytes: [name, value].concat().into(), name_len: name.len() };
             self.insert(entry);
