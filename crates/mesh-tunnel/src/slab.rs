@@ -6,6 +6,9 @@ pub(crate) struct Slab<T> {
     entries: Vec<Entry<T>>,
     free: Vec<u32>,
     len: usize,
+    /// Above the generation of every key given so far, once slots have been given back.
+    first_generation: u32,
+    newest_generation: u32,
 }
 
 #[derive(Debug)]
@@ -16,11 +19,22 @@ struct Entry<T> {
 
 impl<T> Default for Slab<T> {
     fn default() -> Self {
-        Self { entries: Vec::new(), free: Vec::new(), len: 0 }
+        Self {
+            entries: Vec::new(),
+            free: Vec::new(),
+            len: 0,
+            first_generation: 1,
+            newest_generation: 1,
+        }
     }
 }
 
 const SLOT_MASK: u64 = u32::MAX as u64;
+
+/// The top bit of a key is the caller's.
+const LAST_GENERATION: u32 = (1 << 31) - 1;
+/// Slots that are kept even if none is in use.
+const KEEP: usize = 1024;
 
 impl<T> Slab<T> {
     pub(crate) fn insert(&mut self, value: T) -> u64 {
@@ -31,8 +45,9 @@ impl<T> Slab<T> {
             return u64::from(entry.generation) << 32 | u64::from(slot);
         }
         let slot = u32::try_from(self.entries.len()).expect("fewer than 2^32 slots: max_relays");
-        self.entries.push(Entry { generation: 1, value: Some(value) });
-        1 << 32 | u64::from(slot)
+        let generation = self.first_generation;
+        self.entries.push(Entry { generation, value: Some(value) });
+        u64::from(generation) << 32 | u64::from(slot)
     }
 
     #[inline]
@@ -55,13 +70,17 @@ impl<T> Slab<T> {
         }
         let value = entry.value.take()?;
         self.len -= 1;
-        // A slot whose generations are used up stays empty, so that no key comes back. The top bit is the caller's.
-        if entry.generation < (1 << 31) - 1 {
+        // A slot whose generations are used up stays empty, so that no key comes back.
+        if entry.generation < LAST_GENERATION {
             entry.generation += 1;
+            self.newest_generation = self.newest_generation.max(entry.generation);
             self.free.push((key & SLOT_MASK) as u32);
         }
-        if self.len == 0 {
-            self.free.shrink_to(1024);
+        if self.len == 0 && self.entries.len() > KEEP && self.newest_generation < LAST_GENERATION {
+            // No key in use: the slots of busier times go back, and new ones begin above all generations that were.
+            self.first_generation = self.newest_generation;
+            self.entries = Vec::new();
+            self.free = Vec::new();
         }
         Some(value)
     }
@@ -81,6 +100,21 @@ impl<T> Slab<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slots_given_back_keep_their_keys_stale() {
+        let mut slab = Slab::default();
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..3 {
+            let keys: Vec<u64> = (0..2 * KEEP).map(|n| slab.insert(n)).collect();
+            assert!(keys.iter().all(|key| seen.insert(*key)), "a key was given twice");
+            for key in keys {
+                slab.remove(key);
+            }
+            assert!(slab.entries.is_empty());
+            assert!(seen.iter().all(|key| slab.get(*key).is_none()));
+        }
+    }
 
     #[test]
     fn stale_keys_find_nothing() {
