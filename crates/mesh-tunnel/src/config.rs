@@ -53,6 +53,8 @@ pub struct EngineConfig {
     /// Opens that may wait for one key's dial; more are refused as overloaded. Default 8,192.
     pub max_waiting: usize,
     /// Bytes held for applications that do not read, over all streams. At the limit a stream that would add to a backlog
+    /// Tunnels dialled for one key at once; what they have no room for is refused as overloaded. Default 1,024.
+    pub max_tunnels_per_key: usize,
     /// of its own is reset as overloaded. Default 512 MiB.
     pub queue_budget: usize,
 }
@@ -87,3 +89,4 @@ impl Default for EngineConfig {
         }
     }
 }
+            max_tunnels_per_key: 1_024,

@@ -215,7 +215,7 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig, now: Instant) -> Self {
         let buffers = BufferPool::new(config.send_buffer);
-        let pool = PoolCore::new(config.max_waiting);
+        let pool = PoolCore::new(config.max_waiting, config.max_tunnels_per_key);
         Self {
             config,
             now,

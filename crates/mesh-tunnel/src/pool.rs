@@ -21,7 +21,7 @@ pub(crate) enum Placement {
     Waiting,
     /// It waits, and this dial must be started.
     Dial(DialId),
-    /// As many wait as may.
+    /// As many wait, or as many tunnels are there, as may.
     Full,
 }
 
@@ -32,6 +32,8 @@ pub(crate) struct Granted {
     pub(crate) placed: Vec<(u64, TunnelId)>,
     /// A dial to start for those that still wait.
     pub(crate) dial: Option<DialId>,
+    /// Opens that waited for a tunnel that may not be dialled, as there are as many as may be.
+    pub(crate) crowded_out: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -70,11 +72,18 @@ pub(crate) struct PoolCore {
     dials: BTreeMap<DialId, Arc<TunnelKey>>,
     next_dial: u64,
     max_waiting: usize,
+    max_tunnels_per_key: usize,
 }
 
 impl PoolCore {
-    pub(crate) const fn new(max_waiting: usize) -> Self {
-        Self { entries: BTreeMap::new(), dials: BTreeMap::new(), next_dial: 1, max_waiting }
+    pub(crate) const fn new(max_waiting: usize, max_tunnels_per_key: usize) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            dials: BTreeMap::new(),
+            next_dial: 1,
+            max_waiting,
+            max_tunnels_per_key,
+        }
     }
 
     /// The one allocation of a key that all users share.
@@ -94,7 +103,8 @@ impl PoolCore {
         if let Some(tunnel) = entry.take_place() {
             return Placement::On(tunnel);
         }
-        if entry.waiting.len() >= self.max_waiting {
+        let no_dial = entry.dialling.is_none() && entry.tunnels.len() >= self.max_tunnels_per_key;
+        if no_dial || entry.waiting.len() >= self.max_waiting {
             return Placement::Full;
         }
         entry.waiting.push_back(open);
@@ -106,7 +116,8 @@ impl PoolCore {
 
     fn dial_if_needed(&mut self, key: &Arc<TunnelKey>) -> Option<DialId> {
         let entry = self.entries.get_mut(key)?;
-        if entry.waiting.is_empty() || entry.dialling.is_some() {
+        let full = entry.tunnels.len() >= self.max_tunnels_per_key;
+        if entry.waiting.is_empty() || entry.dialling.is_some() || full {
             return None;
         }
         let dial = DialId(self.next_dial);
@@ -126,7 +137,8 @@ impl PoolCore {
         let Some(key) = self.dials.remove(&dial) else { return Granted::default() };
         let Some(entry) = self.entries.get_mut(&key) else { return Granted::default() };
         entry.dialling = None;
-        let limit = entry.known_limit.map_or(limit, |known| known.min(limit));
+        // At least one: a peer that once took none would have us dial on and on.
+        let limit = entry.known_limit.map_or(limit, |known| known.clamp(1, limit.max(1)));
         entry.tunnels.push(Pooled { tunnel, streams: 0, limit });
         self.grant(&key)
     }
@@ -239,6 +251,11 @@ impl PoolCore {
             }
         }
         granted.dial = self.dial_if_needed(key);
+        if let Some(entry) = self.entries.get_mut(key)
+            && entry.dialling.is_none()
+        {
+            granted.crowded_out = std::mem::take(&mut entry.waiting).into();
+        }
         granted
     }
 
@@ -267,7 +284,7 @@ mod tests {
 
     #[test]
     fn one_dial_serves_all_that_wait_and_more_follow() {
-        let (mut pool, key) = (PoolCore::new(1000), key("w"));
+        let (mut pool, key) = (PoolCore::new(1000, 10), key("w"));
         assert_eq!(pool.place(&key, 0), Placement::Dial(DialId(1)));
         for open in 1..250 {
             assert_eq!(pool.place(&key, open), Placement::Waiting);
@@ -284,14 +301,14 @@ mod tests {
 
     #[test]
     fn keys_of_another_workload_share_nothing() {
-        let mut pool = PoolCore::new(10);
+        let mut pool = PoolCore::new(10, 10);
         assert_eq!(pool.place(&key("a"), 0), Placement::Dial(DialId(1)));
         assert_eq!(pool.place(&key("b"), 1), Placement::Dial(DialId(2)));
     }
 
     #[test]
     fn a_failed_dial_fails_those_that_wait_and_leaves_nothing() {
-        let (mut pool, key) = (PoolCore::new(2), key("w"));
+        let (mut pool, key) = (PoolCore::new(2, 10), key("w"));
         pool.place(&key, 0);
         pool.place(&key, 1);
         assert_eq!(pool.place(&key, 2), Placement::Full);
@@ -303,7 +320,7 @@ mod tests {
 
     #[test]
     fn a_removed_tunnel_gets_no_more_streams() {
-        let (mut pool, key) = (PoolCore::new(10), key("w"));
+        let (mut pool, key) = (PoolCore::new(10, 10), key("w"));
         pool.place(&key, 0);
         pool.dialled(DialId(1), TunnelId(1), 100);
         assert!(pool.remove(&key, TunnelId(1)));
@@ -316,8 +333,181 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_that_takes_nothing_does_not_make_us_dial_on_and_on() {
+        let (mut pool, key) = (PoolCore::new(10, 2), key("w"));
+        for open in 0..5 {
+            pool.place(&key, open);
+        }
+        let first = pool.dialled(DialId(1), TunnelId(1), 1);
+        assert_eq!((first.placed, first.dial), (vec![(0, TunnelId(1))], Some(DialId(2))));
+        assert_eq!(pool.set_limit(&key, TunnelId(1), 0), Granted::default());
+        let second = pool.dialled(DialId(2), TunnelId(2), 100);
+        assert_eq!(second.placed, [(1, TunnelId(2))]);
+        assert_eq!((second.dial, second.crowded_out), (None, vec![2, 3, 4]));
+        assert_eq!(pool.place(&key, 5), Placement::Full);
+    }
+
+    /// Everything the pool says is checked against a plain count: no open is placed twice or lost, no tunnel gets more than
+    /// its limit, one dial per key, and nothing is left when all have gone.
+    #[test]
+    fn the_pool_keeps_its_books_under_stress() {
+        for seed in 0..200u64 {
+            Stress::new(seed).run();
+        }
+    }
+
+    struct Stress {
+        random: u64,
+        pool: PoolCore,
+        keys: Vec<Arc<TunnelKey>>,
+        /// Of each open: its key.
+        waiting: BTreeMap<u64, usize>,
+        placed: BTreeMap<u64, TunnelId>,
+        dials: BTreeMap<DialId, usize>,
+        /// Of each tunnel: its key, its streams, its limit.
+        tunnels: BTreeMap<TunnelId, (usize, u32, u32)>,
+        next: u64,
+    }
+
+    impl Stress {
+        fn new(seed: u64) -> Self {
+            Self {
+                random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+                pool: PoolCore::new(20, 5),
+                keys: ["a", "b", "c"].map(key).to_vec(),
+                waiting: BTreeMap::new(),
+                placed: BTreeMap::new(),
+                dials: BTreeMap::new(),
+                tunnels: BTreeMap::new(),
+                next: 1,
+            }
+        }
+
+        fn below(&mut self, bound: u64) -> u64 {
+            self.random ^= self.random << 13;
+            self.random ^= self.random >> 7;
+            self.random ^= self.random << 17;
+            self.random % bound.max(1)
+        }
+
+        fn some<T: Copy + Ord, V>(random: u64, of: &BTreeMap<T, V>) -> Option<T> {
+            let place = usize::try_from(random).ok()?.checked_rem(of.len())?;
+            of.keys().nth(place).copied()
+        }
+
+        fn granted(&mut self, key: usize, granted: Granted) {
+            for (open, tunnel) in granted.placed {
+                assert_eq!(self.waiting.remove(&open), Some(key), "only who waits is placed");
+                self.on(open, tunnel, key);
+            }
+            for open in granted.crowded_out {
+                assert_eq!(self.waiting.remove(&open), Some(key));
+            }
+            if let Some(dial) = granted.dial {
+                self.dialling(dial, key);
+            }
+        }
+
+        fn dialling(&mut self, dial: DialId, key: usize) {
+            assert!(self.dials.values().all(|known| *known != key), "one dial per key");
+            assert_eq!(self.dials.insert(dial, key), None);
+        }
+
+        fn on(&mut self, open: u64, tunnel: TunnelId, key: usize) {
+            let (of, streams, limit) = self.tunnels.get_mut(&tunnel).unwrap();
+            assert_eq!(*of, key);
+            *streams += 1;
+            assert!(streams <= limit, "more streams than the tunnel takes");
+            assert_eq!(self.placed.insert(open, tunnel), None);
+        }
+
+        fn step(&mut self) {
+            let random = self.below(1 << 20);
+            match self.below(9) {
+                0..3 => {
+                    let (open, key) = (self.next, usize::try_from(self.below(3)).unwrap());
+                    self.next += 1;
+                    let shared = self.keys[key].clone();
+                    match self.pool.place(&shared, open) {
+                        Placement::On(tunnel) => self.on(open, tunnel, key),
+                        Placement::Waiting => assert_eq!(self.waiting.insert(open, key), None),
+                        Placement::Dial(dial) => {
+                            self.waiting.insert(open, key);
+                            self.dialling(dial, key);
+                        }
+                        Placement::Full => {}
+                    }
+                }
+                3 => {
+                    let Some(dial) = Self::some(random, &self.dials) else { return };
+                    let key = self.dials.remove(&dial).unwrap();
+                    let tunnel = TunnelId(self.next);
+                    self.next += 1;
+                    let limit = 1 + u32::try_from(self.below(6)).unwrap();
+                    self.tunnels.insert(tunnel, (key, 0, limit));
+                    let granted = self.pool.dialled(dial, tunnel, limit);
+                    self.granted(key, granted);
+                }
+                4 => {
+                    let Some(dial) = Self::some(random, &self.dials) else { return };
+                    let key = self.dials.remove(&dial).unwrap();
+                    for open in self.pool.dial_failed(dial) {
+                        assert_eq!(self.waiting.remove(&open), Some(key));
+                    }
+                    assert!(self.waiting.values().all(|waits| *waits != key), "all of them failed");
+                }
+                5 | 6 => {
+                    let Some(open) = Self::some(random, &self.placed) else { return };
+                    let tunnel = self.placed.remove(&open).unwrap();
+                    let Some((key, streams, _)) = self.tunnels.get_mut(&tunnel) else { return };
+                    *streams -= 1;
+                    let key = *key;
+                    let shared = self.keys[key].clone();
+                    let granted = self.pool.release(&shared, tunnel);
+                    self.granted(key, granted);
+                }
+                7 => {
+                    let Some(open) = Self::some(random, &self.waiting) else { return };
+                    let key = self.waiting.remove(&open).unwrap();
+                    let shared = self.keys[key].clone();
+                    self.pool.forget(&shared, open);
+                }
+                _ => {
+                    let Some(tunnel) = Self::some(random, &self.tunnels) else { return };
+                    let (key, ..) = self.tunnels.remove(&tunnel).unwrap();
+                    self.placed.retain(|_, on| *on != tunnel);
+                    let shared = self.keys[key].clone();
+                    assert!(self.pool.remove(&shared, tunnel));
+                    let granted = self.pool.kick(&shared);
+                    self.granted(key, granted);
+                }
+            }
+        }
+
+        fn run(mut self) {
+            for _ in 0..400 {
+                self.step();
+                let (_, dials, waiting) = self.pool.sizes();
+                assert_eq!((dials, waiting), (self.dials.len(), self.waiting.len()));
+                for key in 0..self.keys.len() {
+                    let waits = self.waiting.values().any(|waits| *waits == key);
+                    let dials = self.dials.values().any(|of| *of == key);
+                    assert!(!waits || dials, "who waits has a dial to wait for");
+                    let tunnels = self.tunnels.values().filter(|(of, ..)| *of == key).count();
+                    assert!(tunnels <= 5, "no more tunnels than may be");
+                }
+            }
+            self.pool.give_up(&Retire::All);
+            for (tunnel, (key, ..)) in std::mem::take(&mut self.tunnels) {
+                self.pool.remove(&self.keys[key].clone(), tunnel);
+            }
+            assert_eq!(self.pool.sizes(), (0, 0, 0));
+        }
+    }
+
+    #[test]
     fn a_lowered_limit_holds_back_until_streams_end() {
-        let (mut pool, key) = (PoolCore::new(10), key("w"));
+        let (mut pool, key) = (PoolCore::new(10, 10), key("w"));
         pool.place(&key, 0);
         pool.place(&key, 1);
         pool.dialled(DialId(1), TunnelId(1), 100);

@@ -89,6 +89,9 @@ impl Engine {
             self.start_dial(dial);
         }
     }
+        for open in granted.crowded_out {
+            self.end_stream(open, CloseReason::Overloaded, Doom::Abort);
+        }
 
     fn start_dial(&mut self, dial: DialId) {
         let Some(key) = self.pool.dial_key(dial).cloned() else { return };
