@@ -43,6 +43,8 @@ pub struct EngineConfig {
     /// How long an application socket may take to connect; default 10 s.
     pub connect_timeout: Duration,
     /// How long the streams of a retired tunnel may go on; `None` (default) leaves them until they end.
+    /// How long a peer may take to answer a CONNECT: its own connect timeout and the way there and back; default 20 s.
+    pub answer_timeout: Duration,
     pub drain_timeout: Option<Duration>,
     /// How long a closed tunnel's socket may wait for the peer to take the last bytes; default 2 s.
     pub linger_timeout: Duration,
@@ -82,6 +84,7 @@ impl Default for EngineConfig {
             connect_timeout: Duration::from_secs(10),
             drain_timeout: None,
             linger_timeout: Duration::from_secs(2),
+            answer_timeout: Duration::from_secs(20),
             max_relays: 262_144,
             max_tunnels: 65_536,
             max_waiting: 8_192,

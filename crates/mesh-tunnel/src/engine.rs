@@ -482,7 +482,7 @@ impl Engine {
     fn timer_due(&mut self, timer: TimerKey) {
         match timer {
             TimerKey::Tunnel(tunnel) => self.tunnel_due(tunnel),
-            TimerKey::Stream(stream) => self.connect_timed_out(stream),
+            TimerKey::Stream(stream) => self.stream_timed_out(stream),
             TimerKey::Splice(splice) => self.splice_timed_out(splice),
             TimerKey::Dial(dial) => {
                 self.fail_dial(DialId(dial), CloseReason::TunnelConnectFailed);

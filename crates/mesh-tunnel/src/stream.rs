@@ -81,7 +81,7 @@ pub(crate) struct Stream {
     pub(crate) queue: ByteQueue,
     pub(crate) bytes: RelayBytes,
     pub(crate) setup: Setup,
-    /// When a connect under way has taken too long.
+    /// When a connect, or the peer's answer, has taken too long.
     pub(crate) deadline: Option<Instant>,
     pub(crate) flags: Flags,
 }

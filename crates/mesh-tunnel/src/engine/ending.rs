@@ -14,11 +14,9 @@ impl Engine {
     /// Forgets a stream, whatever it is doing, and says so. What the peer must hear has been sent.
     pub(super) fn end_stream(&mut self, key: u64, reason: CloseReason, doom: Doom) {
         self.leave_tunnel(key, false);
+        self.clear_deadline(key);
         let Some(mut stream) = self.streams.remove(key) else { return };
         self.queued -= stream.queue.clear();
-        if let Some(at) = stream.deadline {
-            self.timers.remove(at, TimerKey::Stream(key));
-        }
         if stream.phase == Phase::Waiting
             && let Some(opening) = stream.opening()
         {
@@ -32,6 +30,13 @@ impl Engine {
         self.doomed.push((app, doom));
         let (relay, bytes) = (RelayId(key), stream.bytes);
         self.events.push_back(EngineEvent::Closed { relay, reason, bytes });
+    }
+
+    /// What a stream waited for has come about, or is not waited for any more.
+    pub(super) fn clear_deadline(&mut self, key: u64) {
+        if let Some(at) = self.streams.get_mut(key).and_then(|stream| stream.deadline.take()) {
+            self.timers.remove(at, TimerKey::Stream(key));
+        }
     }
 
     /// Takes a stream off its tunnel. Bytes it still holds count as taken, or the tunnel would starve.

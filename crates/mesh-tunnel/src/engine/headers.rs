@@ -156,6 +156,7 @@ impl Engine {
                 }
                 Self::settle(stream);
                 let (relay, baggage) = (RelayId(key), head.baggage);
+                self.clear_deadline(key);
                 self.events.push_back(EngineEvent::Established { relay, baggage });
                 self.enter_round(key);
                 if end_stream {

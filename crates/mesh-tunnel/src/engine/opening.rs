@@ -169,6 +169,10 @@ impl Engine {
         opening.attempts += 1;
         let frames = headers(id, false, &opening.head.encode(), tunnel.peer_frame_size);
         tunnel.streams.insert(id, key);
+        stream.deadline = self.now.checked_add(self.config.answer_timeout);
+        if let Some(at) = stream.deadline {
+            self.timers.insert(at, TimerKey::Stream(key));
+        }
         tunnel.idle_since = None;
         if tunnel.out.control(&frames, &mut self.buffers).is_err() {
             tunnel.overflowed = true;
@@ -191,6 +195,7 @@ impl Engine {
     pub(super) fn retry(&mut self, key: u64, reason: CloseReason) {
         self.leave_tunnel(key, true);
         let Some(stream) = self.streams.get_mut(key) else { return };
+        self.clear_deadline(key);
         stream.phase = Phase::Waiting;
         stream.tunnel = 0;
         stream.flags.end_sent = false;

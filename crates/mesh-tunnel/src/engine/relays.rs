@@ -112,9 +112,6 @@ impl Engine {
     fn connected(&mut self, key: u64) {
         let Some(stream) = self.streams.get_mut(key) else { return };
         stream.phase = Phase::Open;
-        if let Some(at) = stream.deadline.take() {
-            self.timers.remove(at, TimerKey::Stream(key));
-        }
         let block = match std::mem::replace(&mut stream.setup, Setup::Done) {
             Setup::Response(head) => head.encode(),
             Setup::Opening(_) | Setup::Done => ResponseHead::default().encode(),
@@ -130,13 +127,18 @@ impl Engine {
         self.respond(stream.tunnel, stream.id, 503, stream.flags.end_received);
         self.end_stream(key, reason, Doom::Abort);
     }
+        self.clear_deadline(key);
 
-    pub(super) fn connect_timed_out(&mut self, key: u64) {
-        if let Some(stream) = self.streams.get_mut(key)
-            && stream.phase == Phase::Connecting
-        {
-            stream.deadline = None;
-            self.connect_failed(key, CloseReason::ConnectTimeout);
+    /// An application has not connected in time, or a peer has not answered in time.
+    pub(super) fn stream_timed_out(&mut self, key: u64) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        stream.deadline = None;
+        match stream.phase {
+            Phase::Connecting => self.connect_failed(key, CloseReason::ConnectTimeout),
+            Phase::Asked => {
+                self.reset_stream(key, ErrorCode::CANCEL, CloseReason::ConnectTimeout);
+            }
+            Phase::Waiting | Phase::Requested | Phase::Open => {}
         }
     }
 
