@@ -315,8 +315,10 @@ impl Engine {
         self.accept_stream(request, app, response)
     }
 
-    /// Answers a request by `status` and forgets it. A request that has gone is no matter. `reason` is the caller's record;
-    /// the peer sees the status only.
+    /// Answers a request by `status` and forgets it. A request that has gone is no matter.
+    ///
+    /// The peer sees the status only. A `reason` that is the asking side's fault or an operator's decision counts against the
+    /// peer: a tunnel whose requests are refused faster than 2,000 a second, beyond a burst of 10,000, is closed.
     pub fn refuse(&mut self, request: RequestId, status: u16, reason: CloseReason, now: Instant) {
         self.now = now;
         self.refuse_request(request, status, reason);

@@ -82,6 +82,8 @@ pub(crate) struct Tunnel {
     pub(crate) failed: bool,
     /// The peer reads so little that our answers have no room.
     pub(crate) overflowed: bool,
+    /// The peer has us refuse more than it may.
+    pub(crate) overburdened: bool,
     pub(crate) fin_sent: bool,
 
     pub(crate) opener: RecordKey,
@@ -175,6 +177,7 @@ impl Tunnel {
             writable: true,
             failed: false,
             overflowed: false,
+            overburdened: false,
             fin_sent: false,
             opener: RecordKey::new(suite, rx, rx_seq),
             renewal_asked: false,

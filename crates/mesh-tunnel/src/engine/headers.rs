@@ -70,12 +70,12 @@ impl Engine {
         if let GoawaySent::Final(_) = tunnel.goaway_sent {
             // Opened after our GOAWAY: the peer knows that it is not processed.
             tunnel.remember(stream, true);
-            return Ok(());
+            return self.costs_a_token(id);
         }
         let crowded = tunnel.streams.len() >= self.config.max_concurrent_streams as usize;
         if crowded || self.relays() >= self.config.max_relays {
             self.send_reset(id, stream, ErrorCode::REFUSED_STREAM);
-            return Ok(());
+            return self.costs_a_token(id);
         }
         match fields.into_request() {
             Request::Connect(head) => self.requested(id, stream, end_stream, head),

@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice};
 use std::task::Poll;
 
-use mesh_model::CloseReason;
+use mesh_model::{CloseReason, Fault};
 
 use super::{Doom, Engine, Owner, SPLICE_BIT};
 use crate::event::{EngineEvent, RelayBytes, RelayId, RequestId};
@@ -49,13 +49,20 @@ impl Engine {
         request.relay()
     }
 
-    pub(super) fn refuse_request(&mut self, request: RequestId, status: u16, _: CloseReason) {
+    pub(super) fn refuse_request(&mut self, request: RequestId, status: u16, reason: CloseReason) {
         let key = request.0;
         let Some(stream) = self.streams.get(key) else { return };
         if stream.phase != Phase::Requested {
             return;
         }
-        self.respond(stream.tunnel, stream.id, status, stream.flags.end_received);
+        let tunnel_id = stream.tunnel;
+        self.respond(tunnel_id, stream.id, status, stream.flags.end_received);
+        // Judging a request costs more than making one (CVE-2025-8671 is of this kind).
+        if matches!(reason.fault(), Fault::Client | Fault::Policy)
+            && let Some(tunnel) = self.tunnels.get_mut(tunnel_id)
+        {
+            tunnel.overburdened |= tunnel.floods.take(self.now).is_err();
+        }
         self.leave_tunnel(key, false);
         if let Some(mut stream) = self.streams.remove(key) {
             self.queued -= stream.queue.clear();

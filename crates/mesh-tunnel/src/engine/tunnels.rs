@@ -80,6 +80,9 @@ impl Engine {
         if tunnel.overflowed {
             return Err(Self::overflow_ending());
         }
+        if tunnel.overburdened {
+            return Err(ErrorCode::ENHANCE_YOUR_CALM.into());
+        }
         let drained = tunnel.phase == TunnelPhase::Draining
             && tunnel.streams.is_empty()
             && matches!(tunnel.goaway_sent, GoawaySent::Final(_));
