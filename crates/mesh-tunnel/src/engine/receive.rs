@@ -61,7 +61,10 @@ impl Engine {
                 read = count;
                 tunnel.readable = count == offered || tunnel.read_closed;
                 tunnel.heard_at = self.now;
-                tunnel.ping_sent = None;
+                if tunnel.ping_sent.take().is_some() {
+                    // The clock was set to the PING's end; the next PING is due before that.
+                    self.set_tunnel_timer(id);
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => tunnel.readable = false,
             Err(_) => end = Some(Ending::dead(CloseReason::TunnelClosed)),
