@@ -7,7 +7,8 @@ use std::time::Duration;
 pub struct EngineConfig {
     /// What a peer may send on one stream before the application took it. Bytes, 65,535..=2^31-1; default 4 MiB.
     pub stream_window: u32,
-    /// The same for all streams of a tunnel together. Bytes, 65,535..=2^31-1; default 16 MiB.
+    /// What a peer may send on all streams of a tunnel together before the engine has read it. Bytes, 65,535..=2^31-1;
+    /// default 16 MiB.
     pub connection_window: u32,
     /// Longest frame accepted. Bytes, 16,384..=2^24-1; default 1 MiB. Source: wire.md §1.7.
     pub max_frame_size: u32,
@@ -42,9 +43,9 @@ pub struct EngineConfig {
     pub dial_timeout: Duration,
     /// How long an application socket may take to connect; default 10 s.
     pub connect_timeout: Duration,
-    /// How long the streams of a retired tunnel may go on; `None` (default) leaves them until they end.
     /// How long a peer may take to answer a CONNECT: its own connect timeout and the way there and back; default 20 s.
     pub answer_timeout: Duration,
+    /// How long the streams of a retired tunnel may go on; `None` (default) leaves them until they end.
     pub drain_timeout: Option<Duration>,
     /// How long a closed tunnel's socket may wait for the peer to take the last bytes; default 2 s.
     pub linger_timeout: Duration,
@@ -52,12 +53,13 @@ pub struct EngineConfig {
     pub max_relays: usize,
     /// Tunnels of this engine at once; more are refused as overloaded. Default 65,536.
     pub max_tunnels: usize,
-    /// Opens that may wait for one key's dial; more are refused as overloaded. Default 8,192.
-    pub max_waiting: usize,
-    /// Bytes held for applications that do not read, over all streams. At the limit a stream that would add to a backlog
     /// Tunnels dialled for one key at once; what they have no room for is refused as overloaded. Default 1,024.
     pub max_tunnels_per_key: usize,
-    /// of its own is reset as overloaded. Default 512 MiB.
+    /// Opens that may wait for one key's dial; more are refused as overloaded. Default 8,192.
+    pub max_waiting: usize,
+    /// Bytes held for applications that do not read, over all streams. From a half of it on they count against the windows of
+    /// their tunnels as well as of their streams; at the limit a stream that would add to a backlog of its own is reset as
+    /// overloaded. Default 512 MiB.
     pub queue_budget: usize,
 }
 

@@ -79,6 +79,8 @@ pub(crate) struct Stream {
     pub(crate) receive_window: ReceiveWindow,
     /// Bytes from the tunnel that the application has not taken.
     pub(crate) queue: ByteQueue,
+    /// How many of them the tunnel's window still counts.
+    pub(crate) withheld: usize,
     pub(crate) bytes: RelayBytes,
     pub(crate) setup: Setup,
     /// When a connect, or the peer's answer, has taken too long.
@@ -107,6 +109,8 @@ pub(crate) struct Flags {
     pub(crate) app_ended: bool,
     /// END_STREAM has been sent.
     pub(crate) end_sent: bool,
+    /// A DATA frame with END_STREAM has been read; what is before it may still be on its way to the application.
+    pub(crate) end_seen: bool,
     /// END_STREAM has been received.
     pub(crate) end_received: bool,
     /// The application has been told of it.

@@ -42,7 +42,8 @@ impl Engine {
     /// Takes a stream off its tunnel. Bytes it still holds count as taken, or the tunnel would starve.
     pub(super) fn leave_tunnel(&mut self, key: u64, reset_by_us: bool) {
         let Some(stream) = self.streams.get_mut(key) else { return };
-        let (tunnel_id, id, held) = (stream.tunnel, stream.id, stream.queue.len());
+        let (tunnel_id, id, held) = (stream.tunnel, stream.id, stream.withheld);
+        stream.withheld = 0;
         let attached = !stream.flags.detached;
         stream.flags.detached = false;
         self.release_credit(tunnel_id, held);

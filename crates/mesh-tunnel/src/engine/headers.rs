@@ -112,6 +112,7 @@ impl Engine {
             send_window: SendWindow::new(tunnel.peer_initial_window),
             receive_window: ReceiveWindow::new(self.config.stream_window),
             queue: ByteQueue::default(),
+            withheld: 0,
             bytes: RelayBytes::default(),
             setup: Setup::Done,
             deadline: None,
@@ -155,8 +156,8 @@ impl Engine {
                     opening.answered = true;
                 }
                 Self::settle(stream);
-                let (relay, baggage) = (RelayId(key), head.baggage);
                 self.clear_deadline(key);
+                let (relay, baggage) = (RelayId(key), head.baggage);
                 self.events.push_back(EngineEvent::Established { relay, baggage });
                 self.enter_round(key);
                 if end_stream {

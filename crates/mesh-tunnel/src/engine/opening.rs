@@ -50,6 +50,7 @@ impl Engine {
             send_window: SendWindow::new(0),
             receive_window: ReceiveWindow::new(self.config.stream_window),
             queue: ByteQueue::default(),
+            withheld: 0,
             bytes: RelayBytes::default(),
             setup: Setup::Opening(Box::new(opening)),
             deadline: None,
@@ -88,10 +89,10 @@ impl Engine {
         if let Some(dial) = granted.dial {
             self.start_dial(dial);
         }
-    }
         for open in granted.crowded_out {
             self.end_stream(open, CloseReason::Overloaded, Doom::Abort);
         }
+    }
 
     fn start_dial(&mut self, dial: DialId) {
         let Some(key) = self.pool.dial_key(dial).cloned() else { return };
@@ -168,11 +169,11 @@ impl Engine {
         let Some(opening) = stream.opening_mut() else { return };
         opening.attempts += 1;
         let frames = headers(id, false, &opening.head.encode(), tunnel.peer_frame_size);
-        tunnel.streams.insert(id, key);
         stream.deadline = self.now.checked_add(self.config.answer_timeout);
         if let Some(at) = stream.deadline {
             self.timers.insert(at, TimerKey::Stream(key));
         }
+        tunnel.streams.insert(id, key);
         tunnel.idle_since = None;
         if tunnel.out.control(&frames, &mut self.buffers).is_err() {
             tunnel.overflowed = true;
@@ -194,8 +195,8 @@ impl Engine {
     /// The peer has not processed a CONNECT: it is sent again, elsewhere, with what the application said so far.
     pub(super) fn retry(&mut self, key: u64, reason: CloseReason) {
         self.leave_tunnel(key, true);
-        let Some(stream) = self.streams.get_mut(key) else { return };
         self.clear_deadline(key);
+        let Some(stream) = self.streams.get_mut(key) else { return };
         stream.phase = Phase::Waiting;
         stream.tunnel = 0;
         stream.flags.end_sent = false;

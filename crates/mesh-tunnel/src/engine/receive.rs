@@ -204,7 +204,7 @@ impl Engine {
             return self.frame_on_closed(id, header.stream);
         };
         let Some(stream) = self.streams.get_mut(key) else { return Ok(()) };
-        let violation = if stream.flags.end_received {
+        let violation = if stream.flags.end_seen || stream.flags.end_received {
             Some(ErrorCode::STREAM_CLOSED)
         } else if stream.side == Side::Client && stream.phase != Phase::Open {
             Some(ErrorCode::PROTOCOL_ERROR)
@@ -254,13 +254,17 @@ impl Engine {
         }
         let target = tunnel.data_target.take();
         if padding > 0 {
-            match target {
-                Some(stream) => self.credit(stream, padding as usize),
-                None => self.release_credit(id, padding as usize),
+            // The stream may have gone meanwhile; the tunnel's share comes back in any case.
+            if let Some(stream) = target {
+                self.credit(stream, padding as usize);
             }
+            self.release_credit(id, padding as usize);
         }
-        if ends && let Some(stream) = target {
-            self.pieces.push(Piece { stream, start: 0, len: 0 });
+        if ends && let Some(key) = target {
+            if let Some(stream) = self.streams.get_mut(key) {
+                stream.flags.end_seen = true;
+            }
+            self.pieces.push(Piece { stream: key, start: 0, len: 0 });
         }
         Ok(())
     }
@@ -335,6 +339,12 @@ impl Engine {
                 self.reset_stream(key, code, CloseReason::Overloaded);
                 return self.release_credit(id, total);
             }
+            // A slow application takes from its own stream's window only, not from the window that all streams of the tunnel
+            // share; unless it has not even connected, or memory runs short.
+            let shared = stream.phase != Phase::Open || self.queued > self.config.queue_budget / 2;
+            if shared {
+                stream.withheld += rest;
+            }
             let mut skip = written;
             for slice in slices {
                 let part = slice.get(skip..).unwrap_or_default();
@@ -342,8 +352,12 @@ impl Engine {
                 stream.queue.push(part);
             }
             self.queued += rest;
+            if !shared {
+                self.release_credit(id, rest);
+            }
         }
         self.credit(key, written);
+        self.release_credit(id, written);
     }
 
     pub(super) fn end_received(&mut self, key: u64, io: &mut impl Io) {
@@ -353,7 +367,7 @@ impl Engine {
         }
     }
 
-    /// The application took bytes of a stream.
+    /// The application took bytes of a stream: its own window's share comes back.
     pub(super) fn credit(&mut self, key: u64, count: usize) {
         let Some(stream) = self.streams.get_mut(key) else { return };
         let (tunnel, id) = (stream.tunnel, stream.id);
@@ -363,7 +377,6 @@ impl Engine {
         {
             self.send_frame(tunnel, &SmallFrame::window_update(id, credit));
         }
-        self.release_credit(tunnel, count);
     }
 
     /// Gives the connection its share back.

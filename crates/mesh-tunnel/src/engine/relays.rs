@@ -14,6 +14,9 @@ use crate::splice::{End, Progress, Splice};
 use crate::stream::{Phase, Setup};
 use crate::timer::TimerKey;
 
+/// What a plain relay moves at once when the queues hold all they may. Bytes.
+const SCARCE_QUANTUM: usize = 4 << 10;
+
 impl Engine {
     pub(super) fn accept_stream(
         &mut self,
@@ -161,7 +164,11 @@ impl Engine {
                     stream.queue.consume(written);
                     stream.bytes.to_app += written as u64;
                     self.queued -= written;
+                    let left = stream.withheld.min(stream.queue.len());
+                    let freed = std::mem::replace(&mut stream.withheld, left) - left;
+                    let tunnel = stream.tunnel;
                     self.credit(key, written);
+                    self.release_credit(tunnel, freed);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     stream.flags.writable = false;
@@ -214,7 +221,9 @@ impl Engine {
                 }
             }
         }
-        let quantum = self.config.quantum;
+        // A lane keeps what its target does not take: less, when there is little memory left for that.
+        let scarce = self.queued > self.config.queue_budget;
+        let quantum = self.config.quantum.min(if scarce { SCARCE_QUANTUM } else { usize::MAX });
         let mut scratch = self.take_scratch(quantum);
         let before = splice_queued(&self.splices, key);
         let progress = match self.splices.get_mut(key) {
