@@ -94,6 +94,10 @@ impl Ledger {
                     }
                 }
             }
+            FlowEvent::Denied(denial) => {
+                self.access.early_denial(&denial);
+                self.meter.early_denial(&denial);
+            }
             FlowEvent::Noted { flow, pod, note } => {
                 let policy = PolicyRef {
                     policy: note.rule.origin.to_string().into(),

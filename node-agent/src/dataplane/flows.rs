@@ -1,6 +1,7 @@
 //! The flows of one worker: what is open, and what is reported of it.
 //!
-//! Each accepted flow is reported exactly once as [`FlowEvent::Closed`], also when it was refused. In between come
+//! Each accepted flow is reported exactly once as [`FlowEvent::Closed`], also when it was refused; a tunnel that was not
+//! let in is no flow, and is reported as [`FlowEvent::Denied`]. In between come
 //! [`FlowEvent::Opened`] when both ends are connected, and [`FlowEvent::Moved`] with the bytes since the last one.
 
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use std::time::Instant;
 use mesh_authorize::{Note, RuleRef};
 use mesh_model::{CloseReason, Direction, FlowId, PodUid, SpiffeId};
 use mesh_resolve::Authority;
-use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord};
+use mesh_telemetry::{EarlyDenial, FlowBytes, FlowFacts, FlowPath, FlowRecord};
 use mesh_tunnel::{RelayBytes, RelayId};
 use serde::Serialize;
 
@@ -51,6 +52,8 @@ pub enum FlowEvent {
         /// What matched.
         note: Note,
     },
+    /// Somebody dialled a pod's tunnel port and was not let in: no flow began.
+    Denied(EarlyDenial),
 }
 
 /// One open flow, for `culvert connections` and the admin API.
@@ -216,6 +219,11 @@ impl FlowTable {
         for note in notes {
             self.sink.report(FlowEvent::Noted { flow: flow.id, pod: flow.pod.clone(), note });
         }
+    }
+
+    /// Reports a connection that did not become a flow.
+    pub(super) fn denied(&self, denial: EarlyDenial) {
+        self.sink.report(FlowEvent::Denied(denial));
     }
 
     /// Both ends are connected.

@@ -1,7 +1,7 @@
 //! Connections to a pod: accept, resolve, authorize, deliver, telemetry; through the tunnel and in plaintext.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,8 +9,10 @@ use mesh_authorize::{Decision, Permit, authorize};
 use mesh_identity::PeerCertificate;
 use mesh_model::{CloseReason, Direction, Flow, SpiffeId, ports};
 use mesh_net::driver::ops::{Ends, ListenerTag, Ops};
+use mesh_net::handshake::HandshakeError;
 use mesh_net::socket::{self, AppSource, ConnectOptions};
 use mesh_resolve::{Authority, ResolvedFlow, Route, resolve_inbound};
+use mesh_telemetry::EarlyDenial;
 use mesh_tunnel::{ConnectHead, RequestId, Retire, SockId, TunnelId};
 use mio::net::TcpStream;
 
@@ -22,7 +24,7 @@ use crate::dataplane::shared::OriginalSource;
 use crate::dataplane::telemetry::{PeerHead, Story, response_head};
 use crate::dataplane::tunnels::ServerTunnel;
 use crate::dataplane::waiting::WaitFor;
-use crate::dataplane::worker::{CapturedConn, NodeWorker, Refusal, Waiting};
+use crate::dataplane::worker::{CapturedConn, Chain, NodeWorker, Refusal, Waiting};
 
 /// A CONNECT that has not been answered.
 #[derive(Debug)]
@@ -82,6 +84,26 @@ impl NodeWorker {
             ops.abort(sock);
             self.stats.handshake_failed(CloseReason::Overloaded);
         }
+    }
+
+    /// The peer did not prove itself, or left before it had: there is nobody to count a flow for, but it is told.
+    pub(super) fn tunnel_refused(
+        &self,
+        tag: ListenerTag,
+        peer: SocketAddr,
+        reason: CloseReason,
+        error: &HandshakeError,
+    ) {
+        let (key, _port) = PodKey::of(tag);
+        let own = self.pod(key).and_then(|pod| pod.address_like(peer));
+        self.flows.denied(EarlyDenial {
+            source: peer,
+            // The pod may have left meanwhile.
+            destination: SocketAddr::new(own.unwrap_or(IpAddr::from([0; 4])), ports::HBONE),
+            direction: Direction::InboundTunnel,
+            reason,
+            detail: Some(Chain(error).to_string().into()),
+        });
     }
 
     /// The peer is proved: from here on it may ask for connections.

@@ -543,9 +543,7 @@ impl Handler for NodeWorker {
                 let next_hop = key.map(|key| key.next_hop);
                 tracing::debug!(%reason, ?next_hop, error = %Chain(&error), "tunnel not dialled");
             }
-            Attempt::Accept { peer, .. } => {
-                tracing::debug!(%reason, %peer, error = %Chain(&error), "tunnel not accepted");
-            }
+            Attempt::Accept { tag, peer } => self.tunnel_refused(tag, peer, reason, &error),
         }
     }
 

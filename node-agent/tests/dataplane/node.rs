@@ -69,9 +69,10 @@ impl Ledger {
                 .iter()
                 .filter_map(|event| match event {
                     FlowEvent::Closed { record, .. } => Some((**record).clone()),
-                    FlowEvent::Opened(_) | FlowEvent::Moved { .. } | FlowEvent::Noted { .. } => {
-                        None
-                    }
+                    FlowEvent::Opened(_)
+                    | FlowEvent::Moved { .. }
+                    | FlowEvent::Noted { .. }
+                    | FlowEvent::Denied(_) => None,
                 })
                 .collect();
             if records.len() >= count {
