@@ -84,14 +84,14 @@ impl Default for EngineConfig {
             idle_timeout: Duration::from_secs(300),
             dial_timeout: Duration::from_secs(20),
             connect_timeout: Duration::from_secs(10),
+            answer_timeout: Duration::from_secs(20),
             drain_timeout: None,
             linger_timeout: Duration::from_secs(2),
-            answer_timeout: Duration::from_secs(20),
             max_relays: 262_144,
             max_tunnels: 65_536,
+            max_tunnels_per_key: 1_024,
             max_waiting: 8_192,
             queue_budget: 512 << 20,
         }
     }
 }
-            max_tunnels_per_key: 1_024,

@@ -127,6 +127,7 @@ impl Engine {
             Setup::Opening(_) | Setup::Done => ResponseHead::default().encode(),
         };
         let (tunnel, id) = (stream.tunnel, stream.id);
+        self.clear_deadline(key);
         self.send_headers(tunnel, id, false, &block);
         self.events.push_back(EngineEvent::Established { relay: RelayId(key), baggage: None });
         self.enter_round(key);
@@ -137,7 +138,6 @@ impl Engine {
         self.respond(stream.tunnel, stream.id, 503, stream.flags.end_received);
         self.end_stream(key, reason, Doom::Abort);
     }
-        self.clear_deadline(key);
 
     /// An application has not connected in time, or a peer has not answered in time.
     pub(super) fn stream_timed_out(&mut self, key: u64) {
