@@ -2,133 +2,14 @@
 
 mod support;
 
-use std::time::Instant;
+use mesh_model::CloseReason;
+use mesh_tunnel::wire::{ContentType, Encoder, ErrorCode, StaticName};
+use mesh_tunnel::{EngineConfig, EngineEvent};
+use support::Rng;
+use support::peer::{PREFACE, Peer, SETTINGS, block, frame, open, setting};
 
-use mesh_model::PodUid;
-use mesh_tunnel::wire::{
-    ContentType, Encoder, ErrorCode, HEADER, RecordKey, StaticName, TAIL, record_len,
-};
-use mesh_tunnel::{Engine, EngineConfig, EngineEvent, SockId, Suite};
-use support::net::Net;
-use support::{Rng, epoch, sessions};
-
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
-
-/// A client that says what it is told to.
-struct Client {
-    net: Net,
-    engine: Engine,
-    now: Instant,
-    wire: SockId,
-    sealer: RecordKey,
-    opener: RecordKey,
-    received: Vec<u8>,
-    plaintext: Vec<u8>,
-    closed: bool,
-}
-
-impl Client {
-    fn new() -> Self {
-        let mut net = Net::new(1, false);
-        let now = epoch();
-        let mut engine = Engine::new(EngineConfig::default(), now);
-        let (wire, near) = net.pair(64 << 20);
-        let (client, server) = sessions(Suite::Aes128Gcm, &mut Rng(1));
-        engine.add_server_tunnel(PodUid::new("pod"), server, near, now);
-        Self {
-            net,
-            engine,
-            now,
-            wire,
-            sealer: RecordKey::new(client.suite, client.tx.clone(), 0),
-            opener: RecordKey::new(client.suite, client.rx.clone(), 0),
-            received: Vec::new(),
-            plaintext: Vec::new(),
-            closed: false,
-        }
-    }
-
-    fn record(&mut self, content_type: ContentType, bytes: &[u8]) {
-        let mut record = vec![0; HEADER + bytes.len() + TAIL];
-        record[HEADER..HEADER + bytes.len()].copy_from_slice(bytes);
-        self.sealer.seal(&mut record, content_type);
-        // The engine may have hung up already.
-        drop(self.net.write(self.wire, &record));
-        self.turn();
-    }
-
-    fn say(&mut self, bytes: &[u8]) {
-        for chunk in bytes.chunks(16_384) {
-            self.record(ContentType::ApplicationData, chunk);
-        }
-    }
-
-    fn turn(&mut self) {
-        loop {
-            let mut more = false;
-            for (sock, ready) in self.net.take_edges() {
-                self.engine.on_event(sock, ready);
-                more = true;
-            }
-            more |= self.engine.turn(&mut self.net, self.now);
-            if !more {
-                break;
-            }
-        }
-        while let Some(event) = self.engine.poll_event() {
-            self.closed |= matches!(event, EngineEvent::TunnelClosed { .. });
-        }
-        if let Ok(bytes) = self.net.read(self.wire, 1 << 20) {
-            self.received.extend(bytes);
-        }
-        while let Ok(Some(length)) = record_len(&self.received)
-            && length <= self.received.len()
-        {
-            let mut record: Vec<u8> = self.received.drain(..length).collect();
-            let (content_type, size) = self.opener.open(&mut record).unwrap();
-            if content_type == ContentType::ApplicationData {
-                self.plaintext.extend(&record[HEADER..HEADER + size]);
-            }
-        }
-    }
-
-    /// The first GOAWAY or RST_STREAM: `(stream, code)`, with stream 0 for GOAWAY.
-    fn refusal(&self) -> Option<(u32, ErrorCode)> {
-        let mut rest = &self.plaintext[..];
-        while rest.len() >= 9 {
-            let length = u32::from_be_bytes([0, rest[0], rest[1], rest[2]]) as usize;
-            let word = |at: usize| u32::from_be_bytes(rest[at..at + 4].try_into().unwrap());
-            match rest[3] {
-                3 => return Some((word(5), ErrorCode(word(9)))),
-                7 => return Some((0, ErrorCode(word(13)))),
-                _ => rest = &rest[9 + length..],
-            }
-        }
-        None
-    }
-}
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![0, (payload.len() >> 8) as u8, payload.len() as u8, kind, flags];
-    frame[0] = (payload.len() >> 16) as u8;
-    frame.extend(stream.to_be_bytes());
-    frame.extend(payload);
-    frame
-}
-
-fn block() -> Vec<u8> {
-    let mut encoder = Encoder::default();
-    encoder.static_name(StaticName::Method, b"CONNECT").static_name(StaticName::Authority, b"a:1");
-    encoder.into_block()
-}
-
-fn open(stream: u32) -> Vec<u8> {
-    frame(1, 4, stream, &block())
-}
-
-fn setting(id: u16, value: u32) -> Vec<u8> {
-    frame(4, 0, 0, &[&id.to_be_bytes()[..], &value.to_be_bytes()].concat())
+fn client() -> Peer {
+    Peer::client(EngineConfig::default())
 }
 
 #[test]
@@ -163,6 +44,12 @@ fn malformed_frames_are_refused_with_the_right_code() {
         ("HEADERS on an even stream", open(2), (0, E::PROTOCOL_ERROR)),
         ("HEADERS on a lower stream", [open(5), open(3)].concat(), (0, E::PROTOCOL_ERROR)),
         ("HEADERS twice", [open(1), open(1)].concat(), (1, E::PROTOCOL_ERROR)),
+        (
+            "DATA behind DATA with END_STREAM",
+            [open(1), frame(0, 1, 1, b"x"), frame(0, 0, 1, b"y")].concat(),
+            (1, E::STREAM_CLOSED),
+        ),
+        ("HEADERS of 1 MiB and more", frame(1, 4, 1, &bomb()), (0, E::COMPRESSION_ERROR)),
         (
             "HEADERS behind END_STREAM",
             [frame(1, 5, 1, &block()), open(1)].concat(),
@@ -237,19 +124,19 @@ fn malformed_frames_are_refused_with_the_right_code() {
         ),
     ];
     for (name, bytes, expected) in cases {
-        let mut client = Client::new();
+        let mut client = client();
         client.say(PREFACE);
         client.say(&SETTINGS);
         client.say(&bytes);
         assert_eq!(client.refusal(), Some(expected), "{name}");
-        assert_eq!(client.closed, expected.0 == 0, "{name}");
+        assert_eq!(client.tunnel_closed().is_some(), expected.0 == 0, "{name}");
     }
 }
 
 #[test]
 fn a_connection_that_does_not_begin_right_is_refused() {
     for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[PREFACE, &frame(6, 0, 0, &[0; 8])].concat()] {
-        let mut client = Client::new();
+        let mut client = client();
         client.say(bytes);
         assert_eq!(client.refusal(), Some((0, ErrorCode::PROTOCOL_ERROR)));
     }
@@ -257,7 +144,7 @@ fn a_connection_that_does_not_begin_right_is_refused() {
 
 #[test]
 fn unknown_frames_settings_and_flags_are_ignored() {
-    let mut client = Client::new();
+    let mut client = client();
     client.say(PREFACE);
     client.say(&SETTINGS);
     client.say(&frame(0x77, 0xff, 9, &[1; 500]));
@@ -265,22 +152,96 @@ fn unknown_frames_settings_and_flags_are_ignored() {
     client.say(&frame(6, 0xfe, 0, &[3; 8]));
     client.say(&open(1));
     assert_eq!(client.refusal(), None);
-    assert!(!client.closed);
+    assert_eq!(client.tunnel_closed(), None);
 }
 
 #[test]
 fn any_bytes_are_survived() {
     for seed in support::seeds(300) {
         let mut rng = Rng(seed);
-        let mut client = Client::new();
+        let mut client = client();
         client.say(PREFACE);
         client.say(&SETTINGS);
         for _ in 0..30 {
             let length = rng.below(40);
-            let payload: Vec<u8> = (0..length).map(|_| rng.next() as u8).collect();
-            let (kind, flags) = (rng.below(11) as u8, rng.next() as u8);
-            let bytes = frame(kind, flags, rng.below(8) as u32, &payload);
+            let payload: Vec<u8> = (0..length).map(|_| rng.next().to_be_bytes()[0]).collect();
+            let [kind, flags, stream, ..] = rng.next().to_be_bytes();
+            let bytes = frame(kind % 11, flags, u32::from(stream % 8), &payload);
             client.say(if rng.chance(10) { &payload } else { &bytes });
         }
+    }
+}
+
+/// A block of 5 KiB that names a long entry of the table a thousand times.
+fn bomb() -> Vec<u8> {
+    let mut block = vec![0x40, 1, b'a', 0x7f, 0x80, 0x1e];
+    block.resize(block.len() + 0x7f + 0xf00, b'v');
+    block.extend([0x80 | 62].repeat(1_000));
+    block
+}
+
+#[test]
+fn a_peer_may_not_have_us_refuse_without_end() {
+    for (reason, closes) in [(CloseReason::PolicyDenied, true), (CloseReason::Overloaded, false)] {
+        let mut client = client();
+        client.say(PREFACE);
+        client.say(&SETTINGS);
+        for stream in (1..24_000).step_by(2) {
+            client.say(&open(stream));
+            for event in std::mem::take(&mut client.events) {
+                if let EngineEvent::Request { request, .. } = event {
+                    client.engine.refuse(request, 401, reason, client.now);
+                } else {
+                    client.events.push(event);
+                }
+            }
+            if client.tunnel_closed().is_some() {
+                break;
+            }
+        }
+        assert_eq!(client.tunnel_closed().is_some(), closes, "{reason:?}");
+        assert_eq!(client.engine.stats().streams, 0);
+    }
+}
+
+#[test]
+fn padding_for_a_stream_that_has_gone_costs_the_tunnel_no_credit() {
+    let mut client = client();
+    client.say(PREFACE);
+    client.say(&SETTINGS);
+    // The tunnel's window is 16 MiB: frames of nothing but padding, whose streams are refused while they are under way.
+    let mut stream = 1;
+    for _ in 0..70_000 {
+        let padded = frame(0, 8, stream, &[&[255, 1][..], &[0; 255]].concat());
+        client.say(&[&open(stream), &padded[..10]].concat());
+        for event in std::mem::take(&mut client.events) {
+            if let EngineEvent::Request { request, .. } = event {
+                client.engine.refuse(request, 503, CloseReason::Drained, client.now);
+            }
+        }
+        client.say(&padded[10..]);
+        client.plaintext.clear();
+        stream += 2;
+    }
+    assert_eq!(client.tunnel_closed(), None);
+    assert_eq!(client.refusal(), None);
+}
+
+#[test]
+fn broken_tls_ends_the_tunnel() {
+    for (content_type, bytes) in [
+        (ContentType::Alert, &[2, 80][..]),
+        (ContentType::Alert, &[1]),
+        (ContentType::Handshake, &[1, 0, 0, 0]),
+        (ContentType::Handshake, &[4, 0, 0, 0]),
+        (ContentType::Handshake, &[24, 0, 0, 1, 7]),
+    ] {
+        let mut client = client();
+        client.say(PREFACE);
+        client.record(content_type, bytes);
+        client.turn();
+        assert!(client.tunnel_closed().is_some(), "{content_type:?} {bytes:?}");
+        client.wait(std::time::Duration::from_secs(3));
+        assert_eq!(client.engine.stats().sockets, 0);
     }
 }

@@ -4,6 +4,7 @@
 #![allow(unreachable_pub, missing_docs, missing_debug_implementations, reason = "test support")]
 
 pub mod net;
+pub mod peer;
 pub mod permit;
 pub mod tap;
 
