@@ -1,4 +1,5 @@
 //! Against stock peers: rustls for the handshake, tokio-rustls and h2 at the other end, in both roles.
+#![expect(clippy::unwrap_used, reason = "a test's own values are valid")]
 
 mod support;
 
@@ -57,11 +58,15 @@ fn configs(secrets: &Arc<Secrets>) -> (rustls::ClientConfig, rustls::ServerConfi
 }
 
 fn session(secrets: &Secrets, suite: rustls::CipherSuite, client: bool, rx_seq: u64) -> TlsSession {
-    let suite = match suite {
-        rustls::CipherSuite::TLS13_AES_128_GCM_SHA256 => Suite::Aes128Gcm,
-        rustls::CipherSuite::TLS13_AES_256_GCM_SHA384 => Suite::Aes256Gcm,
-        _ => Suite::Chacha20Poly1305,
-    };
+    use rustls::CipherSuite as Theirs;
+    let (_, suite) = [
+        (Theirs::TLS13_AES_128_GCM_SHA256, Suite::Aes128Gcm),
+        (Theirs::TLS13_AES_256_GCM_SHA384, Suite::Aes256Gcm),
+        (Theirs::TLS13_CHACHA20_POLY1305_SHA256, Suite::Chacha20Poly1305),
+    ]
+    .into_iter()
+    .find(|(theirs, _)| *theirs == suite)
+    .unwrap();
     let secrets = secrets.0.lock().unwrap();
     let secret = |name: &str| TrafficSecret::new(suite, &secrets[name]).unwrap();
     let (up, down) = (secret("CLIENT_TRAFFIC_SECRET_0"), secret("SERVER_TRAFFIC_SECRET_0"));
@@ -164,12 +169,12 @@ impl App {
     }
 
     fn step(&mut self, net: &mut Net) -> bool {
-        if self.sent < self.outgoing.len() {
-            if let Ok(count) = net.write(self.sock, &self.outgoing[self.sent..]) {
-                self.sent += count;
-                if self.sent == self.outgoing.len() {
-                    net.shutdown_write(self.sock).unwrap();
-                }
+        if self.sent < self.outgoing.len()
+            && let Ok(count) = net.write(self.sock, &self.outgoing[self.sent..])
+        {
+            self.sent += count;
+            if self.sent == self.outgoing.len() {
+                net.shutdown_write(self.sock).unwrap();
             }
         }
         if self.ended && self.sent == self.outgoing.len() {
