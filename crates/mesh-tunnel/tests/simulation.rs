@@ -79,6 +79,8 @@ struct World {
     dials: Vec<(DialId, u32)>,
     tunnels: [BTreeMap<TunnelId, ()>; 2],
     key_update_after: [u64; 2],
+    scarce: bool,
+    wire_broken: bool,
     hostile: bool,
     scale: u64,
     suite: Suite,
@@ -123,13 +125,15 @@ impl World {
             net: Net::new(rng.next(), fickle),
             now,
             engines: configs.clone().map(|config| Engine::new(config, now)),
-            key_update_after: configs.map(|config| config.key_update_after),
+            scarce: configs.iter().any(|config| config.queue_budget < 1 << 20),
+            key_update_after: configs.clone().map(|config| config.key_update_after),
             owner: BTreeMap::new(),
             apps: Vec::new(),
             flows: Vec::new(),
             by_relay: [BTreeMap::new(), BTreeMap::new()],
             dials: Vec::new(),
             tunnels: [BTreeMap::new(), BTreeMap::new()],
+            wire_broken: false,
             hostile: kind.hostile,
             scale,
             suite: suites[rng.below(3)],
@@ -167,7 +171,8 @@ impl World {
 
     fn open(&mut self) {
         let flow = self.flows.len();
-        self.flows.push(Flow { clean: true, ..Flow::default() });
+        // A server's end may know of a break before the client's does.
+        self.flows.push(Flow { clean: !self.wire_broken, ..Flow::default() });
         let capacity = self.capacity();
         let (near, far) = self.net.pair(capacity);
         self.owner.insert(near, 0);
@@ -254,6 +259,8 @@ impl World {
                 };
                 assert_eq!(*slot, None, "closed twice");
                 *slot = Some(reason);
+                // Where there is little memory, that may happen to anybody; otherwise to nobody.
+                self.flows[flow].clean &= !(self.scarce && reason == CloseReason::Overloaded);
             }
             EngineEvent::TunnelClosed { tunnel, .. } => {
                 assert_eq!(self.tunnels[side].remove(&tunnel), Some(()), "tunnel closed twice");
@@ -387,9 +394,12 @@ impl World {
                     flow.clean = false;
                 }
                 let wires: Vec<SockId> = self.owner.keys().copied().collect();
-                let sock = wires[self.rng.below(wires.len())];
-                let ready = mesh_tunnel::Readiness { error: true, ..Default::default() };
-                self.engines[self.owner[&sock]].on_event(sock, ready);
+                if !wires.is_empty() {
+                    self.wire_broken = true;
+                    let sock = wires[self.rng.below(wires.len())];
+                    let ready = mesh_tunnel::Readiness { error: true, ..Default::default() };
+                    self.engines[self.owner[&sock]].on_event(sock, ready);
+                }
             }
             3 if self.hostile && self.rng.chance(20) => {
                 for flow in &mut self.flows {
@@ -510,8 +520,12 @@ fn run_all(kind: Kind) {
     for seed in support::seeds(2_000).filter(|seed| Kind::of(*seed) == kind) {
         let result = std::panic::catch_unwind(|| run(seed));
         if let Err(panic) = result {
-            eprintln!("seed {seed} failed: CULVERT_SIM_FIRST={seed} CULVERT_SIM_SEEDS=1");
-            std::panic::resume_unwind(panic);
+            let cause = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("see above");
+            panic!("seed {seed}: {cause}\nagain by CULVERT_SIM_FIRST={seed} CULVERT_SIM_SEEDS=1");
         }
     }
 }
