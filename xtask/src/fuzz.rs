@@ -145,7 +145,7 @@ fn targets(only: Option<&str>) -> anyhow::Result<Vec<String>> {
 fn build(folder: &Path) -> anyhow::Result<PathBuf> {
     let host = host()?;
     let manifest = root().join("tests/fuzz/Cargo.toml");
-    let mut build = command("cargo", &["build", "--release", "--locked", "--target", &host]);
+    let mut build = command("cargo", &["build", "--release", "--target", &host]);
     build.arg("--manifest-path").arg(&manifest);
     // Named for a target, so that build scripts and macros are not instrumented.
     build.env("RUSTFLAGS", RUSTFLAGS).env("CARGO_TARGET_DIR", folder);

@@ -1,4 +1,5 @@
-//! Other kernels: Debian's stock 6.1 and 6.12 in QEMU, without KVM, with the capture suite inside.
+//! Other kernels: Debian's stock 6.1 and 6.12 in QEMU, without KVM, with the capture suite inside,
+//! and with a node whose power fails.
 
 mod guest;
 mod image;
@@ -12,8 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
 
-use crate::command::command;
-use guest::{Outcome, Report};
+use crate::command::{command, run};
+use crate::run::target_dir;
+use guest::{Job, Outcome, Report};
+use image::Built;
 
 /// A kernel to test on.
 pub(crate) struct Kernel {
@@ -50,36 +53,58 @@ pub(crate) fn run_suites(filter: Option<&str>) -> anyhow::Result<()> {
         let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
         bail!("no kernel {}: there are {}", filter.unwrap_or_default(), known.join(" and "));
     }
-    let suites = test_programs("mesh-ebpf")?;
+    let (programs, plugin) = programs()?;
+    let built = Built { suites: test_programs("mesh-ebpf")?, programs, plugin };
     let mut guests = Vec::new();
     for kernel in kernels {
         let files = package::fetch(kernel)?;
-        let image = image::make(kernel, &files, &suites)?;
-        println!("→ the capture suite on Linux {}", files.version);
+        let image = image::make(kernel, &files, &built)?;
+        println!(
+            "→ the capture suite, and a reboot with enrolled pods, on Linux {}",
+            files.version
+        );
         guests.push((kernel, files, image));
     }
+    // One guest per kernel at a time: each keeps a core busy.
     let reports = thread::scope(|scope| {
         let running: Vec<_> = guests
             .iter()
-            .map(|(kernel, files, image)| scope.spawn(|| guest::boot(kernel, files, image)))
+            .map(|(kernel, files, image)| {
+                scope.spawn(|| {
+                    [Job::Suite, Job::Reboot]
+                        .into_iter()
+                        .map(|job| guest::run(kernel, files, image, job))
+                        .collect::<anyhow::Result<Vec<Report>>>()
+                })
+            })
             .collect();
         running
             .into_iter()
             .map(|guest| {
                 guest.join().unwrap_or_else(|_| Err(anyhow!("reading a guest's console panicked")))
             })
-            .collect::<anyhow::Result<Vec<Report>>>()
+            .collect::<anyhow::Result<Vec<Vec<Report>>>>()
     })?;
+    let reports: Vec<Report> = reports.into_iter().flatten().collect();
     for report in &reports {
         report.print_failures();
     }
     print_table(&reports);
     let failed: Vec<_> =
-        reports.iter().filter(|report| !report.passed()).map(|report| report.kernel).collect();
+        reports.iter().filter(|report| !report.passed()).map(Report::title).collect();
     if !failed.is_empty() {
-        bail!("the capture suite failed on Linux {}", failed.join(" and "));
+        bail!("failed: {}", failed.join(", "));
     }
     Ok(())
+}
+
+/// Builds agent and controller, and the agent's CNI plugin beside them.
+fn programs() -> anyhow::Result<(Vec<PathBuf>, PathBuf)> {
+    let packages = ["--package", "culvert-agent", "--package", "mesh-controller"];
+    run(command("cargo", &["build", "--bins"]).args(packages))?;
+    let folder = target_dir()?.join("debug");
+    let programs = ["culvert-agent", "culvert-controller"].map(|name| folder.join(name));
+    Ok((programs.into(), folder.join("culvert-cni")))
 }
 
 /// The test programs cargo builds for a package.
@@ -108,23 +133,25 @@ fn test_programs(package: &str) -> anyhow::Result<Vec<PathBuf>> {
 
 /// One row per test, one column per kernel.
 fn print_table(reports: &[Report]) {
-    let mut rows: BTreeMap<&str, Vec<Option<(Outcome, Duration)>>> = BTreeMap::new();
-    for (column, report) in reports.iter().enumerate() {
+    let mut columns: Vec<&str> = reports.iter().map(|report| report.kernel).collect();
+    columns.dedup();
+    let mut rows: BTreeMap<&str, BTreeMap<&str, (Outcome, Duration)>> = BTreeMap::new();
+    for report in reports {
         for test in &report.tests {
-            let row = rows.entry(&test.name).or_insert_with(|| vec![None; reports.len()]);
-            row[column] = Some((test.outcome, test.took));
+            let row = rows.entry(&test.name).or_default();
+            row.insert(report.kernel, (test.outcome, test.took));
         }
     }
     let width = rows.keys().map(|name| name.len()).max().unwrap_or(0);
     print!("\n{:width$}", "");
-    for report in reports {
-        print!("  {:>14}", format!("Linux {}", report.kernel));
+    for column in &columns {
+        print!("  {:>14}", format!("Linux {column}"));
     }
     println!();
     for (name, cells) in &rows {
         print!("{name:width$}");
-        for cell in cells {
-            let text = cell.map_or_else(
+        for column in &columns {
+            let text = cells.get(column).map_or_else(
                 || "not run".to_owned(),
                 |(outcome, took)| format!("{outcome} {:5.1} s", took.as_secs_f32()),
             );

@@ -83,7 +83,7 @@ fn build_programs() -> anyhow::Result<()> {
     run(&mut build)
 }
 
-fn target_dir() -> anyhow::Result<std::path::PathBuf> {
+pub(crate) fn target_dir() -> anyhow::Result<std::path::PathBuf> {
     let output = command("cargo", &["metadata", "--format-version", "1", "--no-deps"]).output()?;
     let metadata: serde_json::Value =
         serde_json::from_slice(&output.stdout).context("cargo metadata printed no JSON")?;

@@ -56,6 +56,8 @@ const PACKAGES: &[Package] = &[
     package("dash", "the guests' shell", "/usr/bin/dash|/bin/dash"),
     package("cpio", "packs the guests", "/usr/bin/cpio|/bin/cpio"),
     package("kmod", "the guests' modules", "/sbin/depmod|/usr/sbin/depmod"),
+    package("e2fsprogs", "makes the guests' disk", "/usr/sbin/mkfs.ext4|/sbin/mkfs.ext4"),
+    package("binutils", "strips what goes into the guests", "/usr/bin/strip"),
     package("xz-utils", "unpacks the guests' modules", "/usr/bin/xz"),
 ];
 

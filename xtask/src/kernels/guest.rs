@@ -9,14 +9,41 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-use super::Kernel;
 use super::package::{Files, cache};
+use super::{Kernel, image};
 
 /// How long a guest may run. On two cores both take about a third of it.
 const LIMIT_SECONDS: u16 = 900;
 
 /// Lines of the console that are shown when a guest ends early.
 const LAST_LINES: usize = 40;
+
+/// What a guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Job {
+    /// The capture suite.
+    Suite,
+    /// A node with enrolled pods loses its power and comes back.
+    Reboot,
+}
+
+impl Job {
+    /// Its script, without extension.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Suite => "suite",
+            Self::Reboot => "reboot",
+        }
+    }
+
+    /// How often the machine is switched on. It ends itself each time.
+    fn boots(self) -> usize {
+        match self {
+            Self::Suite => 1,
+            Self::Reboot => 2,
+        }
+    }
+}
 
 /// How a test went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +84,9 @@ pub(super) struct Report {
     /// Tests in the order they ran.
     pub(super) tests: Vec<Test>,
     version: String,
-    /// It reached its end.
-    finished: bool,
+    job: Job,
+    /// Boots that reached their end.
+    finished: usize,
     /// What the console said since the last test.
     rest: Vec<String>,
     console: PathBuf,
@@ -66,20 +94,30 @@ pub(super) struct Report {
 }
 
 impl Report {
+    /// Every boot reached its end.
+    fn finished(&self) -> bool {
+        self.finished == self.job.boots()
+    }
+
     /// Every test ran and passed.
     pub(super) fn passed(&self) -> bool {
-        self.finished
+        self.finished()
             && !self.tests.is_empty()
             && self.tests.iter().all(|test| test.outcome == Outcome::Passed)
+    }
+
+    /// What it was.
+    pub(super) fn title(&self) -> String {
+        format!("{} on Linux {}", self.job.name(), self.version)
     }
 
     /// One line on how it went.
     pub(super) fn summary(&self) -> String {
         let passed = self.tests.iter().filter(|test| test.outcome == Outcome::Passed).count();
-        let end = if self.finished { "" } else { ", ended before its end" };
+        let end = if self.finished() { "" } else { ", ended before its end" };
         format!(
-            "Linux {}: {passed} of {} passed{end}, {} s; console: {}",
-            self.version,
+            "{}: {passed} of {} passed{end}, {} s; console: {}",
+            self.title(),
             self.tests.len(),
             self.took.as_secs(),
             self.console.display()
@@ -94,7 +132,7 @@ impl Report {
                 println!("   {line}");
             }
         }
-        if !self.finished {
+        if !self.finished() {
             println!("\n── Linux {} ended early; its console at the end", self.kernel);
             for line in self.rest.iter().rev().take(LAST_LINES).rev() {
                 println!("   {line}");
@@ -105,7 +143,7 @@ impl Report {
     /// Takes in one line of the console; a finished test is returned.
     fn read(&mut self, line: &str) -> Option<&Test> {
         if line == "@done" {
-            self.finished = true;
+            self.finished += 1;
         } else if let Some(mut test) = line.strip_prefix("@test ").and_then(parse_test) {
             let said = std::mem::take(&mut self.rest);
             if test.outcome == Outcome::Failed {
@@ -129,45 +167,74 @@ fn parse_test(line: &str) -> Option<Test> {
     Some(Test { name: words.next()?.to_owned(), outcome, took, output: Vec::new() })
 }
 
-/// Boots a kernel and reads its console to the end, which is kept in a file too.
-pub(super) fn boot(kernel: &Kernel, files: &Files, image: &Path) -> anyhow::Result<Report> {
+/// Boots a kernel for a job, as often as the job wants, and reads its console to the end.
+pub(super) fn run(
+    kernel: &Kernel,
+    files: &Files,
+    image: &Path,
+    job: Job,
+) -> anyhow::Result<Report> {
     let started = Instant::now();
-    let console = cache(kernel).join("console.log");
+    let console = cache(kernel).join(format!("{}.log", job.name()));
     let mut kept = File::create(&console).context("keeping the console")?;
-    let mut qemu = Command::new("timeout")
-        .arg(LIMIT_SECONDS.to_string())
-        // Without cmpxchg16b: QEMU 7.2 takes the flags that it leaves alone from a stale register,
-        // and the kernel's allocator (which has a way round it) then double-faults.
-        .args(["qemu-system-x86_64", "-accel", "tcg", "-smp", "1", "-m", "1024"])
-        .args(["-cpu", "max,-cx16"])
-        .args(["-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio"])
-        .arg("-append")
-        .arg(format!("console=ttyS0 panic=-1 quiet loglevel=3 culvert.guard={}", kernel.guard))
-        .arg("-kernel")
-        .arg(&files.vmlinuz)
-        .arg("-initrd")
-        .arg(image)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("starting QEMU")?;
+    let disk = match job {
+        Job::Suite => None,
+        Job::Reboot => Some(image::make_disk(kernel)?),
+    };
     let mut report = Report {
         kernel: kernel.name,
         tests: Vec::new(),
         version: files.version.clone(),
-        finished: false,
+        job,
+        finished: 0,
         rest: Vec::new(),
         console,
         took: Duration::ZERO,
     };
+    for _ in 0..job.boots() {
+        let mut qemu = machine(kernel, files, image, job);
+        if let Some(disk) = &disk {
+            qemu.arg("-drive").arg(format!("file={},format=raw,if=virtio", disk.display()));
+        }
+        boot(&mut qemu, &mut report, &mut kept)?;
+    }
+    report.took = started.elapsed();
+    Ok(report)
+}
+
+/// The machine, without disks.
+fn machine(kernel: &Kernel, files: &Files, image: &Path, job: Job) -> Command {
+    let mut qemu = Command::new("timeout");
+    qemu.arg(LIMIT_SECONDS.to_string())
+        // Without cmpxchg16b: QEMU 7.2 takes the flags that it leaves alone from a stale register,
+        // and the kernel's allocator (which has a way round it) then double-faults.
+        .args(["qemu-system-x86_64", "-accel", "tcg", "-smp", "1", "-m", "1536"])
+        .args(["-cpu", "max,-cx16", "-no-reboot"])
+        .args(["-nographic", "-nodefaults", "-serial", "stdio", "-append"])
+        .arg(format!(
+            "console=ttyS0 panic=-1 quiet loglevel=3 culvert.job={} culvert.guard={}",
+            job.name(),
+            kernel.guard
+        ))
+        .arg("-kernel")
+        .arg(&files.vmlinuz)
+        .arg("-initrd")
+        .arg(image);
+    qemu
+}
+
+/// Runs the machine until it ends, and reads its console, which goes to a file too.
+fn boot(qemu: &mut Command, report: &mut Report, kept: &mut File) -> anyhow::Result<()> {
+    let qemu = qemu.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut qemu = qemu.spawn().context("starting QEMU")?;
     let mut output = BufReader::new(qemu.stdout.take().context("QEMU has no console")?);
     let mut line = Vec::new();
     while output.read_until(b'\n', &mut line).context("reading the console")? > 0 {
         kept.write_all(&line).context("keeping the console")?;
+        let kernel = report.kernel;
         if let Some(test) = report.read(String::from_utf8_lossy(&line).trim_end()) {
             println!(
-                "   {:5} {:7} {:5.1} s  {}",
-                kernel.name,
+                "   {kernel:5} {:7} {:5.1} s  {}",
                 test.outcome.to_string(),
                 test.took.as_secs_f32(),
                 test.name
@@ -176,6 +243,5 @@ pub(super) fn boot(kernel: &Kernel, files: &Files, image: &Path) -> anyhow::Resu
         line.clear();
     }
     qemu.wait().context("waiting for QEMU")?;
-    report.took = started.elapsed();
-    Ok(report)
+    Ok(())
 }

@@ -1,5 +1,5 @@
-//! The guest's initramfs: busybox, iproute2, the modules that the suite needs and the very test
-//! programs that were built for this machine, with the libraries they are linked to.
+//! The guest's initramfs: busybox, iproute2, the modules that its job needs and the very programs that
+//! were built for this machine, with the libraries they are linked to.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,21 +11,39 @@ use super::Kernel;
 use super::package::{Files, cache};
 use crate::command::run;
 
-/// What the suite needs beyond what is built in: pods and their bridge, and the clsact guard.
-const MODULES: &[&str] = &["veth", "bridge", "sch_ingress", "cls_bpf"];
+/// What the jobs need beyond what is built in: pods and their bridge, the clsact guard, a disk.
+const MODULES: &[&str] = &["veth", "bridge", "sch_ingress", "cls_bpf", "virtio_pci", "virtio_blk"];
 
-/// Programs of the host that the suite runs. Busybox's own `ip` knows no namespaces, and its shell
+/// Programs of the host that the jobs run. Busybox's own `ip` knows no namespaces, and its shell
 /// prefers that one whatever the path says.
-const HOST_PROGRAMS: &[&str] = &["dash", "ip", "tc"];
+const HOST_PROGRAMS: &[&str] = &["dash", "ip", "tc", "curl"];
+
+/// The plugins that give pods their network before ours has its turn.
+const CNI_PLUGINS: &[&str] = &["bridge", "host-local"];
+const CNI_FOLDER: &str = "/usr/lib/cni";
 
 const FOLDERS: &[&str] =
-    &["bin", "sbin", "usr/bin", "dev", "proc", "sys", "run", "tmp", "etc", "root", "suites"];
+    &["bin", "sbin", "usr/bin", "dev", "proc", "sys", "run", "tmp", "etc", "root", "suites", "cni"];
 
-/// The guest's first process.
-const INIT: &str = include_str!("init.sh");
+/// The guest's first process, and what it runs.
+const SCRIPTS: &[(&str, &str)] = &[
+    ("init", include_str!("init.sh")),
+    ("suite.sh", include_str!("suite.sh")),
+    ("reboot.sh", include_str!("reboot.sh")),
+];
+
+/// What was built for the guests.
+pub(super) struct Built {
+    /// Test programs.
+    pub(super) suites: Vec<PathBuf>,
+    /// Agent and controller.
+    pub(super) programs: Vec<PathBuf>,
+    /// Our CNI plugin.
+    pub(super) plugin: PathBuf,
+}
 
 /// Packs the initramfs.
-pub(super) fn make(kernel: &Kernel, files: &Files, suites: &[PathBuf]) -> anyhow::Result<PathBuf> {
+pub(super) fn make(kernel: &Kernel, files: &Files, built: &Built) -> anyhow::Result<PathBuf> {
     let folder = cache(kernel);
     let tree = folder.join("tree");
     if tree.exists() {
@@ -41,11 +59,23 @@ pub(super) fn make(kernel: &Kernel, files: &Files, suites: &[PathBuf]) -> anyhow
     }
     std::os::unix::fs::symlink("/usr/bin/dash", tree.join("bin/sh"))?;
     copy_modules(&tree, files)?;
-    for suite in suites {
-        let name = suite.file_name().context("a test program without a name")?;
-        copy_program(&tree, suite, &tree.join("suites").join(name))?;
+    let plugins = CNI_PLUGINS.iter().map(|name| Path::new(CNI_FOLDER).join(name)).collect();
+    for (folder, programs) in [
+        ("suites", &built.suites),
+        ("usr/bin", &built.programs),
+        ("cni", &vec![built.plugin.clone()]),
+        ("cni", &plugins),
+    ] {
+        for program in programs {
+            let name = program.file_name().context("a program without a name")?;
+            let to = tree.join(folder).join(name);
+            copy_program(&tree, program, &to)?;
+            succeed(Command::new("strip").arg("--strip-debug").arg(&to))?;
+        }
     }
-    std::fs::write(tree.join("init"), INIT)?;
+    for (name, script) in SCRIPTS {
+        std::fs::write(tree.join(name), script)?;
+    }
     succeed(Command::new("chmod").arg("+x").arg(tree.join("init")))?;
     let image = folder.join("image.gz");
     let pack = format!(
@@ -55,6 +85,21 @@ pub(super) fn make(kernel: &Kernel, files: &Files, suites: &[PathBuf]) -> anyhow
     );
     succeed(Command::new("sh").args(["-c", &pack]))?;
     Ok(image)
+}
+
+/// Makes the disk of a node that was never booted.
+pub(super) fn make_disk(kernel: &Kernel) -> anyhow::Result<PathBuf> {
+    let folder = cache(kernel);
+    let seed = folder.join("seed");
+    std::fs::create_dir_all(&seed)?;
+    std::fs::write(seed.join("boots"), "0\n")?;
+    let disk = folder.join("disk.raw");
+    if disk.exists() {
+        std::fs::remove_file(&disk)?;
+    }
+    let options = ["-q", "-F", "-d"];
+    succeed(Command::new("mkfs.ext4").args(options).arg(&seed).arg(&disk).arg("64M"))?;
+    Ok(disk)
 }
 
 /// Runs a step that is not worth a line unless it fails.
