@@ -217,6 +217,8 @@ fn padding_for_a_stream_that_has_gone_costs_the_tunnel_no_credit() {
         for event in std::mem::take(&mut client.events) {
             if let EngineEvent::Request { request, .. } = event {
                 client.engine.refuse(request, 503, CloseReason::Drained, client.now);
+            } else {
+                client.events.push(event);
             }
         }
         client.say(&padded[10..]);
