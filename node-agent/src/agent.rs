@@ -81,8 +81,10 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         resolver: Arc::new(PodResolver::new(Arc::clone(&dns), runtime.clone())),
     });
     dns.answer_from(Arc::clone(&shared));
-    let mut config = DataPlaneConfig::default();
-    config.workers = settings.workers.unwrap_or_else(mesh_runtime::usable_cores).max(1);
+    let config = DataPlaneConfig {
+        workers: settings.workers.unwrap_or_else(mesh_runtime::usable_cores).max(1),
+        ..DataPlaneConfig::default()
+    };
     let gate_for_workers: Arc<KernelGate> = Arc::clone(&gate);
     let data_plane = Arc::new(
         DataPlane::start(config, Arc::clone(&shared), gate_for_workers)

@@ -151,13 +151,9 @@ impl PodAttachments for Attachments {
             source: error.into(),
         })?;
         match self.sockets(uid) {
-            Some(before) if same_sockets(&before, &sockets) => {
-                if self.reconfigure(uid, capture.clone())? {
-                    return Ok(());
-                }
-            }
-            Some(_other) => self.unstage(uid),
-            None => {}
+            Some(before) if !same_sockets(&before, &sockets) => self.unstage(uid),
+            Some(_same) if self.reconfigure(uid, capture.clone())? => return Ok(()),
+            Some(_) | None => {}
         }
         // Other sockets, or the same pod that was being let go: its name is free only when they are closed.
         self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));

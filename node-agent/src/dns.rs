@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use mesh_dns::{DnsClient, DnsDecision, Transport};
+use mesh_dns::{Cache, CacheConfig, DnsClient, DnsDecision, Transport};
 use mesh_ebpf::NetnsCookie;
 use mesh_model::{PodUid, ports};
 use mesh_net::Netns;
@@ -51,6 +51,8 @@ struct PodDns {
     queries: Arc<Semaphore>,
     /// TCP connections; further ones are closed.
     connections: Arc<Semaphore>,
+    /// Answers of resolvers. The pod's own: whoever rules a pod's network could forge what others would be told.
+    cache: Mutex<Cache>,
     stop: CancellationToken,
 }
 
@@ -58,6 +60,9 @@ struct PodDns {
 const MAX_QUERIES: usize = 256;
 /// TCP connections of one pod to its resolver.
 const MAX_CONNECTIONS: usize = 128;
+/// Answers kept of one pod, and their bytes: a few hundred pods' caches stay within the agent's budget of memory.
+const MAX_CACHED_ANSWERS: usize = 256;
+const MAX_CACHED_BYTES: usize = 64 * 1024;
 /// Port of resolvers.
 const DNS_PORT: u16 = 53;
 
@@ -127,6 +132,11 @@ impl DnsDesk {
             search: self.search_domains(pod.pod.name.namespace()),
             queries: Arc::new(Semaphore::new(MAX_QUERIES)),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            cache: Mutex::new(Cache::new(CacheConfig {
+                max_entries: MAX_CACHED_ANSWERS,
+                max_bytes: MAX_CACHED_BYTES,
+                ..CacheConfig::default()
+            })),
             stop: CancellationToken::new(),
         });
         let _runtime = self.runtime.enter();
@@ -248,6 +258,10 @@ impl DnsDesk {
 }
 
 impl PodDns {
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn first_of_each_family(&self) -> impl Iterator<Item = IpAddr> {
         let v4 = self.addresses.iter().find(|ip| ip.is_ipv4());
         let v6 = self.addresses.iter().find(|ip| ip.is_ipv6());

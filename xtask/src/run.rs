@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 
 use crate::command::{command, root, run};
-use crate::{setup, tidy};
+use crate::{kernels, setup, tidy};
 
 /// Programs that the lab starts; built before anything that uses it.
 const PROGRAMS: &[&str] = &["culvert-agent", "mesh-controller", "culvert", "mesh-netns"];
@@ -43,11 +43,13 @@ pub(crate) fn test(filter: Option<&str>) -> anyhow::Result<()> {
     tidy::run()?;
     build_programs()?;
     let mut tests = command("cargo", &["test", "--workspace", "--no-fail-fast"]);
-    // Namespaces, pins and ports are per test, CPU is not: one test binary after the other keeps waits honest.
     if let Some(filter) = filter {
         tests.arg(filter);
     }
     run(&mut tests)?;
+    if filter.is_none() {
+        kernels::run_suites(None)?;
+    }
     println!("all tests passed in {} s", started.elapsed().as_secs());
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Connections to a pod: accept, resolve, authorize, deliver, telemetry; through the tunnel and in plaintext.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -99,7 +99,10 @@ impl NodeWorker {
         self.flows.denied(EarlyDenial {
             source: peer,
             // The pod may have left meanwhile.
-            destination: SocketAddr::new(own.unwrap_or(IpAddr::from([0; 4])), ports::HBONE),
+            destination: SocketAddr::new(
+                own.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+                ports::HBONE,
+            ),
             direction: Direction::InboundTunnel,
             reason,
             detail: Some(Chain(error).to_string().into()),

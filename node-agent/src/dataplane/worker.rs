@@ -278,7 +278,7 @@ impl NodeWorker {
     }
 
     /// Refuses what waited in vain, or whose pod leaves.
-    pub(super) fn give_up(&mut self, ops: &mut Ops, waiting: Waiting, reason: CloseReason) {
+    pub(super) fn give_up(&self, ops: &mut Ops, waiting: Waiting, reason: CloseReason) {
         match waiting {
             Waiting::Conn(conn) | Waiting::Name { conn, .. } => {
                 self.refuse(ops, conn, None, reason.into());

@@ -1,7 +1,7 @@
 //! Resolves host names of workloads without addresses, as the dialling pod would.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use hickory_proto::op::{Message, Query};
@@ -64,7 +64,7 @@ async fn records(
     name: Name,
     kind: RecordType,
 ) -> io::Result<Vec<IpAddr>> {
-    let nameserver = pod.nameservers.first().copied().unwrap_or(IpAddr::from([0, 0, 0, 0]));
+    let nameserver = pod.nameservers.first().copied().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let resolver = pod
         .fallback((nameserver, 0).into())
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the pod has no nameserver"))?;

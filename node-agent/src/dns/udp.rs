@@ -3,8 +3,9 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
-use mesh_dns::{DnsDecision, Transport};
+use mesh_dns::{DnsDecision, ResolverScope, Transport};
 use tokio::net::UdpSocket;
 
 use super::{DnsDesk, PodDns, count, exchange};
@@ -66,9 +67,16 @@ async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) 
         }
         DnsDecision::Forward => {
             let resolver = desk.resolver_of(pod, client)?;
+            let scope: ResolverScope = resolver.to_string().into();
+            let kept = pod.cache().find(&scope, query, Transport::Udp, Instant::now());
+            if let Some(answer) = kept {
+                count("cached");
+                return Some(answer);
+            }
             match exchange::over_udp(desk, pod, resolver, query).await {
                 Ok(answer) => {
                     count("forwarded");
+                    pod.cache().store(&scope, query, &answer, Instant::now());
                     Some(answer)
                 }
                 // As without the mesh: a resolver that is silent is met with silence, and the client asks again.

@@ -271,7 +271,7 @@ fn what_is_no_query_is_refused() {
 #[test]
 fn a_large_answer_is_truncated_to_what_the_client_takes() {
     let mut index = mesh();
-    let endpoints = (0..200_u8).map(|n| {
+    let endpoints = (0..100_u8).map(|n| {
         endpoint(
             "shop",
             &format!("many-{n}"),
@@ -302,10 +302,10 @@ fn a_large_answer_is_truncated_to_what_the_client_takes() {
             other => panic!("{other:?}"),
         }
     };
-    assert_eq!(size(Transport::Tcp, None).1, 200);
+    assert_eq!(size(Transport::Tcp, None).1, 100);
     assert_eq!(size(Transport::Udp, None).1, 0);
     assert_eq!(size(Transport::Udp, Some(1232)).1, 0);
-    assert_eq!(size(Transport::Udp, Some(4096)).1, 200);
+    assert_eq!(size(Transport::Udp, Some(4096)).1, 100);
     assert!(size(Transport::Udp, Some(100)).0 <= 512);
 }
 
@@ -317,7 +317,8 @@ fn an_unknown_version_of_edns_is_said_so() {
     ask.set_edns(edns);
     let DnsDecision::Reply(bytes) = decide(&ask, Transport::Udp) else { panic!("not answered") };
     let reply = Message::from_vec(&bytes).unwrap();
-    assert_eq!((reply.response_code, reply.answers.len()), (ResponseCode::BADVERS, 0));
+    // BADVERS and BADSIG are one number; the parser has to choose a name.
+    assert_eq!((u16::from(reply.response_code), reply.answers.len()), (16, 0));
 }
 
 #[test]
