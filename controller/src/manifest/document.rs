@@ -125,7 +125,9 @@ fn yaml_document(text: &str, first_line: usize) -> Result<Document<'_>, InvalidD
         .deserialize(serde_norway::Deserializer::from_str(text))
         .map(|value| Document { text, format: Format::Yaml, first_line, value })
         .map_err(|error| {
-            let line = error.location().map_or(1, |location| location.line());
+            // What is missing at the end is reported behind it, on a line that the file may not have.
+            let last = text.lines().count().max(1);
+            let line = error.location().map_or(1, |location| location.line()).min(last);
             InvalidDocument {
                 line: first_line + line.saturating_sub(1),
                 problem: error.to_string(),
