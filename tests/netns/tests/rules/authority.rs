@@ -1,0 +1,121 @@
+//! What the authority changes while traffic runs: a new root costs nothing, a revocation cuts at once.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use mesh_model::ports;
+use mesh_netns::PodSpec;
+use mesh_netns::peer::ports as peer;
+use mesh_netns::wait::{PATIENCE, until};
+use serde_json::Value;
+
+use crate::identity::{CLIENT, SERVER, tunnel_port};
+use crate::mesh::{LogFromNow, Mesh, Traffic, field};
+use crate::tls::{Wanted, client, knock};
+
+/// Connections of pods, and handshakes of a client with a certificate of the old root, go on through a rotation.
+pub(crate) fn root_rotates_under_traffic(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let url = format!("http://{}/", mesh.server());
+    let traffic = Traffic::start(mesh, "client", "rotation", &url)?;
+    let old = Wanted::of(CLIENT).signed_by_the_mesh(mesh)?;
+    let knocks = |mesh: &Mesh| -> anyhow::Result<()> {
+        let config = client(mesh, Some(old.clone()), SERVER)?;
+        let knocked = knock(mesh, tunnel_port(mesh), &config)?;
+        ensure!(knocked.answer.is_ok(), "the old root's client is refused: {knocked:?}");
+        Ok(())
+    };
+    let signing = |mesh: &Mesh| -> anyhow::Result<String> {
+        let roots = mesh.lab.controller_command(&["ca", "root"])?;
+        Ok(roots.split_inclusive("-----END CERTIFICATE-----").next().unwrap_or_default().to_owned())
+    };
+    let before = signing(mesh)?;
+    mesh.lab.controller_command(&["ca", "rotate-root", "--overlap", "2s"])?;
+    until("the new root signing", PATIENCE, || {
+        knocks(mesh)?;
+        Ok((signing(mesh)? != before).then_some(()))
+    })?;
+    // A pod that is certified under the new root and those of the old one talk, both ways of trust.
+    mesh.lab.run_pod("a", PodSpec::new("mesh", "newcomer"))?;
+    mesh.wait_for("newcomer", mesh.server())?;
+    for _ in 0..10 {
+        ensure!(mesh.reaches("newcomer", mesh.server())?, "old and new root do not meet");
+        knocks(mesh)?;
+    }
+    let held = certificate(mesh, "a", "newcomer")?;
+    let roots = held["rootCerts"].as_array().map_or(0, Vec::len);
+    ensure!(roots == 2, "{roots} roots are believed during the overlap");
+    let made = traffic.finish_whole()?;
+    ensure!(made > 50, "only {made} connections were made meanwhile");
+    mesh.lab.delete_pod("newcomer")
+}
+
+/// The certificate that a node's agent holds for a service account of `mesh`.
+fn certificate(mesh: &Mesh, node: &str, account: &str) -> anyhow::Result<Value> {
+    let certs = mesh.lab.node(node).culvert(&["certs", "-o", "json"])?.output()?;
+    let certs: Vec<Value> = serde_json::from_str(&certs)?;
+    let identity = format!("spiffe://cluster.local/ns/mesh/sa/{account}");
+    let held = certs.into_iter().find(|held| held["identity"] == *identity);
+    held.with_context(|| format!("no certificate of {identity}"))
+}
+
+/// Quiet connections of a pod, open until the value is dropped.
+pub(crate) fn hold_open(
+    mesh: &Mesh,
+    pod: &str,
+    target: SocketAddr,
+    count: u32,
+) -> anyhow::Result<std::process::Child> {
+    let mut idle = mesh.lab.pod(pod).command(&mesh.peer_program());
+    let mut idle = idle
+        .args(["idle", &target.to_string(), &count.to_string(), "--hold"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(idle.stdout.as_mut().context("no output")?).read_line(&mut line)?;
+    ensure!(line.trim() == format!("open {count}"), "the client said {line:?}");
+    Ok(idle)
+}
+
+/// How many connections of a captured pod's programs are open: each is one to the agent's port.
+fn open_connections(mesh: &Mesh, pod: &str) -> anyhow::Result<usize> {
+    let line = format!("ss -Htn state established dport = :{} | wc -l", ports::OUTBOUND);
+    Ok(mesh.lab.pod(pod).shell(&line)?.output()?.trim().parse()?)
+}
+
+/// A revoked certificate's live connections end at once, for that reason; others' go on.
+pub(crate) fn revocation_cuts(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.lab.run_pod("a", PodSpec::new("mesh", "suspect"))?;
+    mesh.wait_for("suspect", mesh.server())?;
+    let target = SocketAddr::new(mesh.server().ip(), peer::IDLE);
+    let mut suspects = hold_open(mesh, "suspect", target, 3)?;
+    let mut others = hold_open(mesh, "client", target, 3)?;
+    for pod in ["suspect", "client"] {
+        let open = open_connections(mesh, pod)?;
+        ensure!(open == 3, "{pod} has {open} connections, not 3");
+    }
+    let leaf = certificate(mesh, "a", "suspect")?;
+    let serial = leaf["certChain"][0]["serialNumber"].as_str().context("no serial")?.to_owned();
+    let log = LogFromNow::of(mesh, "b")?;
+    mesh.lab.controller_command(&["ca", "revoke", "--serial", &serial])?;
+    let revoked = Instant::now();
+    until("the suspect's live connections being cut", PATIENCE, || {
+        Ok((open_connections(mesh, "suspect")? == 0).then_some(()))
+    })?;
+    // The controller looks at its authority every second, then agents are told.
+    let took = revoked.elapsed();
+    ensure!(took < Duration::from_secs(5), "cut only after {took:?}");
+    let line = log.line(&["src.workload=\"suspect\"", "direction=\"inbound\""])?;
+    ensure!(field(&line, "reason") == Some("cert_revoked"), "the reason in the log: {line}");
+    let left = open_connections(mesh, "client")?;
+    ensure!(left == 3, "the revocation left {left} of another's 3 connections");
+    for child in [&mut suspects, &mut others] {
+        child.kill()?;
+        child.wait()?;
+    }
+    mesh.lab.delete_pod("suspect")
+}

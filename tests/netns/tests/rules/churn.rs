@@ -1,0 +1,136 @@
+//! Workloads come and go by the thousand, and addresses change hands: nothing goes wrong, nothing stays.
+
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use mesh_netns::manifest;
+use mesh_netns::peer::ports as peer;
+use mesh_netns::servers;
+use mesh_netns::wait::until;
+use serde_json::{Value, json};
+
+use crate::authority::hold_open;
+use crate::mesh::{LogFromNow, Mesh, Traffic, field};
+
+const PODS: u16 = 2000;
+
+/// A pod's address is given to another within a second: no stream of the first one's reaches the second.
+pub(crate) fn address_given_again(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.run_server("mesh", "first")?;
+    let (ipv4, ipv6) = (mesh.lab.pod("first").ipv4, mesh.lab.pod("first").ipv6);
+    let target = SocketAddr::new(ipv4, servers::ports::HTTP);
+    mesh.wait_for("client", target)?;
+    let traffic = Traffic::start(mesh, "client", "reuse", &format!("http://{target}/"))?;
+    until("traffic", Duration::from_secs(5), || {
+        Ok(traffic.log().contains("hello from first").then_some(()))
+    })?;
+    let mut held = hold_open(mesh, "client", SocketAddr::new(ipv4, peer::IDLE), 2)?;
+    let (log_a, log_b) = (LogFromNow::of(mesh, "a")?, LogFromNow::of(mesh, "b")?);
+    let deleted = Instant::now();
+    mesh.lab.delete_pod("first")?;
+    // The node's kernel would look for the first pod's link address for some ten seconds.
+    mesh_netns::net::ip(Some(mesh.lab.node("b").netns()), "neigh flush dev cni0")?;
+    // host-local goes on behind the last address it gave.
+    give_next(mesh, ipv4, 0)?;
+    give_next(mesh, ipv6, 1)?;
+    mesh.lab.run_pod("b", mesh_netns::PodSpec::new("mesh", "second"))?;
+    let took = deleted.elapsed();
+    let second = mesh.lab.pod("second");
+    ensure!(second.ipv4 == ipv4 && second.ipv6 == ipv6, "the addresses were not given again");
+    ensure!(took < Duration::from_secs(1), "given again only after {took:?}");
+    let bin_dir = mesh.lab.bin_dir().to_owned();
+    let _nginx = servers::nginx(second)?;
+    let _peer = servers::peer(second, &bin_dir)?;
+    // Before the mesh knows whose the address is, it is an unknown destination: what is meant here goes by the tunnel.
+    let to_second = ["dst.workload=\"second\"", "direction=\"inbound\"", "trace.id="];
+    until("the second pod answering", Duration::from_secs(20), || {
+        Ok((!log_b.lines(&to_second)?.is_empty()).then_some(()))
+    })?;
+    let counted = traffic.finish()?;
+    // A held connection was the first pod's: its byte must not come back.
+    held.stdin.take().context("no input")?.write_all(b"\n")?;
+    ensure!(!held.wait()?.success(), "a connection to the first pod is answered by the second");
+    let order: Vec<&str> = counted.log.lines().filter(|l| l.starts_with("hello from")).collect();
+    let change = order.iter().position(|line| line.contains("second")).unwrap_or(order.len());
+    ensure!(order[change..].iter().all(|line| line.contains("second")), "the first one answers");
+    // Each stream that the second pod accepted was dialled as one to the second pod.
+    let accepted = log_b.lines(&to_second)?;
+    let dialled = log_a.lines(&["direction=\"outbound\"", "trace.id="])?;
+    for line in &accepted {
+        let identity = Some("spiffe://cluster.local/ns/mesh/sa/second");
+        ensure!(field(line, "dst.identity") == identity, "under another identity: {line}");
+        let trace = field(line, "trace.id");
+        if let Some(source) = dialled.iter().find(|source| field(source, "trace.id") == trace) {
+            ensure!(field(source, "dst.identity") == identity, "dialled as another: {source}");
+        }
+    }
+    mesh.lab.delete_pod("second")
+}
+
+/// Makes `ip` the next address that node b's `range`th range gives.
+fn give_next(mesh: &Mesh, ip: IpAddr, range: u8) -> anyhow::Result<()> {
+    let before = match ip {
+        IpAddr::V4(ip) => IpAddr::from((u32::from(ip) - 1).to_be_bytes()),
+        IpAddr::V6(ip) => IpAddr::from((u128::from(ip) - 1).to_be_bytes()),
+    };
+    let file = format!("node-b/ipam/lab/last_reserved_ip.{range}");
+    Ok(std::fs::write(mesh.lab.folder().join(file), before.to_string())?)
+}
+
+/// A pod of a node without an agent.
+fn distant_pod(number: u16) -> Value {
+    let [high, low] = number.to_be_bytes();
+    let ip = IpAddr::from([10, 99, high, low]);
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": format!("distant-{number}"), "namespace": "mesh",
+            "uid": format!("00000000-0000-4000-9000-{number:012}"), "labels": { "app": "distant" },
+        },
+        "spec": { "nodeName": "c", "serviceAccountName": "distant", "containers": [{ "name": "main" }] },
+        "status": {
+            "phase": "Running", "podIP": ip.to_string(), "podIPs": [{ "ip": ip.to_string() }],
+            "conditions": [{ "type": "Ready", "status": "True" }],
+        },
+    })
+}
+
+/// Puts 2,000 pods in, waits until both agents know them, takes them out, and waits until both have forgotten them.
+fn come_and_go(mesh: &Mesh) -> anyhow::Result<()> {
+    let known = |node: &str| -> anyhow::Result<usize> {
+        let workloads = mesh.lab.node(node).culvert(&["config", "workloads", "-o", "json"])?;
+        Ok(workloads.output()?.matches("\"name\": \"distant-").count())
+    };
+    for number in 0..PODS {
+        mesh.lab.apply(&distant_pod(number))?;
+    }
+    for node in ["a", "b"] {
+        until("the agent knowing all pods", Duration::from_secs(30), || {
+            Ok((known(node)? == usize::from(PODS)).then_some(()))
+        })?;
+    }
+    for number in 0..PODS {
+        mesh.lab.delete(&distant_pod(number))?;
+    }
+    for node in ["a", "b"] {
+        until("the agent having forgotten all pods", Duration::from_secs(30), || {
+            Ok((known(node)? == 0).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// 2,000 pods come and go while a pod makes connections: none fails.
+pub(crate) fn two_thousand_pods(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let url = format!("http://{}/", mesh.server());
+    let node = manifest::node("c", &["192.168.77.3".parse()?]);
+    mesh.lab.apply(&node)?;
+    let traffic = Traffic::start(mesh, "client", "churn", &url)?;
+    come_and_go(mesh)?;
+    come_and_go(mesh)?;
+    let made = traffic.finish_whole()?;
+    ensure!(made > 50, "only {made} connections were made meanwhile");
+    mesh.lab.delete(&node)
+}

@@ -1,0 +1,316 @@
+//! Names as pods see them: the mesh's own are answered on the node, all others by the resolver the pod asked.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::{Name, RecordType};
+use mesh_netns::lab::OUTSIDE_IP;
+use mesh_netns::wait::{PATIENCE, until};
+use mesh_netns::{manifest, servers};
+use serde_json::{Value, json};
+
+use crate::mesh::{Mesh, OUTSIDE_PORT, inside};
+
+/// What the resolver outside says to everything.
+const ELSEWHERE_V4: [u8; 4] = [198, 51, 100, 7];
+const ELSEWHERE_V6: [u8; 16] = [0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7];
+
+const LIMIT: Duration = Duration::from_secs(3);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Transport {
+    Udp,
+    Tcp,
+}
+
+/// The pods' resolver, on the host outside the mesh.
+#[derive(Clone)]
+pub(crate) struct Resolver {
+    asked: Arc<Mutex<Vec<(Transport, Vec<u8>)>>>,
+}
+
+impl Resolver {
+    /// Answers over UDP and TCP for as long as this program runs.
+    pub(crate) fn start(namespace: &str) -> anyhow::Result<Self> {
+        let (udp, tcp) = inside(namespace, || {
+            Ok((UdpSocket::bind(("::", 53))?, TcpListener::bind(("::", 53))?))
+        })?;
+        let resolver = Self { asked: Arc::default() };
+        let (over_udp, over_tcp) = (resolver.clone(), resolver.clone());
+        std::thread::spawn(move || {
+            let mut query = [0; 4096];
+            while let Ok((length, client)) = udp.recv_from(&mut query) {
+                if let Some(answer) = over_udp.answer(Transport::Udp, &query[..length])
+                    && let Err(error) = udp.send_to(&answer, client)
+                {
+                    eprintln!("resolver: {error}");
+                }
+            }
+        });
+        std::thread::spawn(move || {
+            for stream in tcp.incoming().flatten() {
+                let resolver = over_tcp.clone();
+                std::thread::spawn(move || resolver.serve(stream));
+            }
+        });
+        Ok(resolver)
+    }
+
+    fn serve(&self, mut stream: TcpStream) {
+        while let Ok(query) = read_message(&mut stream) {
+            let Some(answer) = self.answer(Transport::Tcp, &query) else { return };
+            if write_message(&mut stream, &answer).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// One record of the type that was asked for; text for whatever is no address.
+    fn answer(&self, transport: Transport, query: &[u8]) -> Option<Vec<u8>> {
+        self.asked.lock().ok()?.push((transport, query.to_vec()));
+        let mut end = 12;
+        while *query.get(end)? != 0 {
+            end += 1 + usize::from(query[end]);
+        }
+        let question = query.get(12..end + 5)?;
+        let kind = u16::from_be_bytes([query[end + 1], query[end + 2]]);
+        let data: &[u8] = match kind {
+            1 => &ELSEWHERE_V4,
+            28 => &ELSEWHERE_V6,
+            _ => b"\x07outside",
+        };
+        let mut answer = query[..2].to_vec();
+        answer.extend([0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+        answer.extend(question);
+        answer.extend([0xc0, 12]);
+        answer.extend(kind.to_be_bytes());
+        answer.extend([0, 1, 0, 0, 0, 5]);
+        answer.extend(u16::try_from(data.len()).ok()?.to_be_bytes());
+        answer.extend(data);
+        Some(answer)
+    }
+
+    /// Queries so far whose name begins with the label `first`.
+    fn asked_about(&self, first: &str) -> Vec<Transport> {
+        let label = [&[u8::try_from(first.len()).unwrap_or(0)], first.as_bytes()].concat();
+        let asked = self.asked.lock().map(|asked| asked.clone()).unwrap_or_default();
+        let about = |(_, query): &&(Transport, Vec<u8>)| query[12..].starts_with(&label);
+        asked.iter().filter(about).map(|(transport, _)| *transport).collect()
+    }
+}
+
+fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    let mut length = [0; 2];
+    stream.read_exact(&mut length)?;
+    let mut message = vec![0; usize::from(u16::from_be_bytes(length))];
+    stream.read_exact(&mut message)?;
+    Ok(message)
+}
+
+fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Result<()> {
+    let length = u16::try_from(message.len()).map_err(std::io::Error::other)?;
+    stream.write_all(&[&length.to_be_bytes(), message].concat())
+}
+
+/// What a pod is told about a name by the nameserver of its resolv.conf.
+fn ask(
+    mesh: &Mesh,
+    pod: &str,
+    name: &str,
+    kind: RecordType,
+    transport: Transport,
+) -> anyhow::Result<Message> {
+    let mut query = Message::query();
+    query.add_query(Query::query(Name::from_ascii(name)?, kind));
+    query.metadata.recursion_desired = true;
+    let query = query.to_vec()?;
+    let server = SocketAddr::new(OUTSIDE_IP.parse()?, 53);
+    let answer = inside(mesh.lab.pod(pod).netns(), || match transport {
+        Transport::Udp => {
+            let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+            socket.set_read_timeout(Some(LIMIT))?;
+            socket.connect(server)?;
+            socket.send(&query)?;
+            let mut answer = vec![0; 4096];
+            let length = socket.recv(&mut answer).context("no answer over UDP")?;
+            answer.truncate(length);
+            Ok(answer)
+        }
+        Transport::Tcp => {
+            let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
+            stream.set_read_timeout(Some(LIMIT))?;
+            write_message(&mut stream, &query)?;
+            read_message(&mut stream).context("no answer over TCP")
+        }
+    })?;
+    ensure!(answer[..2] == query[..2], "the answer is to another query");
+    Ok(Message::from_vec(&answer)?)
+}
+
+fn addresses(message: &Message) -> Vec<IpAddr> {
+    message.answers.iter().filter_map(|record| record.data.ip_addr()).collect()
+}
+
+fn service_entry(name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry",
+        "metadata": { "name": name, "namespace": "mesh" }, "spec": spec,
+    })
+}
+
+/// The objects behind the names.
+struct Names {
+    objects: Vec<Value>,
+    vips: [IpAddr; 2],
+}
+
+impl Names {
+    fn new() -> anyhow::Result<Self> {
+        let vips: [IpAddr; 2] = ["10.96.0.10".parse()?, "fd96::10".parse()?];
+        let http = [("http", 80, servers::ports::HTTP)];
+        let mut headless = manifest::service("mesh", "heads", "server", &[], &http);
+        headless["spec"]["clusterIP"] = json!("None");
+        headless["spec"]["clusterIPs"] = json!(["None"]);
+        headless["spec"]["ipFamilies"] = json!(["IPv4", "IPv6"]);
+        let endpoint = json!({ "address": OUTSIDE_IP });
+        let port =
+            json!({ "number": 80, "name": "http", "protocol": "TCP", "targetPort": OUTSIDE_PORT });
+        let objects = vec![
+            manifest::service("mesh", "web", "server", &vips, &http),
+            headless,
+            service_entry(
+                "ext",
+                &json!({
+                    "hosts": ["ext.example.com"], "ports": [port], "resolution": "STATIC",
+                    "location": "MESH_EXTERNAL", "endpoints": [endpoint],
+                }),
+            ),
+            service_entry(
+                "wild",
+                &json!({
+                    "hosts": ["*.wild.example"], "addresses": ["10.97.0.1"], "ports": [port],
+                    "resolution": "STATIC", "location": "MESH_EXTERNAL", "endpoints": [endpoint],
+                }),
+            ),
+        ];
+        Ok(Self { objects, vips })
+    }
+
+    /// Runs `look` while the objects are there and known.
+    fn with(mesh: &Mesh, look: impl FnOnce(&Self) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let names = Self::new()?;
+        for object in &names.objects {
+            mesh.lab.apply(object)?;
+        }
+        let known = until("the names being known", PATIENCE, || {
+            for name in ["heads.mesh.svc.cluster.local.", "x.wild.example.", "ext.example.com."] {
+                let answer = ask(mesh, "client", name, RecordType::A, Transport::Udp)?;
+                if addresses(&answer).iter().any(|ip| *ip == IpAddr::from(ELSEWHERE_V4)) {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        });
+        let outcome = known.and_then(|()| look(&names));
+        for object in &names.objects {
+            mesh.lab.delete(object)?;
+        }
+        outcome
+    }
+}
+
+/// Every kind of name, both families, over UDP and TCP; the resolver outside hears of none.
+pub(crate) fn names_of_the_mesh(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh = &*mesh;
+    Names::with(mesh, |names| {
+        let (pod4, pod6) = (mesh.lab.pod("server").ipv4, mesh.lab.pod("server").ipv6);
+        let heard_before = mesh.resolver.asked_about("web").len();
+        for transport in [Transport::Udp, Transport::Tcp] {
+            let look = |name: &str, kind| -> anyhow::Result<Vec<IpAddr>> {
+                let answer = ask(mesh, "client", name, kind, transport);
+                Ok(addresses(&answer.with_context(|| format!("{kind} {name}"))?))
+            };
+            let exact = [
+                ("web.mesh.svc.cluster.local.", names.vips[0], names.vips[1]),
+                ("heads.mesh.svc.cluster.local.", pod4, pod6),
+                ("server.heads.mesh.svc.cluster.local.", pod4, pod6),
+            ];
+            for (name, ipv4, ipv6) in exact {
+                let (a, aaaa) = (look(name, RecordType::A)?, look(name, RecordType::AAAA)?);
+                ensure!(a == [ipv4], "A {name} over {transport:?}: {a:?}");
+                ensure!(aaaa == [ipv6], "AAAA {name} over {transport:?}: {aaaa:?}");
+            }
+            let a = look("any.thing.wild.example.", RecordType::A)?;
+            ensure!(a == ["10.97.0.1".parse::<IpAddr>()?], "wildcard over {transport:?}: {a:?}");
+            let a = look("ext.example.com.", RecordType::A)?;
+            let aaaa = look("ext.example.com.", RecordType::AAAA)?;
+            let automatic = |ips: &[IpAddr], prefix: &str| matches!(ips, [ip] if ip.to_string().starts_with(prefix));
+            ensure!(automatic(&a, "240.240."), "automatic address over {transport:?}: {a:?}");
+            ensure!(automatic(&aaaa, "2001:2:"), "automatic address over {transport:?}: {aaaa:?}");
+        }
+        let heard = mesh.resolver.asked_about("web").len() - heard_before;
+        ensure!(heard == 0, "the resolver outside was asked {heard} times about the mesh's names");
+        Ok(())
+    })
+}
+
+/// Short names, as programs use them, through libc and its search list.
+pub(crate) fn search_domains(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh = &*mesh;
+    Names::with(mesh, |names| {
+        for (pod, name) in [
+            ("client", "web"),
+            ("client", "web.mesh"),
+            ("visitor", "web.mesh"),
+            ("visitor", "web.mesh.svc"),
+        ] {
+            for (database, vip) in [("ahostsv4", names.vips[0]), ("ahostsv6", names.vips[1])] {
+                let found =
+                    mesh.lab.pod(pod).shell(&format!("getent {database} {name}"))?.output()?;
+                let first = found.split_whitespace().next().unwrap_or_default();
+                ensure!(first == vip.to_string(), "{pod} finds {first} for {name}");
+            }
+        }
+        // `web` alone is a name of the pod's own namespace, and far has none.
+        let found = mesh.lab.pod("visitor").shell("getent ahostsv4 web")?.output()?;
+        ensure!(
+            !found.contains(&names.vips[0].to_string()),
+            "far finds a service of mesh: {found}"
+        );
+        let answer = mesh.get("client", "web")?.context("http://web/ does not answer")?;
+        ensure!(answer.contains("hello from server"), "http://web/ answers {answer}");
+        Ok(())
+    })
+}
+
+/// The automatic address of a ServiceEntry leads to its endpoint.
+pub(crate) fn service_entry_is_reached_by_name(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh = &*mesh;
+    Names::with(mesh, |_names| {
+        for host in ["ext.example.com", "any.wild.example"] {
+            let answer = mesh.get("client", host)?.with_context(|| format!("http://{host}/"))?;
+            ensure!(answer.contains("hello from outside"), "{host} answers {answer}");
+        }
+        Ok(())
+    })
+}
+
+/// Names and types that are not the mesh's reach the pod's own resolver, and its answer the pod.
+pub(crate) fn other_names_are_forwarded(mesh: &mut Mesh) -> anyhow::Result<()> {
+    for (transport, first) in [(Transport::Udp, "over-udp"), (Transport::Tcp, "over-tcp")] {
+        let name = format!("{first}.unknown.example.");
+        let a = addresses(&ask(mesh, "client", &name, RecordType::A, transport)?);
+        ensure!(a == [IpAddr::from(ELSEWHERE_V4)], "A over {transport:?}: {a:?}");
+        let aaaa = addresses(&ask(mesh, "client", &name, RecordType::AAAA, transport)?);
+        ensure!(aaaa == [IpAddr::from(ELSEWHERE_V6)], "AAAA over {transport:?}: {aaaa:?}");
+        let text = ask(mesh, "client", &name, RecordType::TXT, transport)?;
+        ensure!(text.answers.len() == 1, "TXT over {transport:?}: {text:?}");
+        let heard = mesh.resolver.asked_about(first);
+        ensure!(heard == [transport; 3], "the resolver outside heard {heard:?}");
+    }
+    Ok(())
+}

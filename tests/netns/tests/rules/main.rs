@@ -1,0 +1,70 @@
+//! What the mesh decides: policy, identity, names, and the objects it is told. Every refusal is one with a reason.
+//!
+//! One lab; the trials run in order, each leaves the lab as it found it.
+
+mod authority;
+mod churn;
+mod dns;
+mod identity;
+mod manifests;
+mod mesh;
+mod policy;
+mod tls;
+
+use std::sync::{Arc, Mutex};
+
+use libtest_mimic::{Arguments, Trial};
+
+use crate::mesh::{Mesh, Step};
+
+const STEPS: &[(&str, Step)] = &[
+    ("policy::deny_by_principal", policy::deny_by_principal),
+    ("policy::allow_that_does_not_match", policy::allow_that_does_not_match),
+    ("policy::deny_by_namespace", policy::deny_by_namespace),
+    ("policy::deny_by_ip_block", policy::deny_by_ip_block),
+    ("policy::deny_by_port", policy::deny_by_port),
+    ("policy::l7_only_allow", policy::l7_only_allow),
+    ("policy::strict_for_the_mesh", policy::strict_for_the_mesh),
+    ("policy::strict_for_a_namespace", policy::strict_for_a_namespace),
+    ("policy::strict_for_a_workload", policy::strict_for_a_workload),
+    ("policy::strict_for_a_port", policy::strict_for_a_port),
+    ("policy::unknown_egress", policy::unknown_egress),
+    ("policy::dry_run_is_noted_only", policy::dry_run_is_noted_only),
+    ("policy::audit_is_noted_only", policy::audit_is_noted_only),
+    ("identity::certificates", identity::certificates),
+    ("identity::server_of_another_name", identity::server_of_another_name),
+    ("identity::requests", identity::requests),
+    ("identity::signing_and_tokens", identity::signing_and_tokens),
+    ("dns::names_of_the_mesh", dns::names_of_the_mesh),
+    ("dns::search_domains", dns::search_domains),
+    ("dns::service_entry_is_reached_by_name", dns::service_entry_is_reached_by_name),
+    ("dns::other_names_are_forwarded", dns::other_names_are_forwarded),
+    ("manifests::refused_object_leaves_the_last_good_one", manifests::refused_object),
+    ("churn::address_given_again", churn::address_given_again),
+    ("churn::two_thousand_pods", churn::two_thousand_pods),
+    ("authority::root_rotates_under_traffic", authority::root_rotates_under_traffic),
+    ("authority::revocation_cuts_live_connections", authority::revocation_cuts),
+];
+
+fn main() -> anyhow::Result<()> {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let mesh = if arguments.list { None } else { Some(Arc::new(Mutex::new(Mesh::start()?))) };
+    let trials = STEPS
+        .iter()
+        .map(|(name, step)| {
+            let mesh = mesh.clone();
+            Trial::test(*name, move || {
+                let mesh = mesh.ok_or("only listing")?;
+                let mut mesh = mesh.lock().map_err(|_poisoned| "an earlier trial panicked")?;
+                step(&mut mesh).map_err(|error| {
+                    let log = |node| mesh.lab.node(node).agent_log(12);
+                    format!("{error:#}\n--- a\n{}\n--- b\n{}", log("a"), log("b")).into()
+                })
+            })
+        })
+        .collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(mesh);
+    conclusion.exit();
+}
