@@ -239,6 +239,8 @@ impl DnsDesk {
         pod.netns.enter(|| {
             let socket =
                 Socket::new(Domain::for_address(address), kind.nonblocking(), Some(protocol))?;
+            // In an enrolled pod only labelled sockets may bind the agent's ports.
+            self.gate.capture().label(socket.as_fd())?;
             if address.is_ipv6() {
                 socket.set_only_v6(!address.ip().is_unspecified())?;
             }
@@ -247,7 +249,6 @@ impl DnsDesk {
                 socket.set_reuse_port(true)?;
             }
             socket.bind(&address.into())?;
-            self.gate.capture().label(socket.as_fd())?;
             Ok(socket)
         })?
     }

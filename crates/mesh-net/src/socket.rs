@@ -78,11 +78,16 @@ const SOURCE_PORT_ATTEMPTS: u32 = 16;
 ///
 /// # Errors
 /// When the port is taken by somebody who did not set `SO_REUSEPORT`, or for want of descriptors.
-pub fn listen(netns: &Netns, port: u16, keepalive: Keepalive) -> io::Result<TcpListener> {
+pub fn listen(
+    netns: &Netns,
+    port: u16,
+    label: &dyn SocketLabel,
+    keepalive: Keepalive,
+) -> io::Result<TcpListener> {
     netns.enter(|| {
-        match listen_on(Domain::IPV6, (Ipv6Addr::UNSPECIFIED, port).into(), keepalive) {
+        match listen_on(Domain::IPV6, (Ipv6Addr::UNSPECIFIED, port).into(), label, keepalive) {
             Err(error) if no_ipv6(&error) => {
-                listen_on(Domain::IPV4, (Ipv4Addr::UNSPECIFIED, port).into(), keepalive)
+                listen_on(Domain::IPV4, (Ipv4Addr::UNSPECIFIED, port).into(), label, keepalive)
             }
             done => done,
         }
@@ -93,8 +98,15 @@ fn no_ipv6(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-fn listen_on(domain: Domain, address: SocketAddr, keepalive: Keepalive) -> io::Result<TcpListener> {
+fn listen_on(
+    domain: Domain,
+    address: SocketAddr,
+    label: &dyn SocketLabel,
+    keepalive: Keepalive,
+) -> io::Result<TcpListener> {
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    // In an enrolled pod only labelled sockets may bind the agent's ports.
+    label.label(socket.as_fd())?;
     if domain == Domain::IPV6 {
         socket.set_only_v6(false)?;
     }

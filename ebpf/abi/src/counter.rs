@@ -32,6 +32,8 @@ counters! {
     OrigDstLost = "orig_dst_lost",
     /// DNS queries and DNS sockets sent to the agent's resolver.
     DnsCaptured = "dns_captured",
+    /// Attempts of a pod's process to bind one of the agent's ports.
+    BindRefused = "bind_refused",
     /// UDP sends refused by the pod's settings.
     UdpRefused = "udp_refused",
     /// Inbound TCP connections sent to the agent.

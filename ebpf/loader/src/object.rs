@@ -24,8 +24,10 @@ pub(crate) struct CgroupHook {
 
 /// The programs on the root cgroup, in the order in which they are attached: what undoes a rewrite
 /// is there before what does it.
-pub(crate) const CGROUP_HOOKS: [CgroupHook; 9] = [
+pub(crate) const CGROUP_HOOKS: [CgroupHook; 11] = [
     CgroupHook { name: "track_sockets", attach_type: 3, ordered: false },
+    CgroupHook { name: "bind4", attach_type: 8, ordered: false },
+    CgroupHook { name: "bind6", attach_type: 9, ordered: false },
     CgroupHook { name: "recvmsg4", attach_type: 19, ordered: true },
     CgroupHook { name: "recvmsg6", attach_type: 20, ordered: true },
     CgroupHook { name: "getpeername4", attach_type: 29, ordered: true },

@@ -2,6 +2,7 @@
 //!
 //! | file | hooks | job |
 //! |---|---|---|
+//! | bind.rs | cgroup/bind4, bind6 | keep the agent's ports in the pod for the agent |
 //! | connect.rs | cgroup/connect4, connect6 | send outbound TCP and DNS to the agent |
 //! | sendmsg.rs | cgroup/sendmsg4, sendmsg6 | the same for unconnected DNS sockets |
 //! | recvmsg.rs | cgroup/recvmsg4, recvmsg6 | DNS answers come from whom was asked |
@@ -16,6 +17,7 @@
 #![no_std]
 #![no_main]
 
+mod bind;
 mod connect;
 mod flows;
 mod getpeername;

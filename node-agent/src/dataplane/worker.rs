@@ -316,7 +316,7 @@ impl NodeWorker {
             (Port::Hbone, ports::HBONE),
         ] {
             let netns = &served.pod.sockets.netns;
-            let listener = socket::listen(netns, number, self.config.keepalive)?;
+            let listener = socket::listen(netns, number, &self.label, self.config.keepalive)?;
             let id = ops.add_listener(served.pod.key.tag(port), listener)?;
             served.listeners.push(id);
             if port == Port::Plaintext {

@@ -32,6 +32,11 @@ pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, socket: Arc<Udp
             // Errors of earlier answers (a client that is gone) show here too.
             Err(_would_block_or_of_a_client) => continue,
         };
+        if !pod.addresses.contains(&client.ip().to_canonical()) {
+            // The resolver is the pod's own; to others it would be an open one.
+            count("foreign");
+            continue;
+        }
         let Ok(slot) = Arc::clone(&pod.queries).try_acquire_owned() else {
             count("refused");
             continue;

@@ -218,6 +218,41 @@ fn live_enrolment_leaves_old_connections_alone(mesh: &mut Mesh) -> anyhow::Resul
     mesh.lab.delete_pod("late")
 }
 
+/// The client's connections that the agent has; in the socket table they lead to its listener.
+fn captured_connections(mesh: &Mesh) -> anyhow::Result<usize> {
+    let agent = format!("{}:15001", mesh.client().ipv4);
+    let sockets = mesh.client().shell(&format!("ss -Htn state established dst {agent}"))?;
+    Ok(sockets.stdout.lines().count())
+}
+
+/// A process of a pod cannot bind the agent's ports, neither beside the agent nor while it is away.
+fn pod_cannot_take_the_agents_ports(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const TAKE: &str = "import socket,sys\n\
+        for family, address in ((socket.AF_INET, '0.0.0.0'), (socket.AF_INET6, '::'), (socket.AF_INET, sys.argv[1])):\n\
+        \x20for port in (15001, 15006, 15008, 15053):\n\
+        \x20\x20for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):\n\
+        \x20\x20\x20thief = socket.socket(family, kind)\n\
+        \x20\x20\x20thief.setsockopt(socket.SOL_SOCKET, 15, 1)\n\
+        \x20\x20\x20try: thief.bind((address, port))\n\
+        \x20\x20\x20except PermissionError: continue\n\
+        \x20\x20\x20print('took', address, port, kind)\n\
+        print('tried all')";
+    let steal = |mesh: &Mesh| -> anyhow::Result<()> {
+        let client = mesh.client();
+        let mut thief = client.command("python3");
+        let said = run(thief.args(["-c", TAKE, &client.ipv4.to_string()]), PATIENCE)?.output()?;
+        ensure!(said.trim() == "tried all", "{said}");
+        Ok(())
+    };
+    steal(mesh).context("beside the agent")?;
+    mesh.lab.node_mut("a").kill_agent();
+    steal(mesh).context("while the agent is away")?;
+    mesh.restart_agent("a")?;
+    until("traffic after the restart", PATIENCE, || {
+        Ok(mesh.curl("client")?.success().then_some(()))
+    })
+}
+
 /// A policy that stops allowing a pair cuts its live connection within a second.
 fn denying_policy_cuts_live_connections(mesh: &mut Mesh) -> anyhow::Result<()> {
     let program = mesh.peer_program();
@@ -231,6 +266,8 @@ fn denying_policy_cuts_live_connections(mesh: &mut Mesh) -> anyhow::Result<()> {
     let stdout = idle.stdout.as_mut().context("no output")?;
     std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
     ensure!(line.trim() == "open 3", "the client said {line:?}");
+    let open = captured_connections(mesh)?;
+    ensure!(open == 3, "{open} connections are open before the policy");
     let deny = manifest::authorization_policy(
         "mesh",
         "no-client",
@@ -241,11 +278,8 @@ fn denying_policy_cuts_live_connections(mesh: &mut Mesh) -> anyhow::Result<()> {
     );
     mesh.lab.apply(&deny)?;
     let applied = Instant::now();
-    let client = mesh.client();
     until("the live connections being cut", Duration::from_secs(5), || {
-        let sockets =
-            client.shell(&format!("ss -Htn state established dport = :{} | wc -l", peer::IDLE))?;
-        Ok((sockets.stdout.trim() == "0").then_some(()))
+        Ok((captured_connections(mesh)? == 0).then_some(()))
     })?;
     let took = applied.elapsed();
     idle.kill()?;
@@ -271,6 +305,7 @@ const FAULTS: &[(&str, Fault)] = &[
         pod_that_undoes_its_own_network_does_not_leak,
     ),
     ("live_enrolment_leaves_old_connections_alone", live_enrolment_leaves_old_connections_alone),
+    ("pod_cannot_take_the_agents_ports", pod_cannot_take_the_agents_ports),
     ("denying_policy_cuts_live_connections", denying_policy_cuts_live_connections),
 ];
 

@@ -57,8 +57,8 @@ fn finished(stream: TcpStream) -> io::Result<std::net::TcpStream> {
 #[test]
 fn one_listener_serves_both_families_and_workers_share_a_port() {
     let (pod, client) = pods();
-    let first = listen(pod.netns(), 15001, Keepalive::default()).unwrap();
-    let _second = listen(pod.netns(), 15001, Keepalive::default()).unwrap();
+    let first = listen(pod.netns(), 15001, &Unlabelled, Keepalive::default()).unwrap();
+    let _second = listen(pod.netns(), 15001, &Unlabelled, Keepalive::default()).unwrap();
     drop(first);
     for target in ["10.9.0.1:15001", "[fd09::1]:15001"] {
         let target: SocketAddr = target.parse().unwrap();
