@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use mesh_ebpf::{Capture, CaptureError, CgroupOrder, GuardAttachment, PodSettings};
 
-use crate::lab::{Lab, OUTSIDE_V4, OUTSIDE_V6, POD_V4, at, dial, ip, listener, refused, run};
+use crate::lab::{Lab, OUTSIDE_V4, OUTSIDE_V6, POD_V4, agent_listener, at, dial, ip, refused, run};
 
 #[test]
 fn what_is_pinned_captures_without_a_process_and_is_adopted() {
@@ -37,7 +37,7 @@ fn what_is_pinned_captures_without_a_process_and_is_adopted() {
     assert_eq!(enrolled[0].cookie, cookie);
     assert_eq!(enrolled[0].addresses, [ip(POD_V4), ip("fd91:1::2")]);
     assert_eq!((enrolled[0].guarded.len(), enrolled[0].steered), (1, true));
-    let inbound = lab.pod.inside(|| listener(15006));
+    let inbound = lab.pod.inside(|| agent_listener(&capture, 15006));
     capture.set_listener(cookie, crate::lab::borrow(&inbound)).unwrap();
     let _agent = lab.agent(&capture, cookie, inbound);
     lab.pod.inside(|| {

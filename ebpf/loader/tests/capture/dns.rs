@@ -2,17 +2,26 @@
 //! the answer come from there.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use mesh_ebpf::{Capture, NetnsCookie, PodSettings};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::lab::{
-    Agent, Lab, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, at, canonical, dial, greet, ip, listener,
+    Agent, Lab, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, agent_listener, at, canonical, dial,
+    greet, ip,
 };
 
 /// Answers each datagram with whom it was for; "stop" ends it.
 fn resolver(lab: &Lab, capture: &Arc<Capture>, pod: NetnsCookie) {
-    let socket = lab.pod.inside(|| UdpSocket::bind("[::]:15053").unwrap());
+    let socket = lab.pod.inside(|| {
+        let socket = Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::UDP)).unwrap();
+        socket.set_only_v6(false).unwrap();
+        capture.label(socket.as_fd()).unwrap();
+        socket.bind(&at("::", 15053).into()).unwrap();
+        UdpSocket::from(socket)
+    });
     let capture = Arc::clone(capture);
     std::thread::spawn(move || {
         let mut query = [0; 64];
@@ -55,8 +64,8 @@ fn check_connected(bind: Option<&str>, target: SocketAddr) {
     let socket = match bind {
         Some(bind) => socket(bind),
         None => {
-            let domain = socket2::Domain::for_address(target);
-            let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
+            let domain = Domain::for_address(target);
+            let socket = Socket::new(domain, Type::DGRAM, None).unwrap();
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
             socket.into()
         }
@@ -81,7 +90,7 @@ fn queries_of_every_kind_of_socket_reach_the_resolver() {
     let lab = Lab::new();
     let capture = lab.capture();
     let _agent = enroll(&lab, &capture, PodSettings::default());
-    let tcp = lab.pod.inside(|| listener(15053));
+    let tcp = lab.pod.inside(|| agent_listener(&capture, 15053));
     greet(&tcp, |_, _| "dns over tcp".to_owned());
     let mapped = |address: &str| {
         let std::net::IpAddr::V4(address) = ip(address) else { panic!("an IPv4 address") };

@@ -8,8 +8,8 @@ use std::time::Instant;
 use mesh_ebpf::{PodSettings, Selection};
 
 use crate::lab::{
-    Lab, NODE_V4, OUTSIDE_V4, PATIENCE, POD_V4, POD_V6, at, at_once, dial, greet, ip, listener,
-    refused,
+    Lab, NODE_V4, OUTSIDE_V4, PATIENCE, POD_V4, POD_V6, agent_listener, at, at_once, dial, greet,
+    ip, listener, refused,
 };
 
 /// Applications in the pod on these ports, which greet with "application".
@@ -26,7 +26,9 @@ fn every_port_is_steered_to_the_agent_with_its_address() {
     let lab = Lab::new();
     let capture = lab.capture();
     let agent = lab.enroll(&capture, PodSettings::default());
-    let _applications = applications(&lab, &[8080, 15008]);
+    let _applications = applications(&lab, &[8080]);
+    let tunnels = lab.pod.inside(|| agent_listener(&capture, 15008));
+    greet(&tunnels, |_, _| "application".to_owned());
     lab.outside.inside(|| {
         for port in [1, 443, 8080, 15001, 15006, 15053, 65_000] {
             for address in [POD_V4, POD_V6] {
@@ -44,7 +46,7 @@ fn every_port_is_steered_to_the_agent_with_its_address() {
         }
     });
     // A second listener takes over before the first one closes.
-    let successor = lab.pod.inside(|| listener(15006));
+    let successor = lab.pod.inside(|| agent_listener(&capture, 15006));
     greet(&successor, |_, _| "successor".to_owned());
     capture.set_listener(agent.cookie, successor.as_fd()).unwrap();
     drop(agent);

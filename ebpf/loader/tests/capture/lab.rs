@@ -153,7 +153,7 @@ impl Lab {
 
     /// Enrols the pod with an agent in it.
     pub(crate) fn enroll(&self, capture: &Arc<Capture>, settings: PodSettings) -> Agent {
-        let inbound = self.pod.inside(|| listener(15006));
+        let inbound = self.pod.inside(|| agent_listener(capture, 15006));
         let cookie = capture.enroll(&self.pod_capture(settings), inbound.as_fd()).unwrap();
         self.agent(capture, cookie, inbound)
     }
@@ -166,7 +166,7 @@ impl Lab {
         cookie: NetnsCookie,
         inbound: Socket,
     ) -> Agent {
-        let outbound = self.pod.inside(|| listener(15001));
+        let outbound = self.pod.inside(|| agent_listener(capture, 15001));
         greet(&inbound, |stream, _| format!("inbound {}", canonical(stream.local_addr().unwrap())));
         let capture = Arc::clone(capture);
         greet(&outbound, move |_, client| match capture.orig_dst(cookie, client).unwrap() {
@@ -238,7 +238,17 @@ pub(crate) fn at(address: &str, port: u16) -> SocketAddr {
 
 /// A dual-stack listener.
 pub(crate) fn listener(port: u16) -> Socket {
+    listen(port, |_| ())
+}
+
+/// A dual-stack listener of the agent, which may take the agent's ports in an enrolled pod.
+pub(crate) fn agent_listener(capture: &Capture, port: u16) -> Socket {
+    listen(port, |socket| capture.label(socket.as_fd()).unwrap())
+}
+
+fn listen(port: u16, prepare: impl FnOnce(&Socket)) -> Socket {
     let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).unwrap();
+    prepare(&socket);
     socket.set_only_v6(false).unwrap();
     socket.set_reuse_address(true).unwrap();
     socket.set_reuse_port(true).unwrap();
