@@ -38,10 +38,13 @@ pub struct LabConfig {
 
 impl LabConfig {
     /// Two nodes, `a` and `b`.
+    ///
+    /// `CULVERT_LAB_PREFIX`, at most three characters, goes before the name: tests of two checkouts then run side by side.
     #[must_use]
     pub fn two_nodes(name: &str) -> Self {
+        let prefix = std::env::var("CULVERT_LAB_PREFIX").unwrap_or_default();
         Self {
-            name: name.to_owned(),
+            name: prefix + name,
             nodes: vec!["a".to_owned(), "b".to_owned()],
             log: std::env::var("CULVERT_LOG").unwrap_or_else(|_unset| "info".to_owned()),
             agent_arguments: Vec::new(),
