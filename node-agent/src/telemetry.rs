@@ -3,13 +3,17 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use mesh_runtime::{AccessLog, FlowMeter, OpenFlow};
 use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord, PolicyRef};
 
 use crate::dataplane::{FlowEvent, FlowSink};
+use limit::{LineBudget, LineKind};
+
+mod limit;
 
 /// Reports waiting at most; beyond that they are dropped and counted, since a worker never waits.
 const QUEUE: usize = 65_536;
@@ -41,9 +45,10 @@ impl FlowReports {
         access: AccessLog,
     ) -> io::Result<(Self, JoinHandle<()>)> {
         let (queue, events) = sync_channel(QUEUE);
-        let thread = std::thread::Builder::new()
-            .name("telemetry".to_owned())
-            .spawn(move || Ledger { meter, access, open: HashMap::new() }.keep(&events))?;
+        let thread = std::thread::Builder::new().name("telemetry".to_owned()).spawn(move || {
+            let (open, lines) = (HashMap::new(), LineBudget::default());
+            Ledger { meter, access, open, lines }.keep(&events);
+        })?;
         Ok((Self { queue }, thread))
     }
 }
@@ -54,6 +59,7 @@ struct Ledger {
     meter: Arc<FlowMeter>,
     access: AccessLog,
     open: HashMap<FlowFacts, Vec<Counted>>,
+    lines: LineBudget,
 }
 
 /// An open flow, and the bytes counted for it.
@@ -64,9 +70,30 @@ struct Counted {
 
 impl Ledger {
     fn keep(mut self, events: &Receiver<FlowEvent>) {
-        while let Ok(event) = events.recv() {
-            self.take(event);
+        loop {
+            let heard = match self.lines.summary_due() {
+                None => events.recv().map_err(|_ended| RecvTimeoutError::Disconnected),
+                Some(due) => events.recv_timeout(due.saturating_duration_since(Instant::now())),
+            };
+            match heard {
+                Ok(event) => self.take(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            for (LineKind { direction, reason }, count) in self.lines.summary(Instant::now()) {
+                tracing::warn!(?direction, %reason, count, "refusals that the access log left out");
+            }
         }
+    }
+
+    /// Whether a refusal is written to the access log, which a flood must not fill.
+    fn may_log(&mut self, kind: LineKind) -> bool {
+        let may = self.lines.take(kind, Instant::now());
+        if !may {
+            metrics::counter!("culvert_access_log_lines_left_out_total", "reason" => kind.reason.as_str())
+                .increment(1);
+        }
+        may
     }
 
     fn take(&mut self, event: FlowEvent) {
@@ -83,7 +110,10 @@ impl Ledger {
                 }
             }
             FlowEvent::Closed { record, unreported, was_open } => {
-                self.access.flow(&record);
+                let kind = LineKind { direction: record.direction, reason: record.reason };
+                if was_open || self.may_log(kind) {
+                    self.access.flow(&record);
+                }
                 let counted = if was_open { self.pop(&record.facts) } else { None };
                 match counted {
                     None => self.meter.refused(&record),
@@ -95,7 +125,10 @@ impl Ledger {
                 }
             }
             FlowEvent::Denied(denial) => {
-                self.access.early_denial(&denial);
+                let kind = LineKind { direction: denial.direction, reason: denial.reason };
+                if self.may_log(kind) {
+                    self.access.early_denial(&denial);
+                }
                 self.meter.early_denial(&denial);
             }
             FlowEvent::Noted { flow, pod, note } => {
