@@ -214,6 +214,9 @@ impl Desk {
         let stats = self.data_plane.stats();
         metrics::counter!("culvert_live_flows_cut_total").absolute(stats.live_cut);
         metrics::counter!("culvert_connections_shed_total").absolute(stats.shed);
+        gauge("culvert_engines_stuck", stats.stuck_workers as u64);
+        gauge("culvert_data_plane_sockets", stats.sockets);
+        gauge("culvert_data_plane_socket_limit", stats.socket_limit);
         metrics::counter!("culvert_source_fallbacks_total").absolute(stats.source_fallbacks);
         for (reason, count) in stats.handshakes_failed {
             metrics::counter!("culvert_tunnel_handshakes_failed_total", "reason" => reason.as_str())

@@ -37,6 +37,7 @@ use crate::dns::lookup::PodResolver;
 use crate::enrolment::enroller::{Enroller, EnrollerConfig};
 use crate::enrolment::server::{Enrolment, listen};
 use crate::enrolment::{attachment::PodAttachments, namespace};
+use crate::health;
 use crate::identity::{IdentityRequests, Rotation};
 use crate::picture::Picture;
 use crate::telemetry::FlowReports;
@@ -164,6 +165,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         enrolment.changes(),
         stop.clone(),
     ));
+    tasks.spawn(health::watch(Arc::clone(&data_plane), readiness.clone(), stop.clone()));
     tasks.spawn(tend_kernel(Arc::clone(&capture), stop.clone()));
     tasks.spawn(until_synced(standing.subscribe(), control_pending, stop.clone()));
     tasks.spawn(await_signals(trigger));
@@ -355,6 +357,7 @@ fn empty_picture() -> Snapshot {
     Snapshot {
         index: WorkloadIndex::default(),
         policies: PolicySet::default(),
+        synced: false,
         settings: ResolveSettings::default(),
         trust: Arc::new(TrustBundle::default()),
         svids: OrdMap::new(),

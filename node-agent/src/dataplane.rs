@@ -24,6 +24,7 @@ mod telemetry;
 mod tls;
 mod tunnels;
 mod waiting;
+mod watchdog;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -44,9 +45,11 @@ pub use shared::{
     OriginalSource, PodSockets, ResolveAnswer, Shared, Snapshot,
 };
 pub use stats::DataPlaneStats;
+pub use watchdog::WatchdogConfig;
 
 use pods::{Pod, PodKey};
 use stats::Stats;
+use watchdog::Watchdog;
 use worker::{Command, NodeWorker, WorkerParts};
 
 /// The running data plane. Cheap to share in an `Arc`; dropping it stops the workers and closes their sockets.
@@ -58,6 +61,7 @@ pub struct DataPlane {
     draining: AtomicBool,
     stats: Arc<Stats>,
     budget: Arc<DescriptorBudget>,
+    watchdog: Watchdog,
 }
 
 #[derive(Debug)]
@@ -106,10 +110,14 @@ impl DataPlane {
         let budget = Arc::new(DescriptorBudget::under(descriptors));
         let stats = Arc::new(Stats::new());
         let next_flow = Arc::new(AtomicU64::new(1));
+        let handshakes = handshakes_per_worker(&config, &budget);
         let mut workers = Vec::with_capacity(config.workers.max(1));
         for index in 0..config.workers.max(1) {
             let mut worker_config = WorkerConfig::new(config.engine.clone(), Arc::clone(&budget));
-            worker_config.max_handshakes = config.limits.handshakes;
+            worker_config.max_accepting = handshakes;
+            worker_config.max_dialling = handshakes;
+            worker_config.handshake_timeout = config.limits.handshake_timeout;
+            worker_config.first_word_timeout = config.limits.first_word_timeout;
             let changed = Arc::new(AtomicU8::new(0));
             let handle: Arc<OnceLock<Arc<WorkerHandle<Command>>>> = Arc::new(OnceLock::new());
             let parts = WorkerParts {
@@ -127,7 +135,10 @@ impl DataPlane {
             let handle = handle.get_or_init(|| started);
             workers.push(Worker { handle: Arc::clone(handle), changed });
         }
+        let watched = workers.iter().map(|worker| Arc::clone(&worker.handle)).collect();
+        let watchdog = Watchdog::start(config.watchdog, watched)?;
         Ok(Self {
+            watchdog,
             workers,
             pods: Mutex::new(BTreeMap::new()),
             next_pod: AtomicU64::new(1),
@@ -244,6 +255,7 @@ impl DataPlane {
             open_flows: pods.values().map(|pod| pod.open()).sum(),
             pods: pods.len(),
             workers: self.workers.len(),
+            stuck_workers: self.watchdog.stuck(),
             sockets: self.budget.used(),
             socket_limit: self.budget.limit(),
             ..self.stats.read()
@@ -291,6 +303,13 @@ async fn deliver(worker: &Worker, command: Command) -> bool {
             }
         }
     }
+}
+
+/// Handshakes of all workers, dialled and accepted, take at most half of the descriptors: whatever floods them leaves the
+/// other half to flows.
+fn handshakes_per_worker(config: &DataPlaneConfig, budget: &DescriptorBudget) -> usize {
+    let quarter = usize::try_from(budget.limit() / 4).unwrap_or(usize::MAX);
+    config.limits.handshakes.min(quarter / config.workers.max(1)).max(1)
 }
 
 /// Lets resolvers answer to the worker that asked. An answer that finds no room is dropped: the flow's patience ends it.

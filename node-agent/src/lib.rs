@@ -9,6 +9,7 @@ pub mod dataplane;
 mod dns;
 mod enrolment;
 mod entropy;
+mod health;
 mod identity;
 mod picture;
 mod state_file;

@@ -42,10 +42,13 @@ impl Picture {
     }
 
     /// Takes over what the controller has said.
-    pub(crate) fn controller_spoke(&self, world: &World, changed: Changed) {
+    ///
+    /// Once `synced`, always synced: what the controller has said last stays in force.
+    pub(crate) fn controller_spoke(&self, world: &World, changed: Changed, synced: bool) {
         self.swap(changed, |snapshot, sources| {
             snapshot.index = world.index.clone();
             snapshot.policies = world.policies.clone();
+            snapshot.synced |= synced;
             if let Some(trust) = &world.trust {
                 sources.told = true;
                 snapshot.trust = Arc::clone(trust);

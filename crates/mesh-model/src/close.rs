@@ -84,6 +84,8 @@ close_reasons! {
     GatewayUnavailable => "gateway_unavailable", "CONNECT", ControlPlane;
     /// This agent does not know the pod's workload (yet).
     UnknownWorkload => "unknown_workload", "CONNECT", ControlPlane;
+    /// This agent has not heard all policies since it was started for the first time.
+    NotSynced => "not_synced", "CONNECT", ControlPlane;
     /// A policy that applies has not been received.
     PolicyMissing => "policy_missing", "DENY", ControlPlane;
     /// The destination refused the connection.

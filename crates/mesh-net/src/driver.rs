@@ -5,13 +5,14 @@
 
 pub mod budget;
 pub mod ops;
+mod seats;
 mod sockets;
 
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,10 +27,10 @@ use mio::event::Event;
 use mio::net::TcpStream;
 use mio::{Events, Poll, Token, Waker};
 
-use crate::handshake::HandshakeError;
+use crate::handshake::{FIRST_WORD_TIMEOUT, HANDSHAKE_TIMEOUT, HandshakeError};
 use crate::socket;
 use budget::DescriptorBudget;
-use ops::{Attempt, Ends, LISTENER_BIT, ListenerTag, Ops, Outcome};
+use ops::{Attempt, Ends, Incoming, LISTENER_BIT, ListenerTag, Ops, Outcome};
 use sockets::Owner;
 
 /// Decides what a worker does. All calls come from the worker's own thread; none may wait.
@@ -52,14 +53,7 @@ pub trait Handler: 'static {
         peer: PeerCertificate,
     );
     /// A tunnel came in and its peer is proved.
-    fn tunnel_up(
-        &mut self,
-        ops: &mut Ops,
-        tunnel: TunnelId,
-        tag: ListenerTag,
-        peer: PeerCertificate,
-        ends: Ends,
-    );
+    fn tunnel_up(&mut self, ops: &mut Ops, incoming: Incoming);
     /// A handshake came to nothing. For a dial the engine has been told already.
     fn handshake_failed(&mut self, ops: &mut Ops, attempt: Attempt, error: HandshakeError);
     /// A CONNECT came in: answer with `engine.accept` or `engine.refuse`, now or later.
@@ -87,8 +81,15 @@ pub trait Handler: 'static {
 pub struct WorkerConfig {
     /// Settings of its engine.
     pub engine: EngineConfig,
-    /// Most TLS handshakes in flight; further ones are refused as overloaded. Default 1024.
-    pub max_handshakes: usize,
+    /// Most TLS handshakes in flight of those that peers began; at the bound the pod and the address with most of them
+    /// make room. Default 1024.
+    pub max_accepting: usize,
+    /// Most TLS handshakes in flight of those that pods here need, shared out in the same way. Default 1024.
+    pub max_dialling: usize,
+    /// How long a handshake may take, dialled or accepted. Default [`HANDSHAKE_TIMEOUT`].
+    pub handshake_timeout: Duration,
+    /// How long an accepted peer may keep silent before its handshake ends. Default [`FIRST_WORD_TIMEOUT`].
+    pub first_word_timeout: Duration,
     /// Descriptors, shared by all workers.
     pub budget: Arc<DescriptorBudget>,
     /// Most commands waiting; further ones are handed back. Default 1024.
@@ -99,7 +100,15 @@ impl WorkerConfig {
     /// The defaults, with an engine's settings and a shared budget.
     #[must_use]
     pub const fn new(engine: EngineConfig, budget: Arc<DescriptorBudget>) -> Self {
-        Self { engine, max_handshakes: 1024, budget, max_commands: 1024 }
+        Self {
+            engine,
+            max_accepting: 1024,
+            max_dialling: 1024,
+            handshake_timeout: HANDSHAKE_TIMEOUT,
+            first_word_timeout: FIRST_WORD_TIMEOUT,
+            budget,
+            max_commands: 1024,
+        }
     }
 }
 
@@ -115,6 +124,7 @@ pub struct WorkerHandle<C> {
     commands: SyncSender<C>,
     waker: Arc<Waker>,
     poked: Arc<AtomicBool>,
+    turns: Arc<AtomicU64>,
     thread: JoinHandle<()>,
 }
 
@@ -146,6 +156,17 @@ impl<C: Send + 'static> WorkerHandle<C> {
     /// Makes the worker call [`Handler::poked`]. Never waits, never fails; several pokes may become one.
     pub fn poke(&self) {
         self.poked.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// Turns the worker has begun. A worker that was [nudged](Self::nudge) and does not turn is stuck.
+    #[must_use]
+    pub fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    /// Makes the worker turn, and nothing else.
+    pub fn nudge(&self) {
         self.wake();
     }
 
@@ -184,16 +205,19 @@ pub fn spawn<H: Handler>(
     let poll = Poll::new()?;
     let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
     let poked = Arc::new(AtomicBool::new(false));
+    let turns = Arc::new(AtomicU64::new(0));
     let (commands, inbox) = sync_channel(config.max_commands);
     let ops = Ops::new(&config, poll.registry(), Instant::now())?;
-    let spare = Some(File::open("/dev/null")?);
-    let flag = Arc::clone(&poked);
+    let mut spares = Vec::with_capacity(SPARES);
+    spares.push(File::open(NOTHING)?);
+    let (flag, count) = (Arc::clone(&poked), Arc::clone(&turns));
     let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
         let _abort = AbortOnPanic;
         let handler = make_handler();
-        Worker { poll, ops, handler, inbox, poked: flag, spare, accept_paused: None }.run();
+        let (poked, turns, accept_paused) = (flag, count, None);
+        Worker { poll, ops, handler, inbox, poked, turns, spares, accept_paused }.run();
     })?;
-    Ok(WorkerHandle { commands, waker, poked, thread })
+    Ok(WorkerHandle { commands, waker, poked, turns, thread })
 }
 
 struct AbortOnPanic;
@@ -216,6 +240,10 @@ const ACCEPTS_PER_TURN: usize = 32;
 const COMMANDS_PER_TURN: usize = 64;
 /// Times the engine and the handler may answer each other before sockets are looked at again.
 const ROUNDS_PER_TURN: usize = 8;
+/// Descriptors kept for bad times.
+const SPARES: usize = 4;
+/// What a spare descriptor is of.
+const NOTHING: &str = "/dev/null";
 /// How long accepting rests when the kernel is out of memory or descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -225,9 +253,21 @@ struct Worker<H: Handler> {
     handler: H,
     inbox: Receiver<H::Command>,
     poked: Arc<AtomicBool>,
-    /// A descriptor given up to be able to accept, and reset, when there are none left.
-    spare: Option<File>,
+    turns: Arc<AtomicU64>,
+    /// Descriptors given up to be able to accept, and reset, when there are none left. Several: another thread may be
+    /// faster to take one that is given up.
+    spares: Vec<File>,
     accept_paused: Option<Instant>,
+}
+
+/// What came of shedding a connection.
+enum Shed {
+    /// One is gone.
+    One,
+    /// There was none.
+    QueueEmpty,
+    /// There is not even one descriptor: they wait until there is.
+    Helpless,
 }
 
 impl<H: Handler> Worker<H> {
@@ -243,6 +283,7 @@ impl<H: Handler> Worker<H> {
                 panic!("epoll failed: {error}");
             }
             self.ops.now = Instant::now();
+            self.turns.fetch_add(1, Ordering::Relaxed);
             for event in &events {
                 self.dispatch(event);
             }
@@ -342,12 +383,14 @@ impl<H: Handler> Worker<H> {
             match listener.listener.accept() {
                 Ok((stream, peer)) => self.admit(tag, stream, socket::canonical(peer)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-                Err(error) if is_out_of_descriptors(&error) => {
-                    if !self.shed_one(id, tag) {
+                Err(error) if is_out_of_descriptors(&error) => match self.shed_one(id, tag) {
+                    Shed::One => {}
+                    Shed::QueueEmpty => return true,
+                    Shed::Helpless => {
                         self.accept_paused = Some(self.ops.now + ACCEPT_PAUSE);
                         return false;
                     }
-                }
+                },
                 Err(error) if is_out_of_memory(&error) => {
                     tracing::debug!(%error, "accepting rests");
                     self.accept_paused = Some(self.ops.now + ACCEPT_PAUSE);
@@ -376,21 +419,44 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Gives the spare descriptor up for a moment to accept and reset one connection, so that its client knows.
-    fn shed_one(&mut self, id: u32, tag: ListenerTag) -> bool {
-        self.spare = None;
-        let accepted = self.ops.listeners.get(&id).map(|listener| listener.listener.accept());
-        let shed = match accepted {
-            Some(Ok((stream, peer))) => {
-                reset(&stream);
-                drop(stream);
-                self.handler.shed(&mut self.ops, tag, socket::canonical(peer));
-                true
+    /// Gives spare descriptors up for a moment to accept and reset one connection, so that its client knows.
+    fn shed_one(&mut self, id: u32, tag: ListenerTag) -> Shed {
+        self.fill_spares();
+        let mut shed = Shed::Helpless;
+        while self.spares.pop().is_some() {
+            let Some(listener) = self.ops.listeners.get(&id) else { break };
+            match listener.listener.accept() {
+                Ok((stream, peer)) => {
+                    reset(&stream);
+                    drop(stream);
+                    self.handler.shed(&mut self.ops, tag, socket::canonical(peer));
+                    shed = Shed::One;
+                    break;
+                }
+                // Another thread was faster: the next spare.
+                Err(error) if is_out_of_descriptors(&error) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    shed = Shed::QueueEmpty;
+                    break;
+                }
+                // The connection has ended in the queue.
+                Err(_) => {
+                    shed = Shed::One;
+                    break;
+                }
             }
-            Some(Err(_)) | None => false,
-        };
-        self.spare = File::open("/dev/null").ok();
-        shed && self.spare.is_some()
+        }
+        self.fill_spares();
+        shed
+    }
+
+    /// Takes spare descriptors back, as far as there are any.
+    fn fill_spares(&mut self) {
+        while self.spares.len() < SPARES
+            && let Ok(spare) = File::open(NOTHING)
+        {
+            self.spares.push(spare);
+        }
     }
 
     /// Lets the engine move bytes and the handler answer; true when there is more to do at once.
@@ -421,9 +487,7 @@ impl<H: Handler> Worker<H> {
             Outcome::Dialled { dial, tunnel, peer } => {
                 self.handler.dialled(ops, dial, tunnel, peer);
             }
-            Outcome::Accepted { tunnel, tag, peer, ends } => {
-                self.handler.tunnel_up(ops, tunnel, tag, peer, ends);
-            }
+            Outcome::Accepted(incoming) => self.handler.tunnel_up(ops, incoming),
             Outcome::Failed { attempt, error } => {
                 self.handler.handshake_failed(ops, attempt, error);
             }

@@ -27,6 +27,10 @@ use zeroize::Zeroizing;
 /// How long a handshake may take from the first packet to the last. Source: ztunnel's connect timeout, 10 s.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a peer that dialled may keep silent. Its first record follows the connection by one round trip; two lost
+/// packets on the way (1 s each, RFC 6298 §2.1) still leave time.
+pub const FIRST_WORD_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// TLS record header, bytes. Source: RFC 8446 §5.1.
 const RECORD_HEADER_BYTES: usize = 5;
 /// Largest record body, bytes. Source: RFC 8446 §5.2, `TLSCiphertext.length`.
@@ -71,12 +75,19 @@ pub enum HandshakeError {
     /// The peer closed before the handshake was done.
     #[error("peer closed during the handshake")]
     Closed,
+    /// The peer, which was dialled, ended the connection before it had said anything: it is overloaded or draining, or
+    /// no tunnel endpoint at all.
+    #[error("peer ended the connection without an answer")]
+    Refused(#[source] Option<io::Error>),
     /// Nothing came of it within [`HANDSHAKE_TIMEOUT`]; true when not even TCP was established.
     #[error("no handshake within the time limit")]
     TimedOut {
         /// True when the TCP connection was still missing.
         connecting: bool,
     },
+    /// The peer, which dialled, did not send one whole record within the time limit for that.
+    #[error("peer kept silent")]
+    Silent,
     /// The peer's certificate was refused.
     #[error("peer's certificate refused")]
     Rejected(#[source] PeerRejection),
@@ -92,6 +103,9 @@ pub enum HandshakeError {
     /// Too many handshakes are in flight on this worker.
     #[error("too many handshakes in flight")]
     Overloaded,
+    /// It made room for another one: too many are in flight, most of them with its pod or its peer.
+    #[error("made room for another handshake")]
+    Evicted,
 }
 
 impl HandshakeError {
@@ -103,7 +117,10 @@ impl HandshakeError {
                 CloseReason::TunnelConnectFailed
             }
             Self::Rejected(rejection) => rejection.close_reason(),
-            Self::Overloaded => CloseReason::Overloaded,
+            Self::Overloaded | Self::Evicted => CloseReason::Overloaded,
+            Self::Silent => CloseReason::TimedOut,
+            Self::Refused(_) => CloseReason::PeerRefused,
+            Self::Tls(error) if is_refusal(error) => CloseReason::PeerRefused,
             Self::Io(_)
             | Self::Closed
             | Self::TimedOut { connecting: false }
@@ -166,6 +183,12 @@ impl Handshake {
             input: Vec::new(),
             consumed: 0,
         }
+    }
+
+    /// True once the peer has sent a whole record that rustls took.
+    #[must_use]
+    pub const fn has_heard(&self) -> bool {
+        self.consumed > 0
     }
 
     /// Goes on as far as `stream` allows. After `Ready` or an error the handshake is spent.
@@ -238,11 +261,11 @@ impl Handshake {
         }
         while self.sent < self.output.len() {
             match stream.write(&self.output[self.sent..]) {
-                Ok(0) => return Err(HandshakeError::Closed),
+                Ok(0) => return Err(self.ended(None)),
                 Ok(count) => self.sent += count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(HandshakeError::Io(error)),
+                Err(error) => return Err(self.ended(Some(error))),
             }
         }
         self.output.clear();
@@ -297,16 +320,49 @@ impl Handshake {
         let mut chunk = [0_u8; 8 * 1024];
         loop {
             match stream.read(&mut chunk) {
-                Ok(0) => return Err(HandshakeError::Closed),
+                Ok(0) => return Err(self.ended(None)),
                 Ok(count) => {
                     self.input.extend_from_slice(&chunk[..count]);
                     return Ok(true);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(HandshakeError::Io(error)),
+                Err(error) => return Err(self.ended(Some(error))),
             }
         }
+    }
+
+    /// The peer ended the connection; `error` tells how, unless it did so in good order.
+    fn ended(&self, error: Option<io::Error>) -> HandshakeError {
+        let unanswered = matches!(self.connection, Connection::Client(_)) && !self.has_heard();
+        match error {
+            error if unanswered => HandshakeError::Refused(error),
+            Some(error) => HandshakeError::Io(error),
+            None => HandshakeError::Closed,
+        }
+    }
+}
+
+/// True for an alert by which a peer that speaks TLS well says no: to us, to our certificate, or to everybody for now.
+/// Source: RFC 8446 §6.2.
+#[expect(clippy::wildcard_enum_match_arm, reason = "another crate's enums, which grow")]
+const fn is_refusal(error: &rustls::Error) -> bool {
+    use rustls::AlertDescription as Alert;
+    match error {
+        rustls::Error::AlertReceived(alert) => matches!(
+            alert,
+            Alert::AccessDenied
+                | Alert::BadCertificate
+                | Alert::CertificateExpired
+                | Alert::CertificateRequired
+                | Alert::CertificateRevoked
+                | Alert::CertificateUnknown
+                | Alert::InternalError
+                | Alert::UnknownCA
+                | Alert::UnsupportedCertificate
+                | Alert::UserCanceled
+        ),
+        _ => false,
     }
 }
 

@@ -19,6 +19,7 @@ use super::pods::WantedPods;
 use super::saved::{GATHER, SavedWorld};
 use super::session::{ControllerSession, SessionError};
 use super::world::{Touched, World};
+use crate::dataplane::Changed;
 use crate::enrolment::enroller::error_chain;
 use crate::picture::Picture;
 
@@ -107,8 +108,12 @@ impl Control {
         for update in self.held.restore(&state) {
             touched = merge(touched, self.world.apply(update));
         }
+        // Only a complete state is ever saved.
         let heard_all = self.world.mesh.is_some();
         self.standing.send_modify(|standing| standing.synced = heard_all);
+        if heard_all {
+            touched.add(Changed::POLICIES);
+        }
         self.publish(touched);
         tracing::info!(
             workloads = self.world.index.workloads().len(),
@@ -236,10 +241,14 @@ impl Control {
         metrics::counter!("istio_xds_message_total", "url" => url).increment(1);
         metrics::counter!("istio_xds_message_bytes_total", "url" => url).increment(bytes);
         let (update, acknowledgement) = self.held.handle(response)?;
-        let touched = self.world.apply(update);
-        if self.held.is_synced() {
-            self.standing
+        let mut touched = self.world.apply(update);
+        let is_news = self.held.is_synced()
+            && self
+                .standing
                 .send_if_modified(|standing| !std::mem::replace(&mut standing.synced, true));
+        if is_news {
+            // Whatever waited for the policies is judged from here on, be there any or none.
+            touched.add(Changed::POLICIES);
         }
         self.publish(touched);
         if !touched.is_nothing() && self.save_at.is_none() {
@@ -252,10 +261,10 @@ impl Control {
     }
 
     fn publish(&self, touched: Touched) {
-        if let Some(changed) = touched.picture {
-            self.picture.controller_spoke(&self.world, changed);
-        }
         let synced = self.standing.borrow().synced;
+        if let Some(changed) = touched.picture {
+            self.picture.controller_spoke(&self.world, changed, synced);
+        }
         if touched.pods || synced != self.pods.borrow().known {
             let wanted = Arc::new(self.world.wanted_pods(synced));
             self.pods.send_if_modified(|current| {
@@ -279,6 +288,10 @@ impl Control {
 
     async fn save(&mut self) {
         if self.save_at.take().is_none() {
+            return;
+        }
+        // Half of a first answer on disk would count as all of it after a restart.
+        if !self.standing.borrow().synced {
             return;
         }
         let state = self.held.save(|kind, name| self.world.find(kind, name));

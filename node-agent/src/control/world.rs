@@ -215,7 +215,8 @@ impl Touched {
         self.picture.is_none() && !self.pods
     }
 
-    fn add(&mut self, part: Changed) {
+    /// Adds a part of the picture.
+    pub(crate) fn add(&mut self, part: Changed) {
         self.picture = Some(self.picture.map_or(part, |picture| picture.and(part)));
     }
 }

@@ -3,12 +3,12 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use mesh_authorize::{Decision, Permit, authorize};
-use mesh_identity::PeerCertificate;
+use mesh_identity::PeerRejection;
 use mesh_model::{CloseReason, Direction, Flow, SpiffeId, ports};
-use mesh_net::driver::ops::{Ends, ListenerTag, Ops};
+use mesh_net::driver::ops::{Answering, Ends, Incoming, ListenerTag, Ops};
 use mesh_net::handshake::HandshakeError;
 use mesh_net::socket::{self, AppSource, ConnectOptions};
 use mesh_resolve::{Authority, ResolvedFlow, Route, resolve_inbound};
@@ -22,6 +22,7 @@ use crate::dataplane::pods::{Pod, PodKey, Port};
 use crate::dataplane::proxy_header::proxy_header;
 use crate::dataplane::shared::OriginalSource;
 use crate::dataplane::telemetry::{PeerHead, Story, response_head};
+use crate::dataplane::tls::CertificateStamp;
 use crate::dataplane::tunnels::ServerTunnel;
 use crate::dataplane::waiting::WaitFor;
 use crate::dataplane::worker::{CapturedConn, Chain, NodeWorker, Refusal, Waiting};
@@ -68,9 +69,10 @@ impl NodeWorker {
         let wait_for = match identity {
             None => WaitFor::Workload,
             Some(identity) => match self.tls.server(&snapshot, &identity) {
-                Ok(config) => {
-                    let to = (pod.key.tag(Port::Hbone), pod.sockets.uid.clone());
-                    return ops.accept_tunnel(sock, ends.peer, to, config);
+                Ok((config, CertificateStamp(stamp))) => {
+                    let (tag, pod) = (pod.key.tag(Port::Hbone), pod.sockets.uid.clone());
+                    let answering = Answering { tag, pod, stamp, config };
+                    return ops.accept_tunnel(sock, ends.peer, answering);
                 }
                 Err(missing) => {
                     tracing::debug!(%identity, error = %missing, "no certificate to answer with");
@@ -110,19 +112,19 @@ impl NodeWorker {
     }
 
     /// The peer is proved: from here on it may ask for connections.
-    pub(super) fn tunnel_proved(
-        &mut self,
-        ops: &mut Ops,
-        tunnel: TunnelId,
-        tag: ListenerTag,
-        peer: PeerCertificate,
-        ends: Ends,
-    ) {
+    pub(super) fn tunnel_proved(&mut self, ops: &mut Ops, incoming: Incoming) {
+        let Incoming { tunnel, tag, stamp, peer, ends } = incoming;
         let (key, _port) = PodKey::of(tag);
-        match self.pod(key).map(Arc::clone) {
-            Some(pod) => self.tunnels.accepted(tunnel, ServerTunnel { pod, peer, ends }),
+        let Some(pod) = self.pod(key).map(Arc::clone) else {
             // The pod left meanwhile; requests will find no tunnel and be refused.
-            None => ops.engine.retire(Retire::Tunnel(tunnel), ops.now()),
+            return ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
+        };
+        let own = CertificateStamp(stamp);
+        self.tunnels.accepted(tunnel, ServerTunnel { pod, own, peer, ends });
+        self.retire_ended(ops);
+        // Replaced during the handshake: the peer is told, and dials again for its next stream.
+        if !self.tls.is_in_force(&self.snapshot(), own) {
+            ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
         }
     }
 
@@ -137,7 +139,8 @@ impl NodeWorker {
         let Some(through) = self.tunnels.server(tunnel) else {
             return ops.engine.refuse(request, 503, CloseReason::Drained, ops.now());
         };
-        let ServerTunnel { pod, peer, ends } = through.clone();
+        let has_ended = through.end() <= SystemTime::now();
+        let ServerTunnel { pod, peer, ends, .. } = through.clone();
         let authority = head.authority.parse::<Authority>();
         let port = authority.as_ref().map_or(0, Authority::port);
         let dialled = SocketAddr::new(ends.local.ip(), port);
@@ -149,6 +152,11 @@ impl NodeWorker {
         let refusal = match (&authority, &held) {
             (Err(error), _) => Some(Refusal::new(CloseReason::WrongDestination, error)),
             (Ok(_), None) => Some(CloseReason::Overloaded.into()),
+            (Ok(_), Some(_)) if has_ended => {
+                ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
+                let ended = PeerRejection::Expired;
+                Some(Refusal::new(ended.close_reason(), &ended))
+            }
             (Ok(_), Some(_)) => None,
         };
         let request = Request {
@@ -159,7 +167,7 @@ impl NodeWorker {
             authority: authority.ok(),
             head: PeerHead::read(head),
             held,
-            deadline: ops.now() + self.config.limits.workload_patience,
+            deadline: ops.now() + self.request_patience(),
         };
         match refusal {
             None => self.inbound_request(ops, request),
@@ -170,9 +178,11 @@ impl NodeWorker {
     /// Stages two to four of a CONNECT. Begins anew when the pod's workload has come.
     pub(super) fn inbound_request(&mut self, ops: &mut Ops, request: Request) {
         let snapshot = self.snapshot();
-        let Some(local) = request.pod.workload(&snapshot) else {
+        let workload = request.pod.workload(&snapshot).filter(|_| snapshot.synced);
+        let Some(local) = workload else {
             let deadline = request.deadline;
-            let parked = self.park_other(Waiting::Request(request), WaitFor::Workload, deadline);
+            let wait_for = if snapshot.synced { WaitFor::Workload } else { WaitFor::Policies };
+            let parked = self.park_other(Waiting::Request(request), wait_for, deadline);
             if let Some(Waiting::Request(request)) = parked {
                 self.refuse_request(ops, request, None, CloseReason::Overloaded.into());
             }
@@ -285,6 +295,9 @@ impl NodeWorker {
     /// Stages two to four. Nobody is proved here: policies see no identity.
     pub(super) fn inbound_plaintext(&mut self, ops: &mut Ops, conn: CapturedConn) {
         let snapshot = self.snapshot();
+        if !snapshot.synced {
+            return self.park(ops, conn, WaitFor::Policies);
+        }
         let Some(local) = conn.pod.workload(&snapshot) else {
             return self.park(ops, conn, WaitFor::Workload);
         };
@@ -393,6 +406,7 @@ const fn status(reason: CloseReason) -> u16 {
         | CloseReason::WaypointUnavailable
         | CloseReason::GatewayUnavailable
         | CloseReason::UnknownWorkload
+        | CloseReason::NotSynced
         | CloseReason::ConnectRefused
         | CloseReason::ConnectTimeout
         | CloseReason::TunnelConnectFailed

@@ -11,7 +11,7 @@ use mesh_net::driver::ops::{Ends, Ops};
 use mesh_net::socket::{self, ConnectOptions};
 use mesh_resolve::{PendingDns, ResolvedFlow, Route, TunnelRoute, Unroutable, resolve};
 use mesh_telemetry::TraceParent;
-use mesh_tunnel::{DialId, SockId, TunnelId, TunnelKey};
+use mesh_tunnel::{DialId, Retire, SockId, TunnelId, TunnelKey};
 
 use crate::dataplane::flows::{Held, LiveFlow};
 use crate::dataplane::pods::Pod;
@@ -56,6 +56,9 @@ impl NodeWorker {
     /// Stage two, resolve. Begins anew when something it waited for has come.
     pub(super) fn outbound(&mut self, ops: &mut Ops, conn: CapturedConn) {
         let snapshot = self.snapshot();
+        if !snapshot.synced {
+            return self.park(ops, conn, WaitFor::Policies);
+        }
         let Some(source) = conn.pod.workload(&snapshot) else {
             return self.park(ops, conn, WaitFor::Workload);
         };
@@ -212,8 +215,8 @@ impl NodeWorker {
         let Some(pod) = self.pod_by_uid(&key.pod).map(Arc::clone) else {
             return ops.engine.dial_failed(dial, CloseReason::Drained, ops.now());
         };
-        let config = match self.tls.client(&snapshot, &key.source, &key.expected) {
-            Ok(config) => config,
+        let (config, own) = match self.tls.client(&snapshot, &key.source, &key.expected) {
+            Ok(found) => found,
             Err(missing) => {
                 self.shared.identities.want(&key.source);
                 tracing::debug!(identity = %key.source, error = %missing, "nothing to dial with");
@@ -224,18 +227,25 @@ impl NodeWorker {
         let options = ConnectOptions { keepalive, user_timeout: Some(keepalive.user_timeout()) };
         let netns = &pod.sockets.netns;
         let stream = socket::connect_from_pod(netns, key.next_hop, &self.label, options);
-        self.tunnels.dialling(dial, key);
-        ops.dial(dial, stream, config);
+        self.tunnels.dialling(dial, key, own);
+        ops.dial(dial, (key.pod.clone(), key.next_hop), stream, config);
     }
 
     /// A dialled tunnel is up, unless nobody wanted it any more.
     pub(super) fn tunnel_dialled(
         &mut self,
+        ops: &mut Ops,
         dial: DialId,
         tunnel: Option<TunnelId>,
         peer: PeerCertificate,
     ) {
-        self.tunnels.dial_ended(dial, tunnel.map(|tunnel| (tunnel, peer)));
+        let own = self.tunnels.dialled(dial, tunnel, peer);
+        let (Some(own), Some(tunnel)) = (own, tunnel) else { return };
+        self.retire_ended(ops);
+        // The certificate may have been replaced during the handshake. What waited for the tunnel is on it by now.
+        if !self.tls.is_in_force(&self.snapshot(), own.stamp) {
+            ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Never all at once: each turn of the worker takes a batch, so that thousands of flows do not stall the byte path.
 //! A flow opened while a round is under way was judged by the new snapshot already, or is behind the cursor.
 
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use mesh_authorize::{Decision, Denial, RuleRef, authorize, authorize_egress};
 use mesh_identity::PeerRejection;
@@ -20,6 +20,9 @@ use crate::dataplane::worker::NodeWorker;
 const FLOWS_PER_TURN: usize = 512;
 /// Tunnels whose certificates are judged per turn; some hundred microseconds each.
 const TUNNELS_PER_TURN: usize = 8;
+
+/// How often the wall clock is looked at while there are tunnels: it may have been set.
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How far the rounds under way have come.
 #[derive(Debug, Default)]
@@ -143,13 +146,28 @@ impl NodeWorker {
         last.map(Cursor::Behind)
     }
 
-    /// Tunnels dialled under a certificate that was replaced take no new streams; what they carry goes on.
+    /// Tunnels under a certificate that was replaced take no new streams; what they carry goes on.
     fn retire_replaced_identities(&mut self, ops: &mut Ops, snapshot: &Snapshot) {
-        for identity in self.tls.renew(snapshot) {
-            for tunnel in self.tunnels.dialled_as(&identity) {
-                ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
-            }
+        self.tls.forget_replaced(snapshot);
+        let in_force = self.tls.stamps();
+        for tunnel in self.tunnels.proved_by(|stamp| !in_force.contains(&stamp)) {
+            ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
         }
+    }
+
+    /// Tunnels of which a certificate has ended take no new streams; what they carry goes on.
+    ///
+    /// Looked at again when the next one ends, and every minute in case the wall clock was set.
+    pub(super) fn retire_ended(&mut self, ops: &mut Ops) {
+        let wall = SystemTime::now();
+        while let Some(tunnel) = self.tunnels.pop_ended(wall) {
+            tracing::debug!(tunnel = tunnel.get(), "a certificate of a tunnel has ended");
+            ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
+        }
+        self.look_at_ends = self.tunnels.next_end().map(|end| {
+            let left = end.duration_since(wall).unwrap_or_default();
+            ops.now() + left.min(CLOCK_CHECK_INTERVAL)
+        });
     }
 
     /// Tunnels to workloads that are gone take no new streams; what they carry goes on until it ends.

@@ -12,11 +12,13 @@ use mesh_authorize::PolicySet;
 use mesh_identity::{Svid, TrustBundle};
 use mesh_model::{PodUid, SpiffeId};
 use mesh_net::Netns;
+use mesh_net::handshake::{FIRST_WORD_TIMEOUT, HANDSHAKE_TIMEOUT};
 use mesh_net::socket::Keepalive;
 use mesh_resolve::{ResolveSettings, WorkloadIndex};
 use mesh_tunnel::EngineConfig;
 
 use crate::dataplane::flows::FlowEvent;
+use crate::dataplane::watchdog::WatchdogConfig;
 
 /// Everything a decision looks at, swapped whole; cheap to clone.
 #[derive(Clone, Debug)]
@@ -25,6 +27,9 @@ pub struct Snapshot {
     pub index: WorkloadIndex,
     /// Compiled policies.
     pub policies: PolicySet,
+    /// True once everything was heard that the controller had to say, now or in an earlier life of the agent. Until then
+    /// nothing is judged: an empty set of policies would allow everything.
+    pub synced: bool,
     /// Settings of routing.
     pub settings: ResolveSettings,
     /// Whom to trust.
@@ -166,14 +171,21 @@ pub enum Drain {
 pub struct Limits {
     /// Flows of one pod at once, in both directions; default 32,768.
     pub flows_per_pod: usize,
-    /// Flows that wait for a workload, a certificate or a name, per worker; default 8,192.
+    /// Flows that wait for a workload, a certificate or a name, per worker; default 8,192. One pod's at most a quarter.
     pub waiting: usize,
-    /// TLS handshakes in flight, per worker; default 1,024.
+    /// TLS handshakes in flight, per worker: so many dialled and so many accepted ones; default 1,024. With few
+    /// descriptors it is less: together they never take more than half of them.
     pub handshakes: usize,
+    /// How long a handshake may take; default 10 s.
+    pub handshake_timeout: Duration,
+    /// How long a peer that dialled a pod's tunnel port may keep silent; default 3 s.
+    pub first_word_timeout: Duration,
     /// Descriptors of the process; default: its soft `RLIMIT_NOFILE`.
     pub descriptors: Option<u64>,
     /// How long a flow waits for the pod's own workload; default 5 s. Source: ztunnel.
     pub workload_patience: Duration,
+    /// How long a flow waits for the policies after the agent has started; default 5 s.
+    pub policy_patience: Duration,
     /// How long a flow waits for the pod's certificate; default 5 s.
     pub certificate_patience: Duration,
     /// How long a flow waits for a name; default 5 s.
@@ -186,8 +198,11 @@ impl Default for Limits {
             flows_per_pod: 32_768,
             waiting: 8_192,
             handshakes: 1_024,
+            handshake_timeout: HANDSHAKE_TIMEOUT,
+            first_word_timeout: FIRST_WORD_TIMEOUT,
             descriptors: None,
             workload_patience: Duration::from_secs(5),
+            policy_patience: Duration::from_secs(5),
             certificate_patience: Duration::from_secs(5),
             resolve_patience: Duration::from_secs(5),
         }
@@ -207,6 +222,8 @@ pub struct DataPlaneConfig {
     pub original_source: OriginalSource,
     /// When a silent peer is given up.
     pub keepalive: Keepalive,
+    /// When an engine counts as stuck.
+    pub watchdog: WatchdogConfig,
 }
 
 impl Default for DataPlaneConfig {
@@ -217,6 +234,7 @@ impl Default for DataPlaneConfig {
             limits: Limits::default(),
             original_source: OriginalSource::default(),
             keepalive: Keepalive::default(),
+            watchdog: WatchdogConfig::default(),
         }
     }
 }

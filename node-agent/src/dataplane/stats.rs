@@ -42,6 +42,8 @@ pub struct DataPlaneStats {
     pub pods: usize,
     /// Engines, each on a thread of its own.
     pub workers: usize,
+    /// Engines that do not turn.
+    pub stuck_workers: usize,
 }
 
 impl Stats {

@@ -1,6 +1,6 @@
 //! TLS settings of the pods' identities, parsed once per certificate and trust bundle.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -22,9 +22,21 @@ pub(super) enum NoIdentity {
     Expired,
 }
 
+/// Names one certificate of one identity within a worker; never given twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct CertificateStamp(pub(super) u64);
+
+/// What a dial here proves itself by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OwnCertificate {
+    pub(super) stamp: CertificateStamp,
+    pub(super) not_after: SystemTime,
+}
+
 /// The certificate last used for an identity.
 struct Entry {
     svid: Arc<Svid>,
+    stamp: CertificateStamp,
     /// The server settings, and the bundle they were made with.
     server: Option<(Arc<TrustBundle>, Arc<ServerConfig>)>,
 }
@@ -33,6 +45,7 @@ struct Entry {
 #[derive(Default)]
 pub(super) struct TlsCache {
     entries: BTreeMap<SpiffeId, Entry>,
+    next_stamp: u64,
 }
 
 impl TlsCache {
@@ -51,10 +64,11 @@ impl TlsCache {
         snapshot: &Snapshot,
         source: &SpiffeId,
         expected: &[SpiffeId],
-    ) -> Result<Arc<ClientConfig>, NoIdentity> {
+    ) -> Result<(Arc<ClientConfig>, OwnCertificate), NoIdentity> {
         let entry = self.entry(snapshot, source)?;
         let trust = Arc::clone(&snapshot.trust);
-        Ok(handshake::client_config(tls::client(&entry.svid, trust, expected.to_vec())))
+        let config = tls::client(&entry.svid, trust, expected.to_vec());
+        Ok((handshake::client_config(config), entry.own()))
     }
 
     /// Settings to answer as `identity`, to any peer of its trust domain.
@@ -62,17 +76,17 @@ impl TlsCache {
         &mut self,
         snapshot: &Snapshot,
         identity: &SpiffeId,
-    ) -> Result<Arc<ServerConfig>, NoIdentity> {
+    ) -> Result<(Arc<ServerConfig>, CertificateStamp), NoIdentity> {
         let entry = self.entry(snapshot, identity)?;
         if let Some((trust, config)) = &entry.server
             && Arc::ptr_eq(trust, &snapshot.trust)
         {
-            return Ok(Arc::clone(config));
+            return Ok((Arc::clone(config), entry.stamp));
         }
         let trust = Arc::clone(&snapshot.trust);
         let config = handshake::server_config(tls::server(&entry.svid, Arc::clone(&trust)));
         entry.server = Some((trust, Arc::clone(&config)));
-        Ok(config)
+        Ok((config, entry.stamp))
     }
 
     fn entry(
@@ -84,28 +98,41 @@ impl TlsCache {
         if !svid.is_usable(SystemTime::now()) {
             return Err(NoIdentity::Expired);
         }
-        let fresh = || Entry { svid: Arc::clone(svid), server: None };
-        let entry = self.entries.entry(identity.clone()).or_insert_with(fresh);
-        if !Arc::ptr_eq(&entry.svid, svid) {
-            *entry = fresh();
+        let is_known =
+            self.entries.get(identity).is_some_and(|entry| Arc::ptr_eq(&entry.svid, svid));
+        if !is_known {
+            let stamp = CertificateStamp(self.next_stamp);
+            self.next_stamp += 1;
+            let fresh = Entry { svid: Arc::clone(svid), stamp, server: None };
+            self.entries.insert(identity.clone(), fresh);
         }
-        Ok(entry)
+        self.entries.get_mut(identity).ok_or(NoIdentity::Missing)
     }
 
-    /// Forgets certificates that are no longer used, and names the identities whose certificate was replaced.
-    pub(super) fn renew(&mut self, snapshot: &Snapshot) -> Vec<SpiffeId> {
-        self.entries.retain(|identity, _| snapshot.svids.contains_key(identity));
-        let replaced: Vec<SpiffeId> = self
-            .entries
+    /// Forgets certificates that were replaced, or that nobody needs any more.
+    pub(super) fn forget_replaced(&mut self, snapshot: &Snapshot) {
+        self.entries.retain(|identity, entry| entry.is_in_force(identity, snapshot));
+    }
+
+    /// True while the certificate of `stamp` is its identity's.
+    pub(super) fn is_in_force(&self, snapshot: &Snapshot, stamp: CertificateStamp) -> bool {
+        self.entries
             .iter()
-            .filter(|(identity, entry)| {
-                snapshot.svids.get(*identity).is_some_and(|svid| !Arc::ptr_eq(svid, &entry.svid))
-            })
-            .map(|(identity, _)| identity.clone())
-            .collect();
-        for identity in &replaced {
-            self.entries.remove(identity);
-        }
-        replaced
+            .any(|(identity, entry)| entry.stamp == stamp && entry.is_in_force(identity, snapshot))
+    }
+
+    /// The certificates last used, all of them in force after [`forget_replaced`](Self::forget_replaced).
+    pub(super) fn stamps(&self) -> BTreeSet<CertificateStamp> {
+        self.entries.values().map(|entry| entry.stamp).collect()
+    }
+}
+
+impl Entry {
+    fn own(&self) -> OwnCertificate {
+        OwnCertificate { stamp: self.stamp, not_after: self.svid.not_after() }
+    }
+
+    fn is_in_force(&self, identity: &SpiffeId, snapshot: &Snapshot) -> bool {
+        snapshot.svids.get(identity).is_some_and(|svid| Arc::ptr_eq(svid, &self.svid))
     }
 }

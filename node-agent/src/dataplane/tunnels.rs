@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use mesh_identity::PeerCertificate;
 use mesh_model::{SpiffeId, WorkloadUid};
@@ -10,55 +11,116 @@ use mesh_net::driver::ops::Ends;
 use mesh_tunnel::{DialId, TunnelId, TunnelKey};
 
 use crate::dataplane::pods::Pod;
+use crate::dataplane::tls::{CertificateStamp, OwnCertificate};
+
+/// How much longer an accepting side takes new streams under its peer's certificate than the certificate says.
+///
+/// The dialling side stops at the end itself, by its own clock; clocks of nodes that are set from one source differ by
+/// far less. Source: NTP keeps them within 100 ms over the Internet (RFC 5905 §1); the rest is for streams on their way.
+pub(super) const CLOCK_SKEW: Duration = Duration::from_secs(5);
 
 /// A tunnel that a peer dialled, with its proved peer.
 #[derive(Clone, Debug)]
 pub(super) struct ServerTunnel {
     pub(super) pod: Arc<Pod>,
+    /// The certificate that was shown to the peer.
+    pub(super) own: CertificateStamp,
     pub(super) peer: PeerCertificate,
     pub(super) ends: Ends,
 }
 
+impl ServerTunnel {
+    /// Until when the peer may ask for connections.
+    pub(super) fn end(&self) -> SystemTime {
+        self.peer.not_after() + CLOCK_SKEW
+    }
+}
+
+/// A dial under way.
+#[derive(Debug)]
+struct Dial {
+    key: Arc<TunnelKey>,
+    own: OwnCertificate,
+}
+
 #[derive(Debug)]
 enum Tunnel {
-    Dialled { key: Arc<TunnelKey>, peer: PeerCertificate },
+    Dialled { key: Arc<TunnelKey>, own: OwnCertificate, peer: PeerCertificate },
     Accepted(ServerTunnel),
+}
+
+impl Tunnel {
+    /// From when on it takes no new streams, because a certificate has ended.
+    fn end(&self) -> SystemTime {
+        match self {
+            Self::Dialled { own, peer, .. } => own.not_after.min(peer.not_after()),
+            Self::Accepted(tunnel) => tunnel.end(),
+        }
+    }
 }
 
 /// Tunnels up, and dials under way.
 #[derive(Debug, Default)]
 pub(super) struct Tunnels {
     up: BTreeMap<TunnelId, Tunnel>,
-    dials: BTreeMap<DialId, Arc<TunnelKey>>,
+    dials: BTreeMap<DialId, Dial>,
+    /// Those that still take streams, by when a certificate of theirs ends.
+    ends: BTreeSet<(SystemTime, TunnelId)>,
     /// Accepted tunnels whose peer is trusted no more: its requests are refused while the tunnel ends.
     distrusted: BTreeSet<TunnelId>,
 }
 
 impl Tunnels {
-    pub(super) fn dialling(&mut self, dial: DialId, key: &Arc<TunnelKey>) {
-        self.dials.insert(dial, Arc::clone(key));
+    pub(super) fn dialling(&mut self, dial: DialId, key: &Arc<TunnelKey>, own: OwnCertificate) {
+        self.dials.insert(dial, Dial { key: Arc::clone(key), own });
     }
 
-    /// The dial has ended; with a tunnel, if one is up.
-    pub(super) fn dial_ended(
+    /// The dial came to nothing.
+    pub(super) fn dial_failed(&mut self, dial: DialId) -> Option<Arc<TunnelKey>> {
+        self.dials.remove(&dial).map(|dial| dial.key)
+    }
+
+    /// The dial has brought `tunnel`, or one that nobody wants any more; gives what we proved ourselves by.
+    pub(super) fn dialled(
         &mut self,
         dial: DialId,
-        tunnel: Option<(TunnelId, PeerCertificate)>,
-    ) -> Option<Arc<TunnelKey>> {
-        let key = self.dials.remove(&dial)?;
-        if let Some((tunnel, peer)) = tunnel {
-            self.up.insert(tunnel, Tunnel::Dialled { key: Arc::clone(&key), peer });
-        }
-        Some(key)
+        tunnel: Option<TunnelId>,
+        peer: PeerCertificate,
+    ) -> Option<OwnCertificate> {
+        let Dial { key, own } = self.dials.remove(&dial)?;
+        self.add(tunnel?, Tunnel::Dialled { key, own, peer });
+        Some(own)
     }
 
     pub(super) fn accepted(&mut self, id: TunnelId, tunnel: ServerTunnel) {
-        self.up.insert(id, Tunnel::Accepted(tunnel));
+        self.add(id, Tunnel::Accepted(tunnel));
+    }
+
+    fn add(&mut self, id: TunnelId, tunnel: Tunnel) {
+        self.ends.insert((tunnel.end(), id));
+        self.up.insert(id, tunnel);
     }
 
     pub(super) fn closed(&mut self, id: TunnelId) {
-        self.up.remove(&id);
+        if let Some(tunnel) = self.up.remove(&id) {
+            self.ends.remove(&(tunnel.end(), id));
+        }
         self.distrusted.remove(&id);
+    }
+
+    /// When the next certificate of a tunnel ends.
+    pub(super) fn next_end(&self) -> Option<SystemTime> {
+        self.ends.first().map(|(end, _)| *end)
+    }
+
+    /// A tunnel with a certificate that has ended by `now`; each is named once.
+    pub(super) fn pop_ended(&mut self, now: SystemTime) -> Option<TunnelId> {
+        let &(end, id) = self.ends.first()?;
+        if end > now {
+            return None;
+        }
+        self.ends.pop_first();
+        Some(id)
     }
 
     /// The accepted tunnel `id`, if its peer may ask for connections.
@@ -96,11 +158,12 @@ impl Tunnels {
         })
     }
 
-    /// Tunnels dialled under `identity`.
-    pub(super) fn dialled_as(&self, identity: &SpiffeId) -> Vec<TunnelId> {
-        self.select(
-            |tunnel| matches!(tunnel, Tunnel::Dialled { key, .. } if key.source == *identity),
-        )
+    /// Tunnels of either direction for whose own certificate `condition` holds.
+    pub(super) fn proved_by(&self, condition: impl Fn(CertificateStamp) -> bool) -> Vec<TunnelId> {
+        self.select(|tunnel| match tunnel {
+            Tunnel::Dialled { own, .. } => condition(own.stamp),
+            Tunnel::Accepted(ServerTunnel { own, .. }) => condition(*own),
+        })
     }
 
     /// Tunnels accepted for `pod`.
@@ -118,6 +181,6 @@ impl Tunnels {
             Tunnel::Dialled { key, .. } => Some(&key.target_uid),
             Tunnel::Accepted(_) => None,
         });
-        up.chain(self.dials.values().map(|key| &key.target_uid)).cloned().collect()
+        up.chain(self.dials.values().map(|dial| &dial.key.target_uid)).cloned().collect()
     }
 }

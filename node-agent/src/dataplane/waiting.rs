@@ -5,9 +5,16 @@ use std::time::Instant;
 
 use mesh_model::CloseReason;
 
+use crate::dataplane::pods::PodKey;
+
+/// One pod takes at most this fraction of the room, so that one without a certificate leaves room to the others.
+const POD_SHARE: usize = 4;
+
 /// What a flow waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WaitFor {
+    /// The policies, before which nothing is judged.
+    Policies,
     /// The pod's own workload.
     Workload,
     /// The pod's certificate.
@@ -20,6 +27,7 @@ impl WaitFor {
     /// The outcome when it does not come.
     pub(super) const fn in_vain(self) -> CloseReason {
         match self {
+            Self::Policies => CloseReason::NotSynced,
             Self::Workload => CloseReason::UnknownWorkload,
             Self::Certificate => CloseReason::NoCertificate,
             Self::Name => CloseReason::NoHealthyUpstream,
@@ -34,14 +42,16 @@ pub(super) struct WaitId(pub(super) u64);
 #[derive(Debug)]
 struct Entry<T> {
     what: T,
+    pod: PodKey,
     wait_for: WaitFor,
     deadline: Instant,
 }
 
-/// The waiting room. Bounded: [`park`](Self::park) gives back what does not fit.
+/// The waiting room. Bounded, as a whole and for each pod: [`park`](Self::park) gives back what does not fit.
 #[derive(Debug)]
 pub(super) struct WaitingRoom<T> {
     entries: BTreeMap<WaitId, Entry<T>>,
+    by_pod: BTreeMap<PodKey, usize>,
     deadlines: BTreeSet<(Instant, WaitId)>,
     next: u64,
     limit: usize,
@@ -49,7 +59,8 @@ pub(super) struct WaitingRoom<T> {
 
 impl<T> WaitingRoom<T> {
     pub(super) const fn new(limit: usize) -> Self {
-        Self { entries: BTreeMap::new(), deadlines: BTreeSet::new(), next: 0, limit }
+        let by_pod = BTreeMap::new();
+        Self { entries: BTreeMap::new(), by_pod, deadlines: BTreeSet::new(), next: 0, limit }
     }
 
     /// The id that the next flow parked here will have.
@@ -57,23 +68,42 @@ impl<T> WaitingRoom<T> {
         WaitId(self.next)
     }
 
-    /// Lets `what` wait until `deadline`.
-    pub(super) fn park(&mut self, what: T, wait_for: WaitFor, deadline: Instant) -> Result<(), T> {
-        if self.entries.len() >= self.limit {
+    /// Lets `what` of `pod` wait until `deadline`.
+    pub(super) fn park(
+        &mut self,
+        what: T,
+        pod: PodKey,
+        wait_for: WaitFor,
+        deadline: Instant,
+    ) -> Result<(), T> {
+        let of_pod = self.by_pod.get(&pod).copied().unwrap_or(0);
+        if self.entries.len() >= self.limit || of_pod >= self.limit.div_ceil(POD_SHARE) {
             return Err(what);
         }
+        self.by_pod.insert(pod, of_pod + 1);
         let id = WaitId(self.next);
         self.next += 1;
         self.deadlines.insert((deadline, id));
-        self.entries.insert(id, Entry { what, wait_for, deadline });
+        self.entries.insert(id, Entry { what, pod, wait_for, deadline });
         Ok(())
     }
 
     /// Takes one out.
     pub(super) fn take(&mut self, id: WaitId) -> Option<T> {
-        let entry = self.entries.remove(&id)?;
+        let entry = self.remove(id)?;
         self.deadlines.remove(&(entry.deadline, id));
         Some(entry.what)
+    }
+
+    fn remove(&mut self, id: WaitId) -> Option<Entry<T>> {
+        let entry = self.entries.remove(&id)?;
+        if let Some(count) = self.by_pod.get_mut(&entry.pod) {
+            *count -= 1;
+            if *count == 0 {
+                self.by_pod.remove(&entry.pod);
+            }
+        }
+        Some(entry)
     }
 
     /// Takes all out that wait for `wait_for`, oldest first.
@@ -99,7 +129,7 @@ impl<T> WaitingRoom<T> {
             return None;
         }
         self.deadlines.pop_first();
-        self.entries.remove(&id).map(|entry| (entry.what, entry.wait_for))
+        self.remove(id).map(|entry| (entry.what, entry.wait_for))
     }
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
@@ -118,11 +148,14 @@ mod tests {
         let second = Duration::from_secs(1);
         let mut room = WaitingRoom::new(4);
         let named = room.next_id();
-        assert_eq!(room.park("name", WaitFor::Name, now + second), Ok(()));
-        assert_eq!(room.park("workload", WaitFor::Workload, now + 2 * second), Ok(()));
-        assert_eq!(room.park("late", WaitFor::Certificate, now + 3 * second), Ok(()));
-        assert_eq!(room.park("other", WaitFor::Certificate, now + 4 * second), Ok(()));
-        assert_eq!(room.park("too many", WaitFor::Name, now), Err("too many"));
+        let mut park = |what, pod, wait_for, seconds: u32| {
+            room.park(what, PodKey(pod), wait_for, now + seconds * second)
+        };
+        assert_eq!(park("name", 1, WaitFor::Name, 1), Ok(()));
+        assert_eq!(park("workload", 2, WaitFor::Workload, 2), Ok(()));
+        assert_eq!(park("late", 3, WaitFor::Certificate, 3), Ok(()));
+        assert_eq!(park("other", 4, WaitFor::Certificate, 4), Ok(()));
+        assert_eq!(park("too many", 5, WaitFor::Name, 0), Err("too many"));
 
         assert_eq!(room.take(named), Some("name"));
         assert_eq!(room.take(named), None);
@@ -132,5 +165,19 @@ mod tests {
         assert_eq!(room.next_deadline(), Some(now + 3 * second));
         assert_eq!(room.pop_expired(now + 3 * second), Some(("late", WaitFor::Certificate)));
         assert!(room.entries.is_empty() && room.next_deadline().is_none());
+        assert!(room.by_pod.is_empty());
+    }
+
+    #[test]
+    fn one_pod_does_not_fill_the_room() {
+        let now = Instant::now();
+        let mut room = WaitingRoom::new(8);
+        let mut park = |what, pod| room.park(what, PodKey(pod), WaitFor::Certificate, now);
+        assert_eq!(park(1, 7), Ok(()));
+        assert_eq!(park(2, 7), Ok(()));
+        assert_eq!(park(3, 7), Err(3));
+        assert_eq!(park(4, 8), Ok(()));
+        assert_eq!(room.pop_expired(now), Some((1, WaitFor::Certificate)));
+        assert_eq!(room.park(5, PodKey(7), WaitFor::Certificate, now), Ok(()));
     }
 }

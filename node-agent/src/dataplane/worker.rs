@@ -15,7 +15,7 @@ use mesh_authorize::{Denial, RuleRef};
 use mesh_identity::PeerCertificate;
 use mesh_model::{ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid};
 use mesh_net::driver::Handler;
-use mesh_net::driver::ops::{Attempt, Ends, ListenerId, ListenerTag, Ops};
+use mesh_net::driver::ops::{Attempt, Ends, Incoming, ListenerId, ListenerTag, Ops};
 use mesh_net::handshake::HandshakeError;
 use mesh_net::socket::{self, SocketLabel};
 use mesh_resolve::{PendingDns, ResolvedFlow, Unroutable};
@@ -115,6 +115,8 @@ pub(super) struct NodeWorker {
     next_flow: Arc<AtomicU64>,
     entropy: u64,
     next_report: Instant,
+    /// When the ends of the tunnels' certificates are looked at.
+    pub(super) look_at_ends: Option<Instant>,
 }
 
 /// How often the byte counts of open flows are reported.
@@ -148,6 +150,7 @@ impl NodeWorker {
             waiting: WaitingRoom::new(config.limits.waiting),
             entropy: seed | 1,
             next_report: Instant::now() + REPORT_INTERVAL,
+            look_at_ends: None,
             config,
             shared,
             capture,
@@ -225,8 +228,9 @@ impl NodeWorker {
             _ => ops.now() + self.patience(wait_for),
         };
         conn.patience = Some((wait_for, deadline));
-        if let Err(Waiting::Conn(conn)) = self.waiting.park(Waiting::Conn(conn), wait_for, deadline)
-        {
+        let pod = conn.pod.key;
+        let parked = self.waiting.park(Waiting::Conn(conn), pod, wait_for, deadline);
+        if let Err(Waiting::Conn(conn)) = parked {
             self.refuse(ops, conn, None, CloseReason::Overloaded.into());
         }
     }
@@ -238,7 +242,8 @@ impl NodeWorker {
         wait_for: WaitFor,
         deadline: Instant,
     ) -> Option<Waiting> {
-        self.waiting.park(waiting, wait_for, deadline).err()
+        let pod = waiting.pod_key();
+        self.waiting.park(waiting, pod, wait_for, deadline).err()
     }
 
     /// Takes something out of the waiting room.
@@ -253,10 +258,16 @@ impl NodeWorker {
 
     pub(super) const fn patience(&self, wait_for: WaitFor) -> Duration {
         match wait_for {
+            WaitFor::Policies => self.config.limits.policy_patience,
             WaitFor::Workload => self.config.limits.workload_patience,
             WaitFor::Certificate => self.config.limits.certificate_patience,
             WaitFor::Name => self.config.limits.resolve_patience,
         }
+    }
+
+    /// How long a CONNECT waits, for whatever: its deadline is set once.
+    pub(super) fn request_patience(&self) -> Duration {
+        self.config.limits.workload_patience.max(self.config.limits.policy_patience)
     }
 
     /// Tries again what waited.
@@ -393,6 +404,11 @@ impl NodeWorker {
     /// Serves the announcements of a changed snapshot.
     fn take_changes(&mut self, ops: &mut Ops) {
         let changed = Changed(self.changed.swap(0, Ordering::AcqRel));
+        if changed.has(Changed::POLICIES) {
+            for waiting in self.waiting.take_all(WaitFor::Policies) {
+                self.resume(ops, waiting);
+            }
+        }
         if changed.has(Changed::INDEX) {
             for waiting in self.waiting.take_all(WaitFor::Workload) {
                 self.resume(ops, waiting);
@@ -515,23 +531,16 @@ impl Handler for NodeWorker {
 
     fn dialled(
         &mut self,
-        _ops: &mut Ops,
+        ops: &mut Ops,
         dial: DialId,
         tunnel: Option<TunnelId>,
         peer: PeerCertificate,
     ) {
-        self.tunnel_dialled(dial, tunnel, peer);
+        self.tunnel_dialled(ops, dial, tunnel, peer);
     }
 
-    fn tunnel_up(
-        &mut self,
-        ops: &mut Ops,
-        tunnel: TunnelId,
-        tag: ListenerTag,
-        peer: PeerCertificate,
-        ends: Ends,
-    ) {
-        self.tunnel_proved(ops, tunnel, tag, peer, ends);
+    fn tunnel_up(&mut self, ops: &mut Ops, incoming: Incoming) {
+        self.tunnel_proved(ops, incoming);
     }
 
     fn handshake_failed(&mut self, _ops: &mut Ops, attempt: Attempt, error: HandshakeError) {
@@ -539,11 +548,13 @@ impl Handler for NodeWorker {
         self.stats.handshake_failed(reason);
         match attempt {
             Attempt::Dial(dial) => {
-                let key = self.tunnels.dial_ended(dial, None);
+                let key = self.tunnels.dial_failed(dial);
                 let next_hop = key.map(|key| key.next_hop);
                 tracing::debug!(%reason, ?next_hop, error = %Chain(&error), "tunnel not dialled");
             }
-            Attempt::Accept { tag, peer } => self.tunnel_refused(tag, peer, reason, &error),
+            Attempt::Accept { tag, peer, stamp: _ } => {
+                self.tunnel_refused(tag, peer, reason, &error)
+            }
         }
     }
 
@@ -601,6 +612,9 @@ impl Handler for NodeWorker {
         if self.rejudge.is_pending() {
             self.rejudge_some(ops);
         }
+        if self.look_at_ends.is_some_and(|due| due <= ops.now()) {
+            self.retire_ended(ops);
+        }
         if self.next_report <= ops.now() {
             self.report_progress(ops);
         }
@@ -611,7 +625,10 @@ impl Handler for NodeWorker {
         let rejudge = self.rejudge.due();
         let report = (!self.flows.is_empty()).then_some(self.next_report);
         let leaving = self.leaving.values().map(|leaving| leaving.deadline).min();
-        [self.waiting.next_deadline(), rejudge, report, leaving].into_iter().flatten().min()
+        [self.waiting.next_deadline(), rejudge, report, leaving, self.look_at_ends]
+            .into_iter()
+            .flatten()
+            .min()
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -17,6 +17,7 @@ use mesh_identity::{CaConfig, CaCore, IssuedAnswer, Svid, TrustBundle, csr};
 use mesh_model::{NetworkId, PodUid, SpiffeId, TunnelProtocol, Workload};
 use mesh_resolve::{IndexDelta, ResolveSettings, WorkloadIndex};
 use mesh_telemetry::FlowRecord;
+use socket2::Socket;
 use tokio::runtime::Runtime;
 
 use crate::netlab::PodNet;
@@ -111,14 +112,31 @@ pub(crate) struct Node {
 impl Node {
     /// Dials `target` from the pod, captured.
     pub(crate) fn dial(&self, target: SocketAddr) -> io::Result<TcpStream> {
-        let socket = self.pod.client_socket(target);
+        self.dial_by(self.pod.client_socket(target), target)
+    }
+
+    /// Dials `target` by a socket made before.
+    pub(crate) fn dial_by(&self, socket: Socket, target: SocketAddr) -> io::Result<TcpStream> {
         let own = socket.local_addr()?.as_socket().unwrap();
         self.table.note(own, target);
-        socket.connect(&SocketAddr::new(own.ip(), 15001).into())?;
+        connect_to_capture(&socket, own.ip())?;
         let stream: TcpStream = socket.into();
         stream.set_read_timeout(Some(Duration::from_secs(15)))?;
         stream.set_nodelay(true)?;
         Ok(stream)
+    }
+
+    /// Connects to the pod's outbound port, and does not note where to.
+    pub(crate) fn dial_unnoted(&self, target: SocketAddr) -> TcpStream {
+        let socket = self.pod.client_socket(target);
+        let own = socket.local_addr().unwrap().as_socket().unwrap();
+        connect_to_capture(&socket, own.ip()).unwrap();
+        socket.into()
+    }
+
+    /// Keeps capture from answering until the guard is dropped.
+    pub(crate) fn hold_capture(&self) -> MutexGuard<'_, HashMap<SocketAddr, SocketAddr>> {
+        self.table.0.lock().unwrap()
     }
 
     /// Changes the snapshot and announces it.
@@ -130,6 +148,10 @@ impl Node {
         });
         self.plane.snapshot_changed(what);
     }
+}
+
+fn connect_to_capture(socket: &Socket, own: IpAddr) -> io::Result<()> {
+    socket.connect(&SocketAddr::new(own, 15001).into())
 }
 
 /// Two nodes and their authority.
@@ -146,11 +168,17 @@ pub(crate) fn identity(account: &str) -> SpiffeId {
 
 /// A certificate for `id`.
 pub(crate) fn issue(ca: &CaCore, id: &SpiffeId) -> Arc<Svid> {
-    let now = SystemTime::now();
-    let (key, request) = csr(id).unwrap();
-    let chain = ca.sign(&request, id, Duration::ZERO, now).unwrap();
-    Arc::new(IssuedAnswer::check(&chain, id, key, now).unwrap().svid)
+    issue_until(ca, id, SystemTime::now() + DAY)
 }
+
+/// A certificate for `id` that ends at `end`.
+pub(crate) fn issue_until(ca: &CaCore, id: &SpiffeId, end: SystemTime) -> Arc<Svid> {
+    let (key, request) = csr(id).unwrap();
+    let chain = ca.sign(&request, id, DAY, end - DAY).unwrap();
+    Arc::new(IssuedAnswer::check(&chain, id, key, SystemTime::now()).unwrap().svid)
+}
+
+const DAY: Duration = Duration::from_secs(86_400);
 
 pub(crate) fn workload(name: &str, addresses: &[IpAddr]) -> Workload {
     let mut workload = Workload::named(&format!("Kubernetes//Pod/shop/{name}"), "shop", name);
@@ -186,6 +214,7 @@ impl Mesh {
             let snapshot = Snapshot {
                 index: index.clone(),
                 policies: PolicySet::default(),
+                synced: true,
                 settings: ResolveSettings::default(),
                 trust: Arc::new(trust.clone()),
                 svids: std::iter::once((id.clone(), issue(&ca, &id))).collect(),

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_identity::PeerCertificate;
 use mesh_model::PodUid;
@@ -17,8 +17,9 @@ use rustls::{ClientConfig, ServerConfig};
 
 use crate::driver::WorkerConfig;
 use crate::driver::budget::DescriptorBudget;
+use crate::driver::seats::{Admission, Holder, Seats};
 use crate::driver::sockets::{Owner, Sockets, connect_result};
-use crate::handshake::{HANDSHAKE_TIMEOUT, Handshake, HandshakeError};
+use crate::handshake::{Handshake, HandshakeError};
 
 /// Names a listener to its handler, which chooses it; several listeners may share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,14 +40,44 @@ pub enum Attempt {
         tag: ListenerTag,
         /// The TCP peer.
         peer: SocketAddr,
+        /// What the handler gave with it.
+        stamp: u64,
     },
+}
+
+/// A tunnel that came in, with its proved peer.
+#[derive(Debug)]
+pub struct Incoming {
+    /// Its name in the engine.
+    pub tunnel: TunnelId,
+    /// The listener the connection came in by.
+    pub tag: ListenerTag,
+    /// What the handler gave to [`Ops::accept_tunnel`].
+    pub stamp: u64,
+    /// What the peer proved itself by.
+    pub peer: PeerCertificate,
+    /// The addresses.
+    pub ends: Ends,
+}
+
+/// As whom an accepted connection is answered.
+#[derive(Clone, Debug)]
+pub struct Answering {
+    /// The listener the connection came in by.
+    pub tag: ListenerTag,
+    /// The pod that was dialled.
+    pub pod: PodUid,
+    /// Given back with the outcome: the handler's name for what `config` was made of.
+    pub stamp: u64,
+    /// The pod's certificate, and whom to trust.
+    pub config: Arc<ServerConfig>,
 }
 
 /// What became of a handshake; waits for the handler to be told.
 #[derive(Debug)]
 pub(super) enum Outcome {
     Dialled { dial: DialId, tunnel: Option<TunnelId>, peer: PeerCertificate },
-    Accepted { tunnel: TunnelId, tag: ListenerTag, peer: PeerCertificate, ends: Ends },
+    Accepted(Incoming),
     Failed { attempt: Attempt, error: HandshakeError },
 }
 
@@ -66,6 +97,8 @@ struct InFlight {
     /// The pod that is dialled; none for a dial.
     pod: Option<PodUid>,
     connecting: bool,
+    /// True once the peer has sent something.
+    heard: bool,
     deadline: Instant,
 }
 
@@ -93,7 +126,10 @@ pub struct Ops {
     deadlines: BTreeSet<(Instant, SockId)>,
     registry: Registry,
     budget: Arc<DescriptorBudget>,
-    max_handshakes: usize,
+    accepting: Seats,
+    dialling: Seats,
+    handshake_timeout: Duration,
+    first_word_timeout: Duration,
 }
 
 /// Set in the tokens of listeners, clear in those of sockets.
@@ -118,7 +154,10 @@ impl Ops {
             deadlines: BTreeSet::new(),
             registry: registry.try_clone()?,
             budget: Arc::clone(&config.budget),
-            max_handshakes: config.max_handshakes,
+            accepting: Seats::new(config.max_accepting),
+            dialling: Seats::new(config.max_dialling),
+            handshake_timeout: config.handshake_timeout,
+            first_word_timeout: config.first_word_timeout,
         })
     }
 
@@ -198,13 +237,16 @@ impl Ops {
         let token = Token(LISTENER_BIT | id as usize);
         self.registry.register(&mut listener, token, Interest::READABLE)?;
         self.next_listener = id.wrapping_add(1);
+        self.budget.take();
         self.listeners.insert(id, Listener { tag, listener, queued: false });
         Ok(ListenerId(id))
     }
 
     /// Closes a listener; connections in its queue are reset by the kernel.
     pub fn remove_listener(&mut self, id: ListenerId) {
-        self.listeners.remove(&id.0);
+        if self.listeners.remove(&id.0).is_some() {
+            self.budget.give_back();
+        }
     }
 
     /// The descriptor of a listener.
@@ -217,16 +259,27 @@ impl Ops {
         Some(unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
-    /// Begins the TLS handshake of a dial over `stream`, which may still be connecting.
+    /// Begins the TLS handshake of a dial of `pod` to `target` over `stream`, which may still be connecting.
     ///
     /// The engine learns the outcome; the handler hears `dialled` or `handshake_failed`.
-    pub fn dial(&mut self, dial: DialId, stream: io::Result<TcpStream>, config: Arc<ClientConfig>) {
+    pub fn dial(
+        &mut self,
+        dial: DialId,
+        (pod, target): (PodUid, SocketAddr),
+        stream: io::Result<TcpStream>,
+        config: Arc<ClientConfig>,
+    ) {
         let attempt = Attempt::Dial(dial);
+        let holder = Holder { pod, address: target.ip() };
         let begun = stream
             .map_err(HandshakeError::Connect)
             .and_then(|stream| Ok((stream, Handshake::client(config)?)))
             .and_then(|(stream, handshake)| {
-                self.admit_handshake()?;
+                if !self.budget.has_room(1) {
+                    return Err(HandshakeError::Overloaded);
+                }
+                let admission = self.dialling.admit(&holder);
+                self.make_room(admission)?;
                 let sock = self
                     .sockets
                     .insert(stream, Owner::Handshake)
@@ -234,7 +287,10 @@ impl Ops {
                 Ok((sock, handshake))
             });
         match begun {
-            Ok((sock, handshake)) => self.begin(sock, handshake, attempt, None),
+            Ok((sock, handshake)) => {
+                self.dialling.take(sock, holder);
+                self.begin(sock, handshake, attempt, None);
+            }
             Err(error) => self.fail(attempt, error),
         }
     }
@@ -244,20 +300,22 @@ impl Ops {
         self.fail(Attempt::Dial(dial), error);
     }
 
-    /// Begins the TLS handshake of an accepted connection, which will be a tunnel to `pod`.
+    /// Begins the TLS handshake of an accepted connection, which will be a tunnel to a pod.
     ///
     /// The handler hears `tunnel_up` or `handshake_failed`.
     pub fn accept_tunnel(
         &mut self,
         sock: SockId,
         peer: SocketAddr,
-        (tag, pod): (ListenerTag, PodUid),
-        config: Arc<ServerConfig>,
+        Answering { tag, pod, stamp, config }: Answering,
     ) {
-        let attempt = Attempt::Accept { tag, peer };
-        match self.admit_handshake().and_then(|()| Handshake::server(config)) {
+        let attempt = Attempt::Accept { tag, peer, stamp };
+        let holder = Holder { pod: pod.clone(), address: peer.ip() };
+        let admission = self.accepting.admit(&holder);
+        match self.make_room(admission).and_then(|()| Handshake::server(config)) {
             Ok(handshake) => {
                 self.sockets.set_owner(sock, Owner::Handshake);
+                self.accepting.take(sock, holder);
                 self.begin(sock, handshake, attempt, Some(pod));
             }
             Err(error) => {
@@ -272,19 +330,27 @@ impl Ops {
         self.stopping = true;
     }
 
-    fn admit_handshake(&self) -> Result<(), HandshakeError> {
-        if self.in_flight.len() < self.max_handshakes && self.budget.has_room(1) {
-            Ok(())
-        } else {
-            Err(HandshakeError::Overloaded)
+    /// Does what an admission asks for.
+    fn make_room(&mut self, admission: Admission) -> Result<(), HandshakeError> {
+        match admission {
+            Admission::Free => Ok(()),
+            Admission::Instead(other) => {
+                self.reset_attempt(other, HandshakeError::Evicted);
+                Ok(())
+            }
+            Admission::Refused => Err(HandshakeError::Overloaded),
         }
     }
 
     fn begin(&mut self, sock: SockId, handshake: Handshake, attempt: Attempt, pod: Option<PodUid>) {
-        let deadline = self.now + HANDSHAKE_TIMEOUT;
         let connecting = pod.is_none();
+        // A dial waits for TCP first, and for a peer that may be busy.
+        let patience = if connecting { self.handshake_timeout } else { self.first_word_timeout };
+        let deadline = self.now + patience;
         self.deadlines.insert((deadline, sock));
-        self.in_flight.insert(sock, InFlight { handshake, attempt, pod, connecting, deadline });
+        let heard = false;
+        let in_flight = InFlight { handshake, attempt, pod, connecting, heard, deadline };
+        self.in_flight.insert(sock, in_flight);
         self.advance(sock);
     }
 
@@ -305,9 +371,28 @@ impl Ops {
             }
         }
         match in_flight.handshake.advance(stream) {
-            Ok(Poll::Pending) => {}
+            Ok(Poll::Pending) => self.note_progress(sock),
             Ok(Poll::Ready(finished)) => self.finish(sock, finished),
             Err(error) => self.drop_attempt(sock, error),
+        }
+    }
+
+    /// The first word of an accepted peer earns it the time that a whole handshake may take.
+    fn note_progress(&mut self, sock: SockId) {
+        let Some(in_flight) = self.in_flight.get_mut(&sock) else { return };
+        if in_flight.heard || !in_flight.handshake.has_heard() {
+            return;
+        }
+        in_flight.heard = true;
+        match in_flight.attempt {
+            Attempt::Dial(_) => self.dialling.heard(sock),
+            Attempt::Accept { .. } => {
+                let more = self.handshake_timeout.saturating_sub(self.first_word_timeout);
+                self.deadlines.remove(&(in_flight.deadline, sock));
+                in_flight.deadline += more;
+                self.deadlines.insert((in_flight.deadline, sock));
+                self.accepting.heard(sock);
+            }
         }
     }
 
@@ -327,10 +412,11 @@ impl Ops {
         };
         let peer = established.peer;
         match (attempt, pod) {
-            (Attempt::Accept { tag, .. }, Some(pod)) => {
+            (Attempt::Accept { tag, stamp, .. }, Some(pod)) => {
                 let session = established.session;
                 let tunnel = self.engine.add_server_tunnel(pod, session, sock, self.now);
-                self.outcomes.push_back(Outcome::Accepted { tunnel, tag, peer, ends });
+                let incoming = Incoming { tunnel, tag, stamp, peer, ends };
+                self.outcomes.push_back(Outcome::Accepted(incoming));
             }
             (Attempt::Dial(dial), _) => {
                 let session = established.session;
@@ -345,6 +431,10 @@ impl Ops {
     fn forget(&mut self, sock: SockId) -> Option<InFlight> {
         let in_flight = self.in_flight.remove(&sock)?;
         self.deadlines.remove(&(in_flight.deadline, sock));
+        match in_flight.attempt {
+            Attempt::Dial(_) => self.dialling.leave(sock),
+            Attempt::Accept { .. } => self.accepting.leave(sock),
+        }
         Some(in_flight)
     }
 
@@ -352,6 +442,14 @@ impl Ops {
         if let Some(in_flight) = self.forget(sock) {
             // An orderly close, so that an alert on its way still reaches the peer.
             mesh_tunnel::Io::close(&mut self.sockets, sock);
+            self.fail(in_flight.attempt, error);
+        }
+    }
+
+    /// As [`drop_attempt`](Self::drop_attempt), for peers that have nothing to hear: the kernel keeps nothing of them.
+    fn reset_attempt(&mut self, sock: SockId, error: HandshakeError) {
+        if let Some(in_flight) = self.forget(sock) {
+            self.abort(sock);
             self.fail(in_flight.attempt, error);
         }
     }
@@ -368,10 +466,15 @@ impl Ops {
         while let Some(&(deadline, sock)) = self.deadlines.first()
             && deadline <= self.now
         {
-            let connecting =
-                self.in_flight.get(&sock).is_some_and(|in_flight| in_flight.connecting);
             self.deadlines.pop_first();
-            self.drop_attempt(sock, HandshakeError::TimedOut { connecting });
+            let Some(in_flight) = self.in_flight.get(&sock) else { continue };
+            let error = match in_flight.attempt {
+                Attempt::Accept { .. } if !in_flight.heard => HandshakeError::Silent,
+                Attempt::Accept { .. } | Attempt::Dial(_) => {
+                    HandshakeError::TimedOut { connecting: in_flight.connecting }
+                }
+            };
+            self.reset_attempt(sock, error);
         }
     }
 

@@ -190,3 +190,25 @@ fn a_peer_that_leaves_ends_the_handshake() {
     let handshake = Handshake::server(server_config(world.server())).unwrap();
     assert!(matches!(run(handshake, ours).unwrap_err(), HandshakeError::Closed));
 }
+
+#[test]
+fn a_peer_that_refuses_is_told_from_one_that_breaks_tls() {
+    let world = World::new("cluster.local");
+    let dial = |answer: &[u8]| {
+        let (ours, mut theirs) = pair();
+        theirs.write_all(answer).unwrap();
+        if answer.is_empty() {
+            socket2::SockRef::from(&theirs).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(theirs);
+            return run(Handshake::client(client_config(world.client("server"))).unwrap(), ours)
+                .unwrap_err();
+        }
+        run(Handshake::client(client_config(world.client("server"))).unwrap(), ours).unwrap_err()
+    };
+    // A reset before any answer; internal_error, as an overloaded peer says it; handshake_failure.
+    let refused = dial(&[]);
+    assert!(matches!(refused, HandshakeError::Refused(_)), "{refused:?}");
+    assert_eq!(refused.close_reason(), CloseReason::PeerRefused);
+    assert_eq!(dial(&[21, 3, 3, 0, 2, 2, 80]).close_reason(), CloseReason::PeerRefused);
+    assert_eq!(dial(&[21, 3, 3, 0, 2, 2, 40]).close_reason(), CloseReason::TlsFailure);
+}

@@ -1,0 +1,260 @@
+//! What is refused, and in whose favour: floods, silence, ended certificates, policies that have not come.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use culvert_agent::dataplane::{Changed, DataPlaneConfig, Limits};
+use mesh_model::CloseReason;
+
+use crate::node::{Mesh, Node, identity, issue, issue_until};
+use crate::{echo, exchange, read_error};
+
+fn with_limits(limits: Limits) -> DataPlaneConfig {
+    DataPlaneConfig { workers: 1, limits, ..DataPlaneConfig::default() }
+}
+
+/// How often a handshake ended for `reason`.
+fn handshakes_failed(node: &Node, reason: CloseReason) -> u64 {
+    node.plane.stats().handshakes_failed.get(&reason).copied().unwrap_or(0)
+}
+
+/// New certificates for both ends, so that the next flow needs a new tunnel.
+fn renew(mesh: &Mesh) {
+    for (node, name) in [(&mesh.client, "client"), (&mesh.server, "server")] {
+        let id = identity(name);
+        let svid = issue(&mesh.ca, &id);
+        node.change(Changed::IDENTITIES, |snapshot| {
+            snapshot.svids.insert(id.clone(), Arc::clone(&svid));
+        });
+    }
+}
+
+/// Opens connections that never say a word, as fast as it can, and holds the latest thousand of them.
+fn flood(mesh: &Arc<Mesh>, target: SocketAddr, stop: &Arc<AtomicBool>) -> thread::JoinHandle<u64> {
+    let (mesh, stop) = (Arc::clone(mesh), Arc::clone(stop));
+    thread::spawn(move || {
+        let mut held = std::collections::VecDeque::new();
+        let mut opened = 0;
+        while !stop.load(Ordering::Relaxed) {
+            held.extend(mesh.client.pod.connect_plain(target));
+            opened += 1;
+            if held.len() > 1_000 {
+                held.pop_front();
+            }
+        }
+        opened
+    })
+}
+
+#[test]
+fn a_flood_of_silent_peers_stops_neither_the_pod_nor_its_dials() {
+    let limits = Limits { handshakes: 16, ..Limits::default() };
+    let mesh = Arc::new(Mesh::with(with_limits(limits)));
+    let stop = Arc::new(AtomicBool::new(false));
+    let floods = [&mesh.server, &mesh.client].map(|node| flood(&mesh, node.pod.v4(15008), &stop));
+    while handshakes_failed(&mesh.server, CloseReason::Overloaded) < 100
+        || handshakes_failed(&mesh.client, CloseReason::Overloaded) < 100
+    {
+        thread::yield_now();
+    }
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    for _ in 0..10 {
+        exchange(&mesh, target, 10_000);
+        renew(&mesh);
+    }
+    stop.store(true, Ordering::Relaxed);
+    for flood in floods {
+        assert!(flood.join().unwrap() > 100);
+    }
+}
+
+#[test]
+fn a_silent_peer_is_given_up_long_before_a_slow_one() {
+    let limits = Limits {
+        first_word_timeout: Duration::from_millis(300),
+        handshake_timeout: Duration::from_millis(1_500),
+        ..Limits::default()
+    };
+    let mesh = Mesh::with(with_limits(limits));
+    let ended_after = |said: &[u8]| {
+        let mut peer = mesh.client.pod.connect_plain(mesh.server.pod.v4(15008)).unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        peer.write_all(said).unwrap();
+        let begun = Instant::now();
+        let mut answer = Vec::new();
+        let error = peer.read_to_end(&mut answer).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        begun.elapsed()
+    };
+    // Half a record is no word.
+    for said in [&[][..], &[22, 3, 1, 2, 0, 1]] {
+        let elapsed = ended_after(said);
+        assert!(elapsed < Duration::from_millis(1_200), "{elapsed:?}");
+    }
+    assert_eq!(handshakes_failed(&mesh.server, CloseReason::TimedOut), 2);
+    let elapsed = ended_after(&client_hello());
+    assert!(elapsed > Duration::from_millis(1_200), "{elapsed:?}");
+    assert_eq!(handshakes_failed(&mesh.server, CloseReason::TlsFailure), 1);
+}
+
+/// The first flight of a real client, which then falls silent.
+fn client_hello() -> Vec<u8> {
+    let mesh = Mesh::new();
+    let trust = mesh.client.shared.snapshot.load().trust.clone();
+    let svid = issue(&mesh.ca, &identity("client"));
+    let config = mesh_identity::tls::client(&svid, trust, vec![identity("server")]);
+    let name = rustls_pki_types::ServerName::try_from("any.invalid").unwrap();
+    let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut hello = Vec::new();
+    client.write_tls(&mut hello).unwrap();
+    hello
+}
+
+#[test]
+fn a_target_that_never_shakes_hands_is_given_up_in_time() {
+    let limits = Limits { handshake_timeout: Duration::from_millis(500), ..Limits::default() };
+    let mesh = Mesh::with(with_limits(limits));
+    let uid = mesh.server.uid.clone();
+    mesh.runtime.block_on(mesh.server.plane.remove_pod(&uid, culvert_agent::dataplane::Drain::Now));
+    let deaf = mesh.server.pod.listen(mesh.server.pod.v4(15008));
+    let mut refused: TcpStream = mesh.client.dial(mesh.server.pod.v4(8080)).unwrap();
+    assert_eq!(read_error(&mut refused), ErrorKind::ConnectionReset);
+    drop(deaf);
+    let record = &mesh.client.ledger.ended(1)[0];
+    assert_eq!(record.reason, CloseReason::TlsFailure);
+    assert!(record.duration < Duration::from_secs(5), "{:?}", record.duration);
+}
+
+/// Connections that are established to `node`'s tunnel port.
+fn tunnels_to(node: &Node) -> usize {
+    let table = node.pod.enter(|| std::fs::read_to_string("/proc/thread-self/net/tcp6").unwrap());
+    // Local address, and state 01. Source: proc(5), net/tcp.
+    let is_one = |line: &&str| {
+        let mut fields = line.split_whitespace().skip(1);
+        let local = fields.next().unwrap_or_default();
+        local.ends_with(":3AA0") && fields.nth(1) == Some("01")
+    };
+    table.lines().filter(is_one).count()
+}
+
+fn say_hello(stream: &mut TcpStream) {
+    stream.write_all(b"hello").unwrap();
+    stream.read_exact(&mut [0; 5]).unwrap();
+}
+
+#[test]
+fn a_new_certificate_retires_tunnels_of_both_ends_and_loses_no_stream() {
+    let mesh = Mesh::with(with_limits(Limits::default()));
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    let mut live = Vec::new();
+    for (node, name) in [(&mesh.server, "server"), (&mesh.client, "client")] {
+        let mut stream = mesh.client.dial(target).unwrap();
+        say_hello(&mut stream);
+        live.push(stream);
+        let before = tunnels_to(&mesh.server);
+        let id = identity(name);
+        let svid = issue(&mesh.ca, &id);
+        node.change(Changed::IDENTITIES, |snapshot| {
+            snapshot.svids.insert(id.clone(), Arc::clone(&svid));
+        });
+        let begun = Instant::now();
+        while tunnels_to(&mesh.server) == before {
+            exchange(&mesh, target, 1_000);
+            assert!(begun.elapsed() < Duration::from_secs(5), "{name}'s old certificate serves on");
+        }
+        live.iter_mut().for_each(say_hello);
+    }
+}
+
+#[test]
+fn a_tunnel_takes_no_new_stream_when_a_certificate_has_ended() {
+    let patience = Duration::from_millis(300);
+    let limits = Limits { certificate_patience: patience, ..Limits::default() };
+    let mesh = Mesh::with(with_limits(limits));
+    let id = identity("server");
+    let svid = issue_until(&mesh.ca, &id, SystemTime::now() + Duration::from_secs(3));
+    mesh.server.change(Changed::IDENTITIES, |snapshot| {
+        snapshot.svids.insert(id.clone(), Arc::clone(&svid));
+    });
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    let mut live = mesh.client.dial(target).unwrap();
+    say_hello(&mut live);
+    let begun = Instant::now();
+    loop {
+        let mut stream = mesh.client.dial(target).unwrap();
+        if stream.write_all(b"x").and_then(|()| stream.read_exact(&mut [0])).is_err() {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "an ended certificate serves on");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(SystemTime::now() >= svid.not_after(), "refused too early");
+    say_hello(&mut live);
+}
+
+#[test]
+fn nothing_is_judged_before_the_policies_have_come() {
+    let patience = Duration::from_millis(300);
+    let limits =
+        Limits { policy_patience: patience, workload_patience: patience, ..Limits::default() };
+    let mesh = Mesh::with(with_limits(limits));
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    let synced = |node: &Node, synced: bool| {
+        node.change(Changed::POLICIES, |snapshot| snapshot.synced = synced);
+    };
+    let reset = || {
+        let mut stream = mesh.client.dial(target).unwrap();
+        assert_eq!(read_error(&mut stream), ErrorKind::ConnectionReset);
+    };
+    synced(&mesh.client, false);
+    reset();
+    assert_eq!(mesh.client.ledger.ended(1)[0].reason, CloseReason::NotSynced);
+    let mut waits = mesh.client.dial(target).unwrap();
+    waits.write_all(b"hello").unwrap();
+    synced(&mesh.client, true);
+    waits.read_exact(&mut [0; 5]).unwrap();
+    drop(waits);
+    mesh.client.ledger.ended(2);
+    let before = mesh.server.ledger.ended(1).len();
+
+    synced(&mesh.server, false);
+    reset();
+    assert_eq!(mesh.server.ledger.ended(before + 1)[before].reason, CloseReason::NotSynced);
+}
+
+#[test]
+fn an_engine_that_hangs_is_noticed() {
+    let watchdog = culvert_agent::dataplane::WatchdogConfig {
+        interval: Duration::from_millis(50),
+        stuck_after: 2,
+        abort_after: 0,
+    };
+    let config = DataPlaneConfig { watchdog, ..with_limits(Limits::default()) };
+    let mesh = Mesh::with(config);
+    let stuck = || mesh.client.plane.stats().stuck_workers;
+    let until = |expected: usize| {
+        let begun = Instant::now();
+        while stuck() != expected {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{} engines stuck", stuck());
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // Idle engines turn when they are asked to.
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(stuck(), 0);
+    let held = mesh.client.hold_capture();
+    let waiting = mesh.client.dial_unnoted(mesh.server.pod.v4(8080));
+    until(1);
+    assert_eq!(mesh.server.plane.stats().stuck_workers, 0);
+    drop(held);
+    until(0);
+    drop(waiting);
+}
