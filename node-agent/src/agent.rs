@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Desk;
 use crate::capture::{Attachments, KernelGate};
-use crate::config::Settings;
+use crate::config::{ListenAddress, Settings};
 use crate::control::ads::{Control, Outlets, Standing};
 use crate::control::pods::WantedPods;
 use crate::control::report::report_pods;
@@ -274,15 +274,14 @@ async fn serve_admin(
     drain: &DrainSignal,
 ) -> anyhow::Result<()> {
     let limits = AdminLimits::default();
-    let admin = AdminServer::new(desk.admin_routes(), limits);
-    let listener = AdminListener::tcp(settings.admin_address).await?;
-    tasks.spawn(admin.clone().serve(listener, drain.clone()));
     let listener = AdminListener::unix(&settings.admin_socket())?;
-    tasks.spawn(admin.serve(listener, drain.clone()));
-    for (address, routes) in [
+    tasks.spawn(AdminServer::new(desk.admin_routes(), limits).serve(listener, drain.clone()));
+    for (ListenAddress(address), routes) in [
+        (settings.admin_address, desk.admin_routes()),
         (settings.ready_address, desk.ready_routes()),
         (settings.metrics_address, desk.metrics_routes()),
     ] {
+        let Some(address) = address else { continue };
         let listener = AdminListener::tcp(address).await?;
         tasks.spawn(AdminServer::new(routes, limits).serve(listener, drain.clone()));
     }

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -76,15 +77,16 @@ pub struct Settings {
     /// DNS domain of the cluster.
     #[arg(long, env = "CULVERT_CLUSTER_DOMAIN", default_value = "cluster.local")]
     pub cluster_domain: String,
-    /// Where the admin interface listens; loopback only.
+    /// Where the admin interface listens, which shows the mesh to every user of this machine: loopback only, or `none`.
+    /// The Unix socket in the run folder, for root alone, is always there.
     #[arg(long, env = "CULVERT_ADMIN_ADDRESS", default_value = "127.0.0.1:15000")]
-    pub admin_address: SocketAddr,
-    /// Where readiness is told.
+    pub admin_address: ListenAddress,
+    /// Where readiness is told, or `none`.
     #[arg(long, env = "CULVERT_READY_ADDRESS", default_value = "[::]:15021")]
-    pub ready_address: SocketAddr,
-    /// Where metrics are scraped.
+    pub ready_address: ListenAddress,
+    /// Where metrics are scraped by whoever reaches the port, or `none`.
     #[arg(long, env = "CULVERT_METRICS_ADDRESS", default_value = "[::]:15020")]
-    pub metrics_address: SocketAddr,
+    pub metrics_address: ListenAddress,
     /// What is logged, e.g. `info,culvert_agent=debug`.
     #[arg(long, env = "CULVERT_LOG", default_value = "info", global = true)]
     pub log: String,
@@ -103,6 +105,30 @@ pub struct Settings {
     /// Enrolled pods may not send ICMP, except what IPv6 needs.
     #[arg(long, env = "CULVERT_DENY_ICMP")]
     pub deny_icmp: bool,
+}
+
+/// Where to listen, or nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenAddress(pub Option<SocketAddr>);
+
+/// Neither an address nor `none`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not ADDRESS:PORT and not `none`")]
+pub struct InvalidListenAddress {
+    /// What was given.
+    pub text: String,
+}
+
+impl FromStr for ListenAddress {
+    type Err = InvalidListenAddress;
+
+    fn from_str(text: &str) -> Result<Self, InvalidListenAddress> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        let invalid = |_source| InvalidListenAddress { text: text.to_owned() };
+        text.parse().map(|address| Self(Some(address))).map_err(invalid)
+    }
 }
 
 /// How the guard is attached.
@@ -167,8 +193,10 @@ impl Settings {
     /// # Errors
     /// [`InvalidSettings`], naming the flag.
     pub fn check(&self) -> Result<(), InvalidSettings> {
-        if !self.admin_address.ip().is_loopback() {
-            return Err(InvalidSettings::AdminAddress(self.admin_address));
+        if let ListenAddress(Some(address)) = self.admin_address
+            && !address.ip().is_loopback()
+        {
+            return Err(InvalidSettings::AdminAddress(address));
         }
         let scheme = self.controller.scheme_str();
         if !matches!(scheme, Some("https" | "http")) || self.controller.host().is_none() {
@@ -251,6 +279,18 @@ mod tests {
         check(&["--admin-address", "0.0.0.0:15000"], "loopback");
         check(&["--controller", "host:15012"], "https://");
         check(&["--controller", "ftp://host"], "https://");
+    }
+
+    #[test]
+    fn interfaces_may_be_switched_off() {
+        let flags = ["culvert-agent", "--admin-address", "none", "--metrics-address", "none"];
+        let settings = Arguments::parse_from(flags).settings;
+        assert_eq!(settings.admin_address, ListenAddress(None));
+        assert_eq!(settings.metrics_address, ListenAddress(None));
+        let ready = ListenAddress(Some("[::]:15021".parse().unwrap()));
+        assert_eq!(settings.ready_address, ready);
+        assert!(settings.check().is_ok());
+        assert!("localhost:1".parse::<ListenAddress>().is_err());
     }
 
     #[test]

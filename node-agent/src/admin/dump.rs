@@ -281,3 +281,78 @@ fn workload_state(pods: &[EnrolledPod], connections: &[ConnectionView]) -> Value
     }
     json!(state)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use imbl::OrdMap;
+    use mesh_authorize::PolicySet;
+    use mesh_identity::{CaConfig, CaCore, IssuedAnswer, TrustBundle, csr};
+    use mesh_model::SpiffeId;
+    use mesh_resolve::{ResolveSettings, WorkloadIndex};
+
+    use super::*;
+
+    /// Every text in `value`, and what it is the base64 form of, PEM bodies included.
+    fn contents(value: &Value, found: &mut Vec<Vec<u8>>) {
+        match value {
+            Value::String(text) => add(text.as_bytes().to_vec(), found),
+            Value::Array(values) => values.iter().for_each(|value| contents(value, found)),
+            Value::Object(fields) => fields.values().for_each(|value| contents(value, found)),
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+    }
+
+    fn add(bytes: Vec<u8>, found: &mut Vec<Vec<u8>>) {
+        if let Ok(text) = std::str::from_utf8(&bytes) {
+            let body: String = text.lines().filter(|line| !line.starts_with("-----")).collect();
+            if body.len() > 40
+                && let Ok(decoded) = BASE64.decode(body)
+            {
+                add(decoded, found);
+            }
+        }
+        found.push(bytes);
+    }
+
+    #[test]
+    fn the_dump_shows_certificates_and_no_key() {
+        let now = SystemTime::now();
+        let ca = CaCore::create("cluster.local", CaConfig::default(), now).unwrap();
+        let id = SpiffeId::new("cluster.local", "shop", "cart").unwrap();
+        let (key, request) = csr(&id).unwrap();
+        let chain = ca.sign(&request, &id, Duration::ZERO, now).unwrap();
+        let svid = IssuedAnswer::check(&chain, &id, key, now).unwrap().svid;
+        let private = svid.private_key();
+        let private = private.secret_der();
+        // The scalar: an OCTET STRING of 32 bytes behind version 1. Source: RFC 5915 §3.
+        let marker = [2, 1, 1, 4, 32];
+        let at = private.windows(5).position(|window| window == marker).unwrap() + 5;
+        let scalar = private[at..at + 32].to_vec();
+        let leaf = svid.chain()[0].to_vec();
+        let snapshot = Snapshot {
+            index: WorkloadIndex::default(),
+            policies: PolicySet::default(),
+            synced: true,
+            settings: ResolveSettings::default(),
+            trust: Arc::new(
+                TrustBundle::from_pem("cluster.local", &ca.root_bundle_pem(), "").unwrap(),
+            ),
+            svids: OrdMap::unit(id, Arc::new(svid)),
+        };
+        let mut found = Vec::new();
+        contents(&config(&snapshot, &[], &[], "n"), &mut found);
+        let holds = |wanted: &[u8]| {
+            found.iter().any(|bytes| bytes.windows(wanted.len()).any(|window| window == wanted))
+        };
+        assert!(holds(&leaf), "the test must see what is in the dump");
+        assert!(!holds(&scalar) && !holds(b"PRIVATE KEY"));
+        let hexadecimal: String = scalar.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert!(!holds(hexadecimal.as_bytes()));
+        let numbers = format!("{:?}", &scalar[..8]).replace(' ', "");
+        let text = serde_json::to_string(&config(&snapshot, &[], &[], "n")).unwrap();
+        assert!(!text.contains(numbers.trim_matches(['[', ']'])));
+    }
+}
