@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, ensure};
 use mesh_identity::csr;
@@ -115,7 +115,7 @@ pub(crate) fn requests(mesh: &mut Mesh) -> anyhow::Result<()> {
 }
 
 /// One request over a tunnel of its own: our address, and the status or the error.
-fn ask(
+pub(crate) fn ask(
     mesh: &Mesh,
     config: &Arc<ClientConfig>,
     method: &str,
@@ -144,7 +144,7 @@ fn ask(
     })
 }
 
-fn in_runtime_outside<T: Send>(
+pub(crate) fn in_runtime_outside<T: Send>(
     mesh: &Mesh,
     work: impl Future<Output = anyhow::Result<T>> + Send,
 ) -> anyhow::Result<T> {
@@ -162,13 +162,16 @@ pub(crate) fn signing_and_tokens(mesh: &mut Mesh) -> anyhow::Result<()> {
     };
     let joining = token("a", "1h")?;
     let (short, for_b) = (token("a", "1s")?, token("b", "1h")?);
-    // The shortest lifetime there is.
-    std::thread::sleep(Duration::from_millis(1200));
+    let issued = unix_seconds()?;
     let mut forged = token("a", "1h")?;
     let last = if forged.ends_with('A') { 'B' } else { 'A' };
     forged.pop();
     forged.push(last);
     let root = mesh.lab.controller_command(&["ca", "root"])?;
+    // The shortest lifetime there is, in whole seconds of the clock that both ends share.
+    until("the short token's end", Duration::from_secs(5), || {
+        Ok((unix_seconds()? > issued + 1).then_some(()))
+    })?;
     let bad = [
         (joining.clone(), "replayed"),
         (short, "expired"),
@@ -224,6 +227,10 @@ pub(crate) fn signing_and_tokens(mesh: &mut Mesh) -> anyhow::Result<()> {
     }
     told("certificate refused", "not_on_node")?;
     told("certificate refused", "foreign_trust_domain")
+}
+
+fn unix_seconds() -> anyhow::Result<u64> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs())
 }
 
 async fn controller(root: &str) -> anyhow::Result<Channel> {

@@ -9,6 +9,7 @@ mod identity;
 mod manifests;
 mod mesh;
 mod policy;
+mod pressure;
 mod tls;
 
 use std::sync::{Arc, Mutex};
@@ -35,6 +36,8 @@ const STEPS: &[(&str, Step)] = &[
     ("identity::server_of_another_name", identity::server_of_another_name),
     ("identity::requests", identity::requests),
     ("identity::signing_and_tokens", identity::signing_and_tokens),
+    ("pressure::ended_certificate", pressure::ended_certificate),
+    ("pressure::silent_flood", pressure::silent_flood),
     ("dns::names_of_the_mesh", dns::names_of_the_mesh),
     ("dns::search_domains", dns::search_domains),
     ("dns::service_entry_is_reached_by_name", dns::service_entry_is_reached_by_name),

@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use mesh_identity::{PeerVerifier, TrustBundle};
@@ -34,6 +34,8 @@ pub(crate) struct Wanted {
     pub(crate) names: Vec<String>,
     /// First and last year.
     pub(crate) years: (i32, i32),
+    /// The last moment, instead of the last year's.
+    pub(crate) end: Option<SystemTime>,
     /// What it may be used for.
     pub(crate) usages: Vec<ExtendedKeyUsagePurpose>,
 }
@@ -45,6 +47,7 @@ impl Wanted {
             uris: vec![identity.to_owned()],
             names: Vec::new(),
             years: (2020, 2100),
+            end: None,
             usages: vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth],
         }
     }
@@ -59,7 +62,10 @@ impl Wanted {
             params.subject_alt_names.push(SanType::DnsName(name.as_str().try_into()?));
         }
         params.not_before = rcgen::date_time_ymd(self.years.0, 1, 1);
-        params.not_after = rcgen::date_time_ymd(self.years.1, 1, 1);
+        params.not_after = match self.end {
+            Some(end) => end.into(),
+            None => rcgen::date_time_ymd(self.years.1, 1, 1),
+        };
         params.extended_key_usages.clone_from(&self.usages);
         params.use_authority_key_identifier_extension = true;
         Ok(params)
