@@ -37,6 +37,7 @@ fn denial() -> Value {
         kind: PolicyKind::AuthorizationPolicy,
         namespace: "shop".into(),
         name: "web-allow".into(),
+        unreadable: None,
     };
     let explanation = Explanation {
         outcome: Outcome::Denied(Denial {

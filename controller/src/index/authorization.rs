@@ -56,6 +56,7 @@ pub(super) fn origin(policy: &AuthorizationPolicy) -> PolicyOrigin {
         kind: PolicyKind::AuthorizationPolicy,
         namespace: policy.meta.namespace.clone(),
         name: policy.meta.name.clone(),
+        unreadable: None,
     }
 }
 
@@ -360,6 +361,7 @@ pub(super) fn target_allow(
                 .collect::<Vec<_>>()
                 .join("+")
                 .into(),
+            unreadable: None,
         },
     };
     let policy = Policy {

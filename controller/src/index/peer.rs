@@ -130,6 +130,7 @@ pub(super) fn policy(peer: &PeerAuthentication, parent_strict: bool, root: &str)
             kind: PolicyKind::PeerAuthentication,
             namespace: peer.meta.namespace.clone(),
             name: peer.meta.name.clone(),
+            unreadable: None,
         },
         scope: PolicyScope::Workload,
         action: Action::Deny,
@@ -138,6 +139,7 @@ pub(super) fn policy(peer: &PeerAuthentication, parent_strict: bool, root: &str)
     })
 }
 
-fn without_identity() -> Match {
+/// What holds for a peer that proves no identity.
+pub(super) fn without_identity() -> Match {
     Match { not_principals: vec![StringMatch::Presence], ..Match::default() }
 }

@@ -110,7 +110,7 @@ pub(crate) fn judge(
             (Action::Deny, false, Some(_)) => note(NoteKind::WouldDeny, matched),
             (Action::Allow, false, Some(_)) => note(NoteKind::WouldAllow, matched),
             (Action::Allow, false, None) => dry_allows.push(policy),
-            (Action::Deny, true, Some(_)) => denied = Some(policy.rule_ref(matched)),
+            (Action::Deny, true, Some(_)) => denied = Some((policy, matched)),
             (Action::Allow, true, Some(_)) => allowed = Some(policy.rule_ref(matched)),
             (Action::Allow, true, None) => considered.add(policy),
             (Action::Audit, _, None) | (Action::Deny, _, None) => {}
@@ -127,12 +127,8 @@ pub(crate) fn judge(
 
     let mut unreadable = policies.unreadable_for(&resolved.local).peekable();
     let missing: Vec<_> = policies.missing(&resolved.local).take(MAX_NAMED).cloned().collect();
-    let decision = if let Some(rule) = denied {
-        Decision::Deny(Denial {
-            reason: CloseReason::PolicyDenied,
-            rule: Some(rule),
-            detail: DenialDetail::DenyMatched,
-        })
+    let decision = if let Some((policy, matched)) = denied {
+        Decision::Deny(denied_by(policy, matched))
     } else if let Some(first) = unreadable.peek().copied() {
         Decision::Deny(Denial {
             reason: CloseReason::PolicyMissing,
@@ -161,6 +157,25 @@ pub(crate) fn judge(
         })
     };
     Verdict { decision, notes }
+}
+
+/// A DENY that matched: written so, or put in the place of an object that could not be read.
+fn denied_by(policy: &CompiledPolicy, matched: Option<usize>) -> Denial {
+    match &policy.source().origin.unreadable {
+        None => Denial {
+            reason: CloseReason::PolicyDenied,
+            rule: Some(policy.rule_ref(matched)),
+            detail: DenialDetail::DenyMatched,
+        },
+        Some(reason) => Denial {
+            reason: CloseReason::PolicyMissing,
+            rule: Some(policy.rule_ref(None)),
+            detail: DenialDetail::PolicyUnreadable {
+                names: vec![policy.source().name.clone()],
+                reason: Arc::clone(reason),
+            },
+        },
+    }
 }
 
 /// The ALLOW policies that did not match.
@@ -213,6 +228,7 @@ fn whole(policy: &UnreadablePolicy) -> RuleRef {
         kind: PolicyKind::AuthorizationPolicy,
         namespace: Arc::clone(&policy.name.namespace),
         name: Arc::clone(&policy.name.name),
+        unreadable: Some(Arc::clone(&policy.reason)),
     };
     RuleRef { origin, rule_index: None }
 }
@@ -222,6 +238,7 @@ fn synthetic(namespace: &Arc<str>, name: &str) -> RuleRef {
         kind: PolicyKind::Synthetic,
         namespace: Arc::clone(namespace),
         name: name.into(),
+        unreadable: None,
     };
     RuleRef { origin, rule_index: None }
 }

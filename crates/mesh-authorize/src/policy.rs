@@ -93,11 +93,26 @@ pub struct PolicyOrigin {
     pub namespace: Arc<str>,
     /// Its name.
     pub name: Arc<str>,
+    /// Why the object could not be read; the policy then refuses whatever the object may have refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreadable: Option<Arc<str>>,
+}
+
+impl PolicyOrigin {
+    /// An object that was read.
+    #[must_use]
+    pub fn new(kind: PolicyKind, namespace: &str, name: &str) -> Self {
+        Self { kind, namespace: namespace.into(), name: name.into(), unreadable: None }
+    }
 }
 
 impl fmt::Display for PolicyOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}/{}", self.kind, self.namespace, self.name)
+        write!(f, "{} {}/{}", self.kind, self.namespace, self.name)?;
+        match &self.unreadable {
+            Some(reason) => write!(f, " (unreadable: {reason})"),
+            None => Ok(()),
+        }
     }
 }
 

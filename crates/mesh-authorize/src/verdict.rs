@@ -83,7 +83,7 @@ pub enum DenialDetail {
         /// Their names as listed, the first eight.
         names: Vec<Arc<str>>,
     },
-    /// Policies that may apply were received and could not be read.
+    /// Policies that may apply could not be read, by the controller or by this agent.
     PolicyUnreadable {
         /// Their names, the first eight.
         names: Vec<PolicyName>,
@@ -122,6 +122,9 @@ impl fmt::Display for Denial {
             (DenialDetail::PolicyMissing { names }, _) => {
                 f.write_str("policies not received: ")?;
                 list(f, names)
+            }
+            (DenialDetail::PolicyUnreadable { names, .. }, Some(rule)) if names.len() < 2 => {
+                write!(f, "denied by {rule}")
             }
             (DenialDetail::PolicyUnreadable { names, reason }, _) => {
                 f.write_str("policies cannot be read: ")?;

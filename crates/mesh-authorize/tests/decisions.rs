@@ -56,6 +56,7 @@ fn policy(name: &str, scope: PolicyScope, action: Action, matches: Vec<Match>) -
             kind: PolicyKind::AuthorizationPolicy,
             namespace: name.namespace.clone(),
             name: name.name.clone(),
+            unreadable: None,
         },
         name,
         scope,
@@ -311,7 +312,9 @@ fn an_unreadable_policy_denies_what_it_could_be_about() {
         scope,
         reason: "action: unknown value 9".into(),
     };
-    let denied = |name: &str| format!("policy_missing: AuthorizationPolicy {name}");
+    let denied = |name: &str| {
+        format!("policy_missing: AuthorizationPolicy {name} (unreadable: action: unknown value 9)")
+    };
     for (name, scope, expected) in [
         ("root/x", PolicyScope::Global, denied("root/x")),
         ("shop/x", PolicyScope::Namespace, denied("shop/x")),
@@ -338,7 +341,8 @@ fn an_unreadable_policy_denies_what_it_could_be_about() {
     let Decision::Deny(denial) = authorize(&set, &resolved, None).decision else {
         panic!("allowed");
     };
-    assert_eq!(denial.to_string(), "policies cannot be read: root/x (action: unknown value 9)");
+    let text = "denied by AuthorizationPolicy root/x (unreadable: action: unknown value 9)";
+    assert_eq!(denial.to_string(), text);
 
     // It ends with a readable one of its name, or with its removal.
     let readable = policy("root/x", PolicyScope::Global, Action::Deny, vec![]);
@@ -351,4 +355,22 @@ fn an_unreadable_policy_denies_what_it_could_be_about() {
     assert_eq!(check(&replaced, &resolved, Some(CART)), "allow");
     set.remove(&"root/x".parse().unwrap());
     assert_eq!((check(&set, &resolved, Some(CART)), set.unreadable().len()), ("allow".into(), 0));
+}
+
+#[test]
+fn what_stands_in_for_an_unreadable_object_is_named_as_that() {
+    let resolved = inbound("10.0.0.1:80", &[]);
+    let mut stand_in = policy("shop/unreadable_p", PolicyScope::Namespace, Action::Deny, vec![]);
+    stand_in.rules = vec![Rule::default()];
+    stand_in.origin = PolicyOrigin {
+        unreadable: Some("spec.action: \"MAYBE\" is not known".into()),
+        ..PolicyOrigin::new(PolicyKind::AuthorizationPolicy, "shop", "p")
+    };
+    let expected = "policy_missing: AuthorizationPolicy shop/p (unreadable: spec.action: \"MAYBE\" is not known)";
+    assert_eq!(check(&set([stand_in.clone()]), &resolved, Some(CART)), expected);
+    // One that refuses what proves no identity only, as for a PeerAuthentication.
+    let strict = Clause { matches: vec![without_identity()] };
+    stand_in.rules = vec![Rule { clauses: vec![strict] }];
+    assert_eq!(check(&set([stand_in.clone()]), &resolved, Some(CART)), "allow");
+    assert_eq!(check(&set([stand_in]), &resolved, None), expected);
 }

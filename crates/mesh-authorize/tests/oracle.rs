@@ -159,6 +159,7 @@ fn policy(random: &mut Random, texts: &Texts) -> Policy {
             kind: PolicyKind::AuthorizationPolicy,
             namespace: name.namespace.clone(),
             name: name.name.clone(),
+            unreadable: None,
         },
         name,
         scope: random.one(&[PolicyScope::Global, PolicyScope::Namespace, PolicyScope::Workload]),

@@ -140,8 +140,10 @@ fn origin(
             kind: PolicyKind::AuthorizationPolicy,
             namespace: name.namespace.clone(),
             name: name.name.clone(),
+            unreadable: None,
         });
     };
+    let unreadable = extension.unreadable.as_str();
     Ok(PolicyOrigin {
         kind: match known("extensions.kind", extension.kind)? {
             Kind::Unspecified => {
@@ -153,6 +155,7 @@ fn origin(
         },
         namespace: extension.namespace.as_str().into(),
         name: extension.name.as_str().into(),
+        unreadable: (!unreadable.is_empty()).then(|| unreadable.into()),
     })
 }
 
@@ -240,6 +243,7 @@ impl From<&Policy> for pb::Authorization {
             name: text(&policy.origin.name),
             audit,
             audit_dry_run: audit && policy.dry_run,
+            unreadable: policy.origin.unreadable.as_ref().map(text).unwrap_or_default(),
         };
         let action = match policy.action {
             Action::Allow | Action::Audit => pb::Action::Allow,

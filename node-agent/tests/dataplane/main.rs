@@ -189,6 +189,7 @@ fn deny_client() -> Policy {
             kind: PolicyKind::AuthorizationPolicy,
             namespace: "shop".into(),
             name: "deny-client".into(),
+            unreadable: None,
         },
         name,
         scope: PolicyScope::Namespace,

@@ -88,6 +88,7 @@ fn one_policy(u: &mut Unstructured<'_>) -> Result<Policy> {
             kind: *u.choose(&[PolicyKind::AuthorizationPolicy, PolicyKind::PeerAuthentication])?,
             namespace: name.namespace.clone(),
             name: name.name.clone(),
+            unreadable: None,
         },
         name,
         scope: *u.choose(&[PolicyScope::Workload, PolicyScope::Namespace, PolicyScope::Global])?,

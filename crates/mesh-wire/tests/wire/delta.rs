@@ -59,6 +59,7 @@ fn policy(name: &str) -> Policy {
             kind: PolicyKind::AuthorizationPolicy,
             namespace: name.namespace.clone(),
             name: name.name.clone(),
+            unreadable: None,
         },
         name,
         scope: PolicyScope::Namespace,
