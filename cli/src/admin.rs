@@ -112,6 +112,11 @@ impl AdminClient {
                 format!("{status}: {}", line.chars().take(200).collect::<String>())
             }
         };
+        // A path that is there and says so does not know a name in the question.
+        if status == StatusCode::NOT_FOUND && problem != "no such path" {
+            let remedy = format!("culvert config --of {} lists what it knows", self.daemon.name());
+            return Failure::Usage { problem, remedy };
+        }
         let remedy = match status {
             StatusCode::FORBIDDEN => "ask as root, or as the user it runs as",
             StatusCode::NOT_FOUND if problem == "no such path" => {

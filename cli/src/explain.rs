@@ -25,6 +25,8 @@ struct Answer {
     reason: Option<String>,
     summary: String,
     stages: Vec<Stage>,
+    #[serde(default)]
+    warnings: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -77,6 +79,9 @@ fn render(asked: &str, note: Option<&str>, answer: &Answer) -> String {
     line(&mut text, 0, &verdict);
     if let Some(rule) = deciding_rule(answer) {
         line(&mut text, 0, &format!("decided by {rule}"));
+    }
+    for warning in &answer.warnings {
+        line(&mut text, 0, &format!("warning: {warning}"));
     }
     text
 }

@@ -9,9 +9,11 @@ use std::process::ExitCode;
 /// The exit codes, as `--help` tells them.
 pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; explain: the connection would be made; status: ready; check: nothing is missing
-  1  a plain no: explain: it would be refused; status: not ready; check: something is missing;
-     pod: the agent refused, or the pod stays outside the mesh
+  0  done; explain: the connection would be made; status: ready, and of the controller: all
+     it should read is in force; check: nothing is missing
+  1  a plain no: explain: it would be refused; status: not ready, or the controller has
+     refused, denied or kept something; check: something is missing; pod: the agent refused,
+     or the pod stays outside the mesh
   2  the command line, or a name in it, cannot be understood
   3  the agent or the controller cannot be reached, or does not answer in time
   4  it answered with an error, or with what cannot be read; a local file or program failed";

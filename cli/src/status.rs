@@ -25,6 +25,8 @@ struct AgentStatus {
     workloads: usize,
     services: usize,
     policies: usize,
+    #[serde(default)]
+    denying: Vec<String>,
     certificates: usize,
     index_revision: u64,
     policy_revision: u64,
@@ -51,14 +53,32 @@ struct CaptureStatus {
 struct ControllerStatus {
     synced: bool,
     source: SourceStatus,
+    #[serde(default)]
+    revocations: Option<RevocationStatus>,
     policies: BTreeMap<String, PolicyStatus>,
     notes: Vec<(String, String)>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RevocationStatus {
+    file: String,
+    problem: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
 struct SourceStatus {
     objects: usize,
     refused: Vec<RefusedObject>,
+    #[serde(default)]
+    more_refused: usize,
+    #[serde(default)]
+    kept: usize,
+    #[serde(default)]
+    kept_objects: Vec<String>,
+    #[serde(default)]
+    missing: Option<String>,
+    #[serde(default)]
+    not_remembered: Option<String>,
     ignored: Vec<(String, usize)>,
 }
 
@@ -71,16 +91,35 @@ struct RefusedObject {
     problem: String,
     remedy: String,
     last_good_in_use: bool,
+    #[serde(default)]
+    denied: bool,
 }
 
 #[derive(Debug, Deserialize)]
 struct PolicyStatus {
     enforced_as_written: bool,
+    #[serde(default)]
+    denying: bool,
     place: String,
     notes: Vec<String>,
 }
 
-/// Asks the agent, or the controller, and prints. Ends with whether it is ready.
+impl ControllerStatus {
+    /// True when everything is read and in force as it is written down now.
+    fn is_clean(&self) -> bool {
+        let source = &self.source;
+        let revocations = self.revocations.as_ref().and_then(|lists| lists.problem.as_ref());
+        self.synced
+            && source.refused.is_empty()
+            && source.kept == 0
+            && source.missing.is_none()
+            && source.not_remembered.is_none()
+            && revocations.is_none()
+    }
+}
+
+/// Asks the agent, or the controller, and prints. Ends with whether it is ready, and of the controller, whether all it
+/// should read is in force.
 ///
 /// # Errors
 /// When it cannot be asked.
@@ -95,7 +134,7 @@ pub(crate) fn run(args: &StatusArgs, reach: &Reach, output: Output) -> Result<En
         }
         Daemon::Controller => {
             let status: ControllerStatus = client.read(&body)?;
-            (render_controller(&status), status.synced)
+            (render_controller(&status), status.is_clean())
         }
     };
     match output {
@@ -118,11 +157,14 @@ fn render_agent(status: &AgentStatus) -> String {
         format!("not ready, waiting for {}", status.waiting_for.join(", "))
     };
     let standing = &status.controller;
+    let has_some = status.workloads > 0;
     let controller = match (standing.connected, standing.synced) {
-        (true, true) => "connected, in sync".to_owned(),
-        (true, false) => "connected, not yet in sync".to_owned(),
-        (false, true) => "away; going on with what it said last".to_owned(),
-        (false, false) => "away".to_owned(),
+        (true, true) => "connected, in sync",
+        (true, false) if has_some => "connected, not yet in sync; going on with what is kept",
+        (true, false) => "connected, not yet in sync",
+        (false, true) => "away; going on with what it said last",
+        (false, false) if has_some => "away; going on with what is kept of what it said",
+        (false, false) => "away",
     };
     let because = match &standing.last_error {
         Some(error) if !standing.connected => format!(" ({error})"),
@@ -154,6 +196,9 @@ fn render_agent(status: &AgentStatus) -> String {
         ),
     ];
     let mut text = list(&facts);
+    for denying in &status.denying {
+        text.push_str(&list(&[("DENYING", denying.clone())]));
+    }
     text.push('\n');
     text.push_str(&pods_table(&status.pods));
     text
@@ -164,8 +209,16 @@ fn render_controller(status: &ControllerStatus) -> String {
     let synced = if status.synced { "in sync" } else { "still reading its source" };
     let mut text = list(&[
         ("controller", synced.to_owned()),
-        ("objects", format!("{} in use, {} refused", source.objects, source.refused.len())),
+        (
+            "objects",
+            format!(
+                "{} in use, {} refused",
+                source.objects,
+                source.refused.len() + source.more_refused
+            ),
+        ),
     ]);
+    text.push_str(&render_kept(status));
     if !source.ignored.is_empty() {
         let kinds: Vec<String> =
             source.ignored.iter().map(|(kind, number)| format!("{kind} ({number})")).collect();
@@ -177,7 +230,11 @@ fn render_controller(status: &ControllerStatus) -> String {
     if !status.policies.is_empty() {
         let mut columns = Columns::new(&["POLICY", "ENFORCED", "WHERE", "NOTES"]);
         for (name, policy) in &status.policies {
-            let enforced = if policy.enforced_as_written { "as written" } else { "not as written" };
+            let enforced = match (policy.denying, policy.enforced_as_written) {
+                (true, _) => "DENYING",
+                (false, true) => "as written",
+                (false, false) => "not as written",
+            };
             columns.row([
                 name.clone(),
                 enforced.to_owned(),
@@ -194,6 +251,43 @@ fn render_controller(status: &ControllerStatus) -> String {
     text
 }
 
+/// What runs on an earlier version of what it should read.
+fn render_kept(status: &ControllerStatus) -> String {
+    let source = &status.source;
+    let mut text = String::new();
+    if let Some(problem) = &source.missing {
+        add(&mut text, format_args!("MISSING:    {problem}; everything stays as it was"));
+        add(
+            &mut text,
+            format_args!(
+                "  remedy: mount or fill the folder again; if it is meant to be empty:                  culvert-controller source accept-empty"
+            ),
+        );
+    }
+    if source.kept > 0 {
+        let more = source.kept.saturating_sub(source.kept_objects.len());
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let names = source.kept_objects.join(", ");
+        text.push_str(&list(&[(
+            "KEPT",
+            format!("{} in an earlier version: {names}{more}", count(source.kept, "object")),
+        )]));
+    }
+    if let Some(problem) = &source.not_remembered {
+        text.push_str(&list(&[(
+            "AT RISK",
+            format!("last good versions cannot be kept for a restart: {problem}"),
+        )]));
+    }
+    if let Some(RevocationStatus { file, problem: Some(problem) }) = &status.revocations {
+        text.push_str(&list(&[(
+            "KEPT",
+            format!("the last good revocation lists, instead of {file}: {problem}"),
+        )]));
+    }
+    text
+}
+
 fn render_refused(refused: &RefusedObject) -> String {
     let mut text = String::new();
     let place = match refused.line {
@@ -205,9 +299,14 @@ fn render_refused(refused: &RefusedObject) -> String {
         if refused.field.is_empty() { String::new() } else { format!(", {}", refused.field) };
     add(&mut text, format_args!("\nrefused: {object} at {place}{field}: {}", refused.problem));
     add(&mut text, format_args!("  remedy: {}", refused.remedy));
-    if refused.last_good_in_use {
-        add(&mut text, format_args!("  its last good version is still in use"));
-    }
+    let effect = if refused.last_good_in_use {
+        "its last good version is still in use"
+    } else if refused.denied {
+        "DENYING: whatever it may refuse is refused until it can be read"
+    } else {
+        "NOT ENFORCED: nothing stands in for it"
+    };
+    add(&mut text, format_args!("  {effect}"));
     text
 }
 

@@ -90,7 +90,10 @@ fn explained(mesh: &SharedMesh, request: &Request) -> Reply {
     };
     let question = Question { from: from.to_owned(), to: to.to_owned(), port };
     match answer(&mesh.picture(), &ResolveSettings::default(), &question, Instant::now()) {
-        Ok(answer) => Reply::json(&answer),
+        Ok(mut answer) => {
+            answer.warnings.extend(mesh.warnings());
+            Reply::json(&answer)
+        }
         Err(error) => Reply::error(StatusCode::NOT_FOUND, &error.to_string()),
     }
 }

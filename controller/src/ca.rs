@@ -3,6 +3,7 @@
 pub mod authenticate;
 pub mod authority;
 pub mod enrolment;
+pub mod revocations;
 pub mod tokens;
 
 use std::sync::Arc;

@@ -23,6 +23,9 @@ pub enum Command {
     /// Join tokens, by which a node's agent joins the mesh once.
     #[command(subcommand)]
     Token(TokenCommand),
+    /// The manifests.
+    #[command(subcommand)]
+    Source(SourceCommand),
     /// The certificate authority. A running controller picks changes up within two seconds.
     #[command(subcommand)]
     Ca(CaCommand),
@@ -122,6 +125,17 @@ pub enum TokenCommand {
         /// How long the token may be used
         #[arg(long, default_value = "1h", value_parser = parse_duration)]
         ttl: Duration,
+        /// The controller's state directory
+        #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
+        state_dir: PathBuf,
+    },
+}
+
+/// The manifests.
+#[derive(Debug, Subcommand)]
+pub enum SourceCommand {
+    /// Confirm that the folder of manifests is meant to be empty: the controller then deletes what it held
+    AcceptEmpty {
         /// The controller's state directory
         #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
         state_dir: PathBuf,

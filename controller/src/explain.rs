@@ -41,6 +41,9 @@ pub struct Answer {
     pub summary: String,
     /// The stages in order, up to the one that decides.
     pub stages: Vec<Stage>,
+    /// What the answer rests on and may not hold.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// One stage.
@@ -116,17 +119,21 @@ pub fn answer(
         accepted_at: now,
     };
     let mut stages = Vec::new();
-    let route = if source.tunnel_protocol == TunnelProtocol::Hbone {
-        let outbound = flow(Direction::Outbound, client, target, &source);
-        match outbound_stage(picture, settings, &outbound, &source) {
-            Ok((stage, resolved)) => {
-                stages.push(stage);
-                resolved
-            }
-            Err(decided) => return Ok(refused(stages, decided)),
+    let mut warnings = Vec::new();
+    match Capture::of(picture, &source) {
+        Capture::Captured => {}
+        Capture::Unconfirmed(why) => warnings.push(why),
+        Capture::Not(why) => {
+            return Ok(plain_source(picture, settings, &source, &why, flow, client, target));
         }
-    } else {
-        return Ok(plain_source(picture, settings, &source, flow, client, target));
+    }
+    let outbound = flow(Direction::Outbound, client, target, &source);
+    let route = match outbound_stage(picture, settings, &outbound, &source) {
+        Ok((stage, resolved)) => {
+            stages.push(stage);
+            resolved
+        }
+        Err(decided) => return Ok(Answer { warnings, ..refused(stages, decided) }),
     };
     let (next, authority, identity) = match &route.route {
         Route::Tunnel(tunnel) | Route::ViaWaypoint { tunnel, .. } => {
@@ -136,17 +143,34 @@ pub fn answer(
             (target.ip(), None, None)
         }
     };
-    let Some(local) = route.peer.clone().filter(|peer| is_captured(peer)) else {
-        return Ok(done(
-            stages,
-            "the destination is outside the mesh or not captured; nothing more decides",
-        ));
+    let Some(local) = route.peer.clone() else {
+        let outcome = "the destination is outside the mesh; nothing more decides";
+        return Ok(Answer { warnings, ..done(stages, outcome) });
     };
+    match Capture::of(picture, &local) {
+        Capture::Captured => {}
+        Capture::Unconfirmed(why) => warnings.push(why),
+        Capture::Not(why) if authority.is_some() => {
+            let stage = Stage {
+                side: Side::Destination,
+                workload: local.uid.to_string(),
+                resolve: Vec::new(),
+                authorize: None,
+                outcome: format!("{why}: nobody answers the tunnel"),
+            };
+            let decided = Box::new((stage, CloseReason::TunnelConnectFailed));
+            return Ok(Answer { warnings, ..refused(stages, decided) });
+        }
+        Capture::Not(why) => {
+            let outcome = format!("{why}: it is reached in plaintext and nothing more decides");
+            return Ok(Answer { warnings, ..done(stages, &outcome) });
+        }
+    }
     let port = authority.as_ref().map_or_else(|| route.route.next_hop().port(), Authority::port);
     let direction =
         if authority.is_some() { Direction::InboundTunnel } else { Direction::InboundPlaintext };
     let inbound = flow(direction, client, SocketAddr::new(next, port), &local);
-    Ok(inbound_stage(
+    let answer = inbound_stage(
         picture,
         settings,
         stages,
@@ -154,7 +178,43 @@ pub fn answer(
         &local,
         authority.as_ref(),
         identity.as_ref(),
-    ))
+    );
+    Ok(Answer { warnings, ..answer })
+}
+
+/// Whether a workload's connections are the mesh's.
+enum Capture {
+    /// Its node's agent says so.
+    Captured,
+    /// The mesh holds it to be; its node's agent has not said.
+    Unconfirmed(String),
+    /// It is not.
+    Not(String),
+}
+
+impl Capture {
+    fn of(picture: &Picture, workload: &Workload) -> Self {
+        let Workload { namespace, name, node, .. } = workload;
+        if workload.network_mode != NetworkMode::Standard {
+            return Self::Not(format!("{namespace}/{name} is in its node's network"));
+        }
+        if workload.tunnel_protocol != TunnelProtocol::Hbone {
+            return Self::Not(format!(
+                "{namespace}/{name} is not in the mesh, or its node's agent has yet to capture it"
+            ));
+        }
+        match picture.captured.reported(node, namespace, name) {
+            Some(true) => Self::Captured,
+            Some(false) => Self::Not(format!(
+                "{namespace}/{name} is in the mesh, but the agent of node {node} does not capture it"
+            )),
+            // Nobody's pod: a gateway of another network.
+            None if node.is_empty() => Self::Captured,
+            None => Self::Unconfirmed(format!(
+                "the agent of node {node} has not reported here; {namespace}/{name} is taken as captured"
+            )),
+        }
+    }
 }
 
 /// A client that is not captured dials the destination itself, in plaintext.
@@ -162,28 +222,35 @@ fn plain_source(
     picture: &Picture,
     settings: &ResolveSettings,
     source: &Arc<Workload>,
+    why: &str,
     flow: impl Fn(Direction, SocketAddr, SocketAddr, &Workload) -> Flow,
     client: SocketAddr,
     target: SocketAddr,
 ) -> Answer {
-    let stage = |outcome: &str| Stage {
+    let stage = |outcome: String| Stage {
         side: Side::Source,
         workload: source.uid.to_string(),
         resolve: Vec::new(),
         authorize: None,
-        outcome: outcome.to_owned(),
+        outcome,
     };
-    let local = picture
-        .index
-        .workload_by_ip(&source.network, target.ip())
-        .filter(|local| is_captured(local));
-    let Some(local) = local else {
-        let outcome = "the source is not captured: its own network decides where this goes";
-        return done(vec![stage(outcome)], outcome);
+    let on_its_own = || {
+        let outcome = format!("{why}: its own network decides where this goes");
+        done(vec![stage(outcome.clone())], &outcome)
     };
-    let stages = vec![stage("the source is not captured: it dials in plaintext")];
+    let Some(local) = picture.index.workload_by_ip(&source.network, target.ip()) else {
+        return on_its_own();
+    };
+    let mut warnings = Vec::new();
+    match Capture::of(picture, local) {
+        Capture::Captured => {}
+        Capture::Unconfirmed(why) => warnings.push(why),
+        Capture::Not(_) => return on_its_own(),
+    }
+    let stages = vec![stage(format!("{why}: it dials in plaintext"))];
     let inbound = flow(Direction::InboundPlaintext, client, target, local);
-    inbound_stage(picture, settings, stages, &inbound, local, None, None)
+    let answer = inbound_stage(picture, settings, stages, &inbound, local, None, None);
+    Answer { warnings, ..answer }
 }
 
 type Refused = (Stage, CloseReason);
@@ -286,11 +353,12 @@ fn refused(mut stages: Vec<Stage>, refused: Box<Refused>) -> Answer {
     if reason == CloseReason::Complete {
         return done(stages, &summary);
     }
-    Answer { allowed: false, reason: Some(reason), summary, stages }
+    Answer { allowed: false, reason: Some(reason), summary, stages, warnings: Vec::new() }
 }
 
 fn done(stages: Vec<Stage>, summary: &str) -> Answer {
-    Answer { allowed: true, reason: None, summary: summary.to_owned(), stages }
+    let summary = summary.to_owned();
+    Answer { allowed: true, reason: None, summary, stages, warnings: Vec::new() }
 }
 
 fn denial(explanation: &Explanation) -> Option<Denial> {
@@ -298,11 +366,6 @@ fn denial(explanation: &Explanation) -> Option<Denial> {
         Outcome::Allowed { .. } => None,
         Outcome::Denied(denial) => Some(denial.clone()),
     }
-}
-
-fn is_captured(workload: &Workload) -> bool {
-    workload.tunnel_protocol == TunnelProtocol::Hbone
-        && workload.network_mode == NetworkMode::Standard
 }
 
 fn find_workload(index: &WorkloadIndex, name: &str) -> Option<Arc<Workload>> {

@@ -11,6 +11,7 @@ mod peer;
 mod pods;
 mod policies;
 mod services;
+mod unreadable;
 mod vip;
 mod workloads;
 
@@ -31,6 +32,7 @@ use crate::manifest::metadata::Metadata;
 use crate::manifest::{Kind, Object, ObjectKey};
 use crate::source::Change;
 
+pub use self::enrolment::Captured;
 pub use self::objects::Key;
 pub use self::pods::{PodMode, PodSettings};
 pub use self::policies::PolicyStatus;
@@ -201,17 +203,8 @@ impl Index {
 
     /// Takes in what a node's agent tells.
     pub fn report(&mut self, node: &str, report: NodeReport) -> Delta {
-        let changed = self.enrolment.report(node, report);
-        let dirty = Dirty {
-            workloads: changed
-                .into_iter()
-                .flat_map(|key| {
-                    [WorkloadSource::Pod(key.clone()), WorkloadSource::WorkloadEntry(key)]
-                })
-                .collect(),
-            ..Dirty::default()
-        };
-        self.settle(dirty)
+        let workloads = self.enrolment.report(node, report).into_iter().collect();
+        self.settle(Dirty { workloads, ..Dirty::default() })
     }
 
     /// Its settings.
@@ -267,6 +260,12 @@ impl Index {
         )
     }
 
+    /// What agents say they capture.
+    #[must_use]
+    pub fn captured(&self) -> Captured {
+        self.enrolment.captured()
+    }
+
     /// How each policy object is enforced.
     #[must_use]
     pub fn policy_status(&self) -> BTreeMap<ObjectKey, PolicyStatus> {
@@ -282,7 +281,12 @@ impl Index {
         let peers = self.objects.peers.iter().map(|(at, object)| {
             (key(Kind::PeerAuthentication, at), policies::peer_status(view, object))
         });
-        authorizations.chain(peers).collect()
+        let unreadable = self
+            .objects
+            .unreadable
+            .iter()
+            .map(|(key, policy)| (key.clone(), unreadable::status(view, policy)));
+        authorizations.chain(peers).chain(unreadable).collect()
     }
 
     /// What an operator may want to know of other objects: missing service accounts, visibility that cannot be expressed.
@@ -327,6 +331,9 @@ impl Index {
 
     fn current(&self, key: &ObjectKey) -> Option<Object> {
         let objects = &self.objects;
+        if let Some(policy) = objects.unreadable.get(key) {
+            return Some(Object::Unreadable(Arc::clone(policy)));
+        }
         let id = Key::from(key);
         match key.kind {
             Kind::Namespace => objects.namespaces.get(&id.name).cloned().map(Object::Namespace),
@@ -470,6 +477,10 @@ impl Index {
                 dirty.policies.extend(below.cloned().map(PolicySource::Peer));
                 dirty.policies.insert(PolicySource::Peer(key));
             }
+            Object::Unreadable(policy) => {
+                dirty.workloads.extend(unreadable::workloads(view, policy));
+                dirty.policies.insert(PolicySource::Unreadable(policy.key()));
+            }
         }
     }
 
@@ -492,6 +503,11 @@ impl Index {
         let namespace = match target {
             Target::Service(key) | Target::ServiceEntry(key) => &key.namespace,
         };
+        for policy in self.objects.unreadable.values() {
+            if unreadable::targets(policy).any(|one| one == *target) {
+                dirty.policies.insert(PolicySource::Unreadable(policy.key()));
+            }
+        }
         let mut any = self.policies_of.contains_key(&PolicySource::TargetAllow(target.clone()));
         for (key, policy) in in_namespace(&self.objects.authorizations, namespace) {
             if Target::of(policy).any(|one| one == *target) {
@@ -625,22 +641,21 @@ impl Index {
         match source {
             WorkloadSource::Pod(key) => {
                 let Some(pod) = self.objects.pods.get(key) else {
-                    self.enrolment.forget(key);
+                    self.enrolment.forget(source);
                     return (Vec::new(), None);
                 };
                 let ambient = pods::is_ambient_pod(view, pod);
-                let hbone = self.enrolment.is_hbone(key, &pod.meta.uid, &pod.node, ambient);
+                let hbone = self.enrolment.is_hbone(source, &pod.meta.uid, &pod.node, ambient);
                 let workload = workloads::of_pod(view, key, pod, hbone);
                 (workload.into_iter().collect(), pods::of_pod(view, key, pod, ambient))
             }
             WorkloadSource::WorkloadEntry(key) => {
                 let Some(entry) = self.objects.workload_entries.get(key) else {
-                    self.enrolment.forget_entry(key);
+                    self.enrolment.forget(source);
                     return (Vec::new(), None);
                 };
                 let ambient = pods::is_ambient_entry(view, entry);
-                let hbone =
-                    self.enrolment.is_hbone_entry(key, &entry.meta.uid, &entry.node, ambient);
+                let hbone = self.enrolment.is_hbone(source, &entry.meta.uid, &entry.node, ambient);
                 let workload = workloads::of_workload_entry(view, key, hbone);
                 (workload.into_iter().collect(), pods::of_entry(view, key, entry, ambient))
             }

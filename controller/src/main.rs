@@ -9,8 +9,9 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use mesh_controller::ca::authority::Authority;
 use mesh_controller::ca::tokens::Tokens;
-use mesh_controller::cli::{CaCommand, Cli, Command, RunArgs, TokenCommand};
+use mesh_controller::cli::{CaCommand, Cli, Command, RunArgs, SourceCommand, TokenCommand};
 use mesh_controller::run::Controller;
+use mesh_controller::source::directory::accept_empty;
 use mesh_controller::state_dir::StateDir;
 use mesh_runtime::{Drain, FlowMeterConfig, LogConfig, Logging, Metrics};
 use mesh_telemetry::LogFormat;
@@ -24,6 +25,11 @@ fn main() -> ExitCode {
                 say(&token)
             })
         }
+        Command::Source(SourceCommand::AcceptEmpty { state_dir }) => open(&state_dir)
+            .and_then(|files| {
+                accept_empty(&files)?;
+                say("accepted: within seconds, or at its start, the controller deletes what an empty folder held")
+            }),
         Command::Ca(command) => ca(command),
     };
     match outcome {

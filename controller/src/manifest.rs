@@ -11,6 +11,7 @@ pub mod pod;
 pub mod policy;
 pub mod service;
 pub mod service_entry;
+pub mod unreadable;
 
 use std::fmt;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use self::pod::Pod;
 pub use self::policy::{AuthorizationPolicy, PeerAuthentication};
 pub use self::service::{EndpointSlice, Service};
 pub use self::service_entry::{ServiceEntry, WorkloadEntry};
+pub use self::unreadable::{Reach, UnreadablePolicy};
 
 /// The kinds the mesh reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -145,6 +147,8 @@ pub enum Object {
     ServiceEntry(Arc<ServiceEntry>),
     AuthorizationPolicy(Arc<AuthorizationPolicy>),
     PeerAuthentication(Arc<PeerAuthentication>),
+    /// Stands in the place of a security policy that cannot be read.
+    Unreadable(Arc<UnreadablePolicy>),
 }
 
 impl Object {
@@ -162,12 +166,13 @@ impl Object {
             Self::ServiceEntry(object) => &object.meta,
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
+            Self::Unreadable(object) => &object.meta,
         }
     }
 
     /// Its kind.
     #[must_use]
-    pub const fn kind(&self) -> Kind {
+    pub fn kind(&self) -> Kind {
         match self {
             Self::Namespace(_) => Kind::Namespace,
             Self::Node(_) => Kind::Node,
@@ -179,6 +184,7 @@ impl Object {
             Self::ServiceEntry(_) => Kind::ServiceEntry,
             Self::AuthorizationPolicy(_) => Kind::AuthorizationPolicy,
             Self::PeerAuthentication(_) => Kind::PeerAuthentication,
+            Self::Unreadable(object) => object.kind,
         }
     }
 
@@ -206,6 +212,8 @@ pub enum Parsed {
         key: Option<ObjectKey>,
         /// Why.
         reason: InvalidField,
+        /// What can be read of it, when it is a security policy.
+        unreadable: Option<Box<UnreadablePolicy>>,
     },
 }
 
@@ -230,7 +238,7 @@ pub fn objects(value: &Value) -> Vec<(Vec<Segment>, Parsed)> {
     }
     let Some(items) = value.get("items").and_then(Value::as_array) else {
         let reason = InvalidField::new("items", "not a list", "write a list of objects");
-        return vec![(Vec::new(), Parsed::Refused { key: None, reason })];
+        return vec![(Vec::new(), Parsed::Refused { key: None, reason, unreadable: None })];
     };
     items
         .iter()
@@ -244,9 +252,14 @@ pub fn objects(value: &Value) -> Vec<(Vec<Segment>, Parsed)> {
 /// Reads one object, as a cluster's API or a manifest holds it.
 #[must_use]
 pub fn object(value: &Value) -> Parsed {
+    let refused = |key, reason| Parsed::Refused {
+        unreadable: UnreadablePolicy::of(value, &reason).map(Box::new),
+        key,
+        reason,
+    };
     let header: RawHeader = match decode(value) {
         Ok(header) => header,
-        Err(reason) => return Parsed::Refused { key: None, reason },
+        Err(reason) => return refused(None, reason),
     };
     let (Some(api_version), Some(kind_name)) = (header.api_version, header.kind) else {
         let reason = InvalidField::new(
@@ -254,7 +267,7 @@ pub fn object(value: &Value) -> Parsed {
             "no apiVersion or kind",
             "this is no manifest; add both or move it away",
         );
-        return Parsed::Refused { key: None, reason };
+        return refused(None, reason);
     };
     let Some(kind) = Kind::of(&api_version, &kind_name) else {
         return Parsed::Ignored { kind: format!("{api_version} {kind_name}") };
@@ -276,11 +289,11 @@ pub fn object(value: &Value) -> Parsed {
             format!("version {version:?} of {kind_name} is not read"),
             format!("use one of {}", kind.versions().join(", ")),
         );
-        return Parsed::Refused { key, reason };
+        return refused(key, reason);
     }
     match meta.parse(kind.namespaced()).and_then(|meta| body(kind, meta, value)) {
         Ok(object) => Parsed::Object(Arc::new(object)),
-        Err(reason) => Parsed::Refused { key, reason },
+        Err(reason) => refused(key, reason),
     }
 }
 

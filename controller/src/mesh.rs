@@ -11,9 +11,10 @@ use mesh_wire::MeshConfig;
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::index::{Delta, Index, IndexSettings, NodeReport, PolicyStatus};
+use crate::ca::revocations::RevocationStatus;
+use crate::index::{Captured, Delta, Index, IndexSettings, NodeReport, PolicyStatus};
 use crate::publish::Store;
-use crate::source::{Change, SourceEvent, SourceStatus};
+use crate::source::{Change, Refusal, SourceEvent, SourceStatus};
 
 /// What proves identities: PEM, as agents receive it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,7 +23,12 @@ pub struct Trust {
     pub root_pem: String,
     /// Revocation lists; may be empty.
     pub crl_pem: String,
+    /// How the operator's lists among them stand; none without.
+    pub revocations: Option<RevocationStatus>,
 }
+
+/// Most warnings beside an answer.
+const MAX_WARNINGS: usize = 8;
 
 /// A snapshot for [`explain`](crate::explain).
 #[derive(Clone, Debug, Default)]
@@ -31,6 +37,8 @@ pub struct Picture {
     pub index: WorkloadIndex,
     /// Policies.
     pub policies: PolicySet,
+    /// What agents say they capture.
+    pub captured: Captured,
 }
 
 /// The mesh.
@@ -56,6 +64,8 @@ pub struct Status {
     pub synced: bool,
     /// What the source could not use.
     pub source: SourceStatus,
+    /// How the operator's revocation lists stand; none without `--crl-file`.
+    pub revocations: Option<RevocationStatus>,
     /// How each policy object is enforced.
     pub policies: BTreeMap<String, PolicyStatus>,
     /// Objects that do something else than their author may think.
@@ -92,9 +102,12 @@ impl Mesh {
             SourceEvent::Changes(changes) => self.apply(changes),
             SourceEvent::Status(status) => {
                 metrics::gauge!("culvert_controller_objects").set(count(status.objects));
-                metrics::gauge!("culvert_controller_refused_objects")
-                    .set(count(status.refused.len()));
-                self.lock().source = status;
+                metrics::gauge!("culvert_controller_kept_objects").set(count(status.kept));
+                metrics::gauge!("culvert_controller_source_missing")
+                    .set(count(usize::from(status.missing.is_some())));
+                let mut state = self.lock();
+                count_refused(&state.source, &status);
+                state.source = status;
             }
             SourceEvent::Synced => {
                 self.synced.send_replace(true);
@@ -149,7 +162,34 @@ impl Mesh {
     /// A snapshot of workloads, services and policies.
     #[must_use]
     pub fn picture(&self) -> Picture {
-        self.lock().picture.clone()
+        let state = self.lock();
+        Picture { captured: state.index.captured(), ..state.picture.clone() }
+    }
+
+    /// What a reader of any answer about this mesh should know: what of it is not as its manifests say.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let state = self.lock();
+        let source = &state.source;
+        let mut warnings = Vec::new();
+        if let Some(problem) = &source.missing {
+            warnings
+                .push(format!("the manifests are gone ({problem}); everything stays as it was"));
+        } else if source.kept > 0 {
+            let named = source.kept_objects.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
+            warnings.push(format!(
+                "{} in use in an earlier version, such as {named}",
+                objects(source.kept)
+            ));
+        }
+        for refusal in source.refused.iter().filter(|refusal| refusal.is_not_enforced()) {
+            warnings.push(format!(
+                "{}:{} is not enforced and may hold a policy: {}",
+                refusal.file, refusal.line, refusal.problem
+            ));
+        }
+        warnings.truncate(MAX_WARNINGS);
+        warnings
     }
 
     /// What an operator should know.
@@ -165,6 +205,7 @@ impl Mesh {
         Status {
             synced: self.is_synced(),
             source: state.source.clone(),
+            revocations: state.trust.revocations.clone(),
             policies,
             notes: state.index.notes(),
         }
@@ -226,6 +267,26 @@ impl Mesh {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic in the index is a bug; what it had computed so far is still consistent enough to be served.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn objects(number: usize) -> String {
+    if number == 1 { "1 object is".to_owned() } else { format!("{number} objects are") }
+}
+
+/// Refused objects by kind. A kind of which nothing is refused any more goes to 0.
+fn count_refused(before: &SourceStatus, now: &SourceStatus) {
+    let kind = |refusal: &Refusal| refusal.kind.unwrap_or("unknown");
+    let mut counts: BTreeMap<&str, usize> =
+        before.refused.iter().map(|refusal| (kind(refusal), 0)).collect();
+    for refusal in &now.refused {
+        *counts.entry(kind(refusal)).or_default() += 1;
+    }
+    let denying = now.refused.iter().filter(|refusal| refusal.denied).count();
+    metrics::gauge!("culvert_controller_denying_policies").set(count(denying));
+    for (kind, number) in counts {
+        metrics::gauge!("culvert_controller_refused_objects", "kind" => kind.to_owned())
+            .set(count(number));
     }
 }
 

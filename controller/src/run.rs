@@ -28,6 +28,7 @@ use crate::ca::Certificates;
 use crate::ca::authenticate::Authenticate;
 use crate::ca::authority::Authority;
 use crate::ca::enrolment::Enrolments;
+use crate::ca::revocations::Revocations;
 use crate::ca::tokens::Tokens;
 use crate::cli::{Egress, RunArgs, Source};
 use crate::index::IndexSettings;
@@ -54,6 +55,7 @@ const MAX_REQUEST_BYTES: usize = 64 << 20;
 pub struct Controller {
     mesh: SharedMesh,
     authority: Arc<Authority>,
+    revocations: Arc<Revocations>,
     listener: TcpListener,
     tls: Arc<ArcSwap<ServerConfig>>,
     discovery: Discovery,
@@ -75,14 +77,16 @@ impl Controller {
             Authority::open(files.clone(), &args.trust_domain, now)
                 .context("certificate authority")?,
         );
-        let tokens = Arc::new(Tokens::open(files).context("join tokens")?);
+        let tokens = Arc::new(Tokens::open(files.clone()).context("join tokens")?);
         let mesh = Arc::new(Mesh::new(index_settings(&args)));
-        mesh.set_trust(trust(&authority, &args));
+        let revocations = Revocations::open(args.crl_file.clone(), files.clone());
+        let revocations = Arc::new(revocations.context("--crl-file")?);
+        set_trust(&mesh, &authority, &revocations);
         let tls = Arc::new(ArcSwap::from_pointee(server_config(&authority, &args)?));
         let listener = TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("listen on {}", args.listen))?;
-        start_source(&args, &mesh)?;
+        start_source(&args, files, &mesh)?;
         let authenticate: Arc<dyn Authenticate> = Arc::clone(&tokens) as Arc<dyn Authenticate>;
         Ok(Self {
             discovery: Discovery::new(
@@ -99,6 +103,7 @@ impl Controller {
             enrolments: Enrolments::new(Arc::clone(&mesh), tokens),
             mesh,
             authority,
+            revocations,
             listener,
             tls,
             args,
@@ -151,6 +156,7 @@ impl Controller {
     pub async fn serve(self, drain: Drain) -> Result<()> {
         let clockwork = tokio::spawn(keep_authority(
             Arc::clone(&self.authority),
+            self.revocations,
             Arc::clone(&self.mesh),
             Arc::clone(&self.tls),
             self.args.clone(),
@@ -201,7 +207,7 @@ fn index_settings(args: &RunArgs) -> IndexSettings {
     }
 }
 
-fn start_source(args: &RunArgs, mesh: &SharedMesh) -> Result<()> {
+fn start_source(args: &RunArgs, state: StateDir, mesh: &SharedMesh) -> Result<()> {
     let (send, mut events) = mpsc::channel(16);
     match &args.source {
         Source::Directory(root) => {
@@ -209,7 +215,7 @@ fn start_source(args: &RunArgs, mesh: &SharedMesh) -> Result<()> {
                 rescan_interval: args.rescan,
                 ..DirectorySettings::new(root.clone())
             };
-            directory::watch(settings, send)
+            directory::watch(settings, state, send)
                 .with_context(|| format!("source directory {}", root.display()))?;
         }
     }
@@ -227,20 +233,14 @@ fn start_source(args: &RunArgs, mesh: &SharedMesh) -> Result<()> {
     Ok(())
 }
 
-fn trust(authority: &Authority, args: &RunArgs) -> Trust {
+fn set_trust(mesh: &Mesh, authority: &Authority, revocations: &Revocations) {
     let mut crl_pem = authority.crl_pem().to_string();
-    if let Some(path) = &args.crl_file {
-        match std::fs::read_to_string(path) {
-            Ok(text) if text.contains("BEGIN X509 CRL") || text.trim().is_empty() => {
-                crl_pem.push_str(&text)
-            }
-            Ok(_) => warn!(path = %path.display(), "not a list of revocations in PEM; not used"),
-            Err(error) => {
-                warn!(path = %path.display(), %error, "revocations cannot be read; not used")
-            }
-        }
-    }
-    Trust { root_pem: authority.root_bundle_pem(), crl_pem }
+    crl_pem.push_str(&revocations.look());
+    mesh.set_trust(Trust {
+        root_pem: authority.root_bundle_pem(),
+        crl_pem,
+        revocations: revocations.status(),
+    });
 }
 
 fn server_config(authority: &Authority, args: &RunArgs) -> Result<ServerConfig> {
@@ -253,6 +253,7 @@ fn server_config(authority: &Authority, args: &RunArgs) -> Result<ServerConfig> 
 /// Keeps the authority, what agents believe and the listener's certificate up to date.
 async fn keep_authority(
     authority: Arc<Authority>,
+    revocations: Arc<Revocations>,
     mesh: SharedMesh,
     tls: Arc<ArcSwap<ServerConfig>>,
     args: RunArgs,
@@ -273,7 +274,7 @@ async fn keep_authority(
         if changed {
             info!("the certificate authority changed");
         }
-        mesh.set_trust(trust(&authority, &args));
+        set_trust(&mesh, &authority, &revocations);
         // A clock that was set back must not keep an old certificate.
         let stale = now.duration_since(issued).map_or(true, |age| age > SERVER_TTL / 2);
         if changed || stale {

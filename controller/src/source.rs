@@ -2,14 +2,17 @@
 //! same three.
 
 pub mod directory;
+mod last_good;
 mod scan;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::Serialize;
 
 use crate::manifest::{Object, ObjectKey};
 
+pub use last_good::{LastGood, Records};
 pub use scan::{FileContent, Scan};
 
 /// A change of one object.
@@ -37,8 +40,18 @@ pub enum SourceEvent {
 pub struct SourceStatus {
     /// Objects in use.
     pub objects: usize,
-    /// Objects, documents and files that were refused.
+    /// Objects, documents and files that were refused, the first 1,000.
     pub refused: Vec<Refusal>,
+    /// How many more were.
+    pub more_refused: usize,
+    /// Objects in use in an earlier version: what the source holds of them now is refused or cannot be seen.
+    pub kept: usize,
+    /// Their names, the first 100.
+    pub kept_objects: Vec<String>,
+    /// Why the source as a whole is not believed, when it is not: everything stays as it was then.
+    pub missing: Option<String>,
+    /// Why last good versions are not written down for a restart, when they are not.
+    pub not_remembered: Option<String>,
     /// Kinds that are not read, with the number of their objects.
     pub ignored: Vec<(String, usize)>,
 }
@@ -50,6 +63,8 @@ pub struct Refusal {
     pub file: String,
     /// Line, from 1; 0 for the file as a whole.
     pub line: usize,
+    /// Its kind, as far as it can be read.
+    pub kind: Option<&'static str>,
     /// The object, as far as it can be read.
     pub object: Option<String>,
     /// Field path; empty for the object as a whole.
@@ -60,4 +75,32 @@ pub struct Refusal {
     pub remedy: String,
     /// True when an earlier good version of it is still in use.
     pub last_good_in_use: bool,
+    /// True when whatever it may have refused is refused in its place.
+    pub denied: bool,
+}
+
+impl Refusal {
+    /// True when nothing stands in for it, and it may have been a policy that refuses.
+    #[must_use]
+    pub fn is_not_enforced(&self) -> bool {
+        let policies = ["AuthorizationPolicy", "PeerAuthentication"];
+        !self.last_good_in_use
+            && !self.denied
+            && self.kind.is_none_or(|kind| policies.contains(&kind))
+    }
+
+    /// A refusal of nothing in particular in a file.
+    fn of_file(file: &Path) -> Self {
+        Self {
+            file: file.display().to_string(),
+            line: 0,
+            kind: None,
+            object: None,
+            field: String::new(),
+            problem: String::new(),
+            remedy: String::new(),
+            last_good_in_use: false,
+            denied: false,
+        }
+    }
 }

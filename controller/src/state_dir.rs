@@ -87,6 +87,18 @@ impl StateDir {
         File::open(&self.root)?.sync_all()
     }
 
+    /// Removes a file; true when it was there.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn take(&self, name: &str) -> io::Result<bool> {
+        match fs::remove_file(self.path(name)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// When the file was replaced last; none when it is missing.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use mesh_controller::ca::authority::Authority;
 use mesh_controller::ca::tokens::Tokens;
 use mesh_controller::cli::{Cli, Command, RunArgs};
 use mesh_controller::explain::{Question, answer};
+use mesh_controller::index::{Key, NodeReport};
 use mesh_controller::mesh::SharedMesh;
 use mesh_controller::run::Controller;
 use mesh_controller::state_dir::StateDir;
@@ -155,7 +156,7 @@ fn args(directory: &Path) -> RunArgs {
     ];
     match Cli::try_parse_from(line).unwrap().command {
         Command::Run(args) => *args,
-        other @ (Command::Token(_) | Command::Ca(_)) => panic!("{other:?}"),
+        other @ (Command::Token(_) | Command::Source(_) | Command::Ca(_)) => panic!("{other:?}"),
     }
 }
 
@@ -418,13 +419,73 @@ async fn explain_names_the_rule_that_decides() {
         let answer = ask(to, 80);
         assert!(answer.allowed, "{to}: {answer:?}");
         assert_eq!(answer.stages.len(), 2);
+        assert_eq!(answer.warnings.len(), 2, "no agent has said that it captures either");
     }
+    let report = |node: &str, pods: &[&str]| {
+        let pods = pods.iter().map(|name| Key::new("shop", name)).collect();
+        lab.mesh.report(node, NodeReport::Enrolled(pods));
+    };
+    report("node-b", &[]);
+    let plain = ask("cart", 80);
+    let text = "shop/web is in the mesh, but the agent of node node-b does not capture it: it dials in plaintext";
+    assert_eq!(
+        plain.stages[0].outcome,
+        "shop/web is in the mesh, but the agent of node node-b does not capture it: its own network decides where this goes"
+    );
+    let to_pod = ask("10.0.1.5", 8080);
+    assert_eq!((to_pod.stages[0].outcome.as_str(), to_pod.stages.len()), (text, 2));
+    report("node-b", &["web"]);
+    report("node-a", &[]);
+    let nobody = ask("cart", 80);
+    assert_eq!(nobody.reason, Some(CloseReason::TunnelConnectFailed), "{nobody:?}");
+    assert!(nobody.summary.contains("does not capture it"), "{}", nobody.summary);
+    report("node-a", &["cart"]);
+    assert_eq!(ask("cart", 80).warnings, [""; 0]);
     assert_eq!(ask("cart", 81).reason, Some(CloseReason::NoSuchPort));
     write(&lab.manifest("policy.yaml"), POLICY);
     wait(|| !ask("cart", 80).allowed).await;
     let denied = ask("cart", 80);
     assert_eq!(denied.reason, Some(CloseReason::PolicyDenied));
     assert!(denied.summary.contains("AuthorizationPolicy shop/only-x"), "{}", denied.summary);
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_cannot_be_read_denies_and_a_good_one_outlives_the_controller() {
+    let lab = Lab::start().await;
+    lab.mesh.synced().await;
+    let ask = |lab: &Lab| {
+        let question = Question { from: "shop/web".into(), to: "cart".into(), port: 80 };
+        answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now()).unwrap()
+    };
+    let broken = POLICY.replace("rules:", "ruels:");
+    write(&lab.manifest("policy.yaml"), &broken);
+    wait(|| !ask(&lab).allowed).await;
+    let denied = ask(&lab);
+    assert_eq!(denied.reason, Some(CloseReason::PolicyMissing));
+    assert!(
+        denied.summary.contains("AuthorizationPolicy shop/only-x (unreadable: spec.ruels: "),
+        "{}",
+        denied.summary
+    );
+    assert!(lab.mesh.status().source.refused[0].denied);
+    // Once good it is what it says; broken again over a restart it stays that.
+    write(&lab.manifest("policy.yaml"), POLICY);
+    wait(|| ask(&lab).reason == Some(CloseReason::PolicyDenied)).await;
+    let directory = lab.stop().await;
+    write(&directory.path().join("manifests/policy.yaml"), &broken);
+    let lab = Lab::start_in(directory).await;
+    lab.mesh.synced().await;
+    assert_eq!(ask(&lab).reason, Some(CloseReason::PolicyDenied));
+    assert_eq!(lab.mesh.status().source.kept, 1);
+    assert!(lab.mesh.warnings()[0].contains("AuthorizationPolicy shop/only-x"));
+    // An unmounted folder, over a restart, is no deletion.
+    let directory = lab.stop().await;
+    std::fs::remove_dir_all(directory.path().join("manifests")).unwrap();
+    let lab = Lab::start_in(directory).await;
+    lab.mesh.synced().await;
+    assert_eq!(ask(&lab).reason, Some(CloseReason::PolicyDenied));
+    assert!(lab.mesh.status().source.missing.is_some());
     lab.stop().await;
 }
 

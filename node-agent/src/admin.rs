@@ -19,6 +19,9 @@ use crate::dataplane::DataPlane;
 use crate::enrolment::enroller::Enroller;
 use crate::picture::Picture;
 
+/// Most policies that are listed as refusing in the place of unreadable ones.
+const MAX_DENYING: usize = 100;
+
 /// What the admin interface looks at.
 #[derive(Clone)]
 pub(crate) struct Desk {
@@ -134,6 +137,17 @@ impl Desk {
         let standing = self.standing.borrow().clone();
         let snapshot = self.picture.snapshot();
         let features = self.gate.capture().features();
+        let policies = &snapshot.policies;
+        let unread = policies.policies().filter(|policy| policy.origin.unreadable.is_some());
+        let denying: Vec<String> = unread
+            .map(|policy| policy.origin.to_string())
+            .chain(
+                policies
+                    .unreadable()
+                    .map(|one| format!("{} (unreadable: {})", one.name, one.reason)),
+            )
+            .take(MAX_DENYING)
+            .collect();
         let EnrollReply::Pods { pods } = (EnrollReply::Pods { pods: self.enroller.list() }) else {
             return serde_json::Value::Null;
         };
@@ -157,6 +171,7 @@ impl Desk {
             "workloads": snapshot.index.workloads().len(),
             "services": snapshot.index.services().len(),
             "policies": snapshot.policies.policies().len(),
+            "denying": denying,
             "certificates": snapshot.svids.len(),
             "indexRevision": snapshot.index.revision().0,
             "policyRevision": snapshot.policies.revision().0,

@@ -162,6 +162,7 @@ fn status_of_both_daemons() {
             "capture": { "cgroupOrder": "first", "guard": "tcx", "cgroupRoot": "/sys/fs/cgroup",
                          "adopted": true },
             "pods": [daemon::pod("shop", "cart-1")], "workloads": 2, "services": 1, "policies": 1,
+            "denying": ["AuthorizationPolicy shop/p (unreadable: odd)"],
             "certificates": 1, "indexRevision": 9, "policyRevision": 3,
         })
         .to_string()
@@ -170,6 +171,7 @@ fn status_of_both_daemons() {
     let (stdout, _) = ends(&culvert(&daemon, &["status"]), 0);
     for part in [
         "node:       node-a\n",
+        "DENYING:    AuthorizationPolicy shop/p (unreadable: odd)\n",
         "agent:      ready (version 0.1.0)\n",
         "controller: away; going on with what it said last (refused)\n",
         "2 workloads, 1 service, 1 policy (revision 3), 1 certificate, index revision 9\n",
@@ -197,7 +199,7 @@ fn status_of_both_daemons() {
     });
     let only = Daemon::start();
     only.serve_http("controller.sock", &[("/status", 200, controller.to_string())]);
-    let (stdout, _) = ends(&culvert(&only, &["status"]), 0);
+    let (stdout, _) = ends(&culvert(&only, &["status"]), 1);
     for part in [
         "objects:    5 in use, 1 refused\n",
         "refused: Service shop/web at a.yaml:3, spec.ports: not a port\n",
@@ -206,6 +208,76 @@ fn status_of_both_daemons() {
     ] {
         assert!(stdout.contains(part), "{part:?} is missing:\n{stdout}");
     }
+}
+
+#[test]
+fn a_controller_that_fails_closed_or_runs_on_kept_objects_says_so() {
+    let refusal = |object: Value, denied: bool| {
+        json!({ "file": "a.yaml", "line": 3, "object": object, "field": "", "problem": "odd",
+                "remedy": "mend it", "last_good_in_use": false, "denied": denied })
+    };
+    let status = |source: Value, revocations: Value| {
+        let mut all = json!({ "objects": 5, "ignored": [], "refused": [] });
+        all.as_object_mut().unwrap().extend(source.as_object().unwrap().clone());
+        json!({ "synced": true, "source": all, "revocations": revocations, "notes": [],
+                "policies": { "AuthorizationPolicy shop/p": { "enforced_as_written": false,
+                    "denying": true, "place": "every workload of namespace shop", "notes": [] } } })
+    };
+    let good = json!({ "file": "/crl.pem", "problem": null });
+    for (answer, code, part) in [
+        (status(json!({}), good.clone()), 0, "DENYING"),
+        (
+            status(
+                json!({ "refused": [refusal(json!("AuthorizationPolicy shop/p"), true)] }),
+                good.clone(),
+            ),
+            1,
+            "\n  DENYING: whatever it may refuse",
+        ),
+        (
+            status(json!({ "refused": [refusal(Value::Null, false)] }), good.clone()),
+            1,
+            "\n  NOT ENFORCED: nothing stands in",
+        ),
+        (
+            status(json!({ "kept": 3, "kept_objects": ["Pod shop/a"] }), good.clone()),
+            1,
+            "KEPT:       3 objects in an earlier version: Pod shop/a and 2 more\n",
+        ),
+        (
+            status(json!({ "missing": "/m: it holds no manifest" }), good.clone()),
+            1,
+            "MISSING:    /m: it holds no manifest; everything stays",
+        ),
+        (
+            status(json!({ "not_remembered": "disk full" }), good),
+            1,
+            "cannot be kept for a restart: disk full\n",
+        ),
+        (
+            status(json!({}), json!({ "file": "/crl.pem", "problem": "empty" })),
+            1,
+            "the last good revocation lists, instead of /crl.pem: empty\n",
+        ),
+    ] {
+        let daemon = Daemon::start();
+        daemon.serve_http("controller.sock", &[("/status", 200, answer.to_string())]);
+        let (stdout, _) = ends(&culvert(&daemon, &["status"]), code);
+        assert!(stdout.contains(part), "{part:?} is missing:\n{stdout}");
+    }
+}
+
+#[test]
+fn explain_of_an_unknown_name_is_a_mistake_of_the_question() {
+    let daemon = Daemon::start();
+    let target = "/explain?from=shop/nobody&to=web.shop&port=80";
+    let answer = json!({ "error": "no workload \"shop/nobody\"" }).to_string();
+    daemon.serve_http("controller.sock", &[(target, 404, answer)]);
+    let (_, stderr) = ends(&culvert(&daemon, &["explain", "shop/nobody", "web.shop:80"]), 2);
+    assert!(
+        stderr.contains("no workload") && stderr.contains("remedy: culvert config"),
+        "{stderr}"
+    );
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::NodeReport;
 use super::objects::Key;
+use super::workloads::WorkloadSource;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -28,18 +29,33 @@ struct Tracked {
     node: Arc<str>,
 }
 
+/// What the agents that are connected say they capture. A clone costs a step per node.
+#[derive(Clone, Debug, Default)]
+pub struct Captured(BTreeMap<Arc<str>, Arc<BTreeSet<Key>>>);
+
+impl Captured {
+    /// Whether the agent of `node` captures a pod or WorkloadEntry; none when it has not said.
+    #[must_use]
+    pub fn reported(&self, node: &str, namespace: &str, name: &str) -> Option<bool> {
+        self.0.get(node).map(|keys| keys.contains(&Key::new(namespace, name)))
+    }
+
+    fn holds(&self, node: &str, key: &Key) -> bool {
+        self.0.get(node).is_some_and(|keys| keys.contains(key))
+    }
+}
+
 /// What is known of captured workloads.
 #[derive(Debug, Default)]
 pub(super) struct Enrolment {
     connected: BTreeSet<Arc<str>>,
-    enrolled: BTreeMap<Arc<str>, BTreeSet<Key>>,
-    pods: BTreeMap<Key, Tracked>,
-    entries: BTreeMap<Key, Tracked>,
+    enrolled: Captured,
+    tracked: BTreeMap<WorkloadSource, Tracked>,
 }
 
 impl Enrolment {
     /// Takes in a report; returns the workloads whose announcement it may change.
-    pub(super) fn report(&mut self, node: &str, report: NodeReport) -> Vec<Key> {
+    pub(super) fn report(&mut self, node: &str, report: NodeReport) -> Vec<WorkloadSource> {
         let node: Arc<str> = node.into();
         match report {
             NodeReport::Connected => {
@@ -48,65 +64,52 @@ impl Enrolment {
             }
             NodeReport::Disconnected => {
                 self.connected.remove(&node);
-                self.enrolled.remove(&node);
+                self.enrolled.0.remove(&node);
                 Vec::new()
             }
             NodeReport::Enrolled(keys) => {
                 let joining = self
-                    .pods
+                    .tracked
                     .iter()
-                    .chain(&self.entries)
-                    .filter(|(key, one)| {
-                        one.state == State::Joining && one.node == node && keys.contains(*key)
+                    .filter(|(source, one)| {
+                        let captured = source.key().is_some_and(|key| keys.contains(key));
+                        one.state == State::Joining && one.node == node && captured
                     })
-                    .map(|(key, _)| key.clone())
+                    .map(|(source, _)| source.clone())
                     .collect();
-                self.enrolled.insert(node, keys);
+                self.enrolled.0.insert(node, Arc::new(keys));
                 joining
             }
         }
     }
 
-    /// Decides about a pod as it is now. `ambient`: it is selected.
+    /// What agents say they capture.
+    pub(super) fn captured(&self) -> Captured {
+        self.enrolled.clone()
+    }
+
+    /// Decides about a pod or WorkloadEntry as it is now. `ambient`: it is selected.
     pub(super) fn is_hbone(
         &mut self,
-        key: &Key,
+        source: &WorkloadSource,
         uid: &Arc<str>,
         node: &Arc<str>,
         ambient: bool,
     ) -> bool {
-        let state = self.next(self.pods.get(key), key, uid, node, ambient);
-        self.pods.insert(key.clone(), Tracked { uid: uid.clone(), state, node: node.clone() });
+        let state = self.next(source, uid, node, ambient);
+        let tracked = Tracked { uid: uid.clone(), state, node: node.clone() };
+        self.tracked.insert(source.clone(), tracked);
         state == State::Tunnelled
     }
 
-    /// Decides about a WorkloadEntry as it is now.
-    pub(super) fn is_hbone_entry(
-        &mut self,
-        key: &Key,
-        uid: &Arc<str>,
-        node: &Arc<str>,
-        ambient: bool,
-    ) -> bool {
-        let state = self.next(self.entries.get(key), key, uid, node, ambient);
-        self.entries.insert(key.clone(), Tracked { uid: uid.clone(), state, node: node.clone() });
-        state == State::Tunnelled
-    }
-
-    /// A pod is gone.
-    pub(super) fn forget(&mut self, key: &Key) {
-        self.pods.remove(key);
-    }
-
-    /// A WorkloadEntry is gone.
-    pub(super) fn forget_entry(&mut self, key: &Key) {
-        self.entries.remove(key);
+    /// A pod or WorkloadEntry is gone.
+    pub(super) fn forget(&mut self, source: &WorkloadSource) {
+        self.tracked.remove(source);
     }
 
     fn next(
         &self,
-        known: Option<&Tracked>,
-        key: &Key,
+        source: &WorkloadSource,
         uid: &Arc<str>,
         node: &Arc<str>,
         ambient: bool,
@@ -114,7 +117,8 @@ impl Enrolment {
         if !ambient {
             return State::Plain;
         }
-        let captured = self.enrolled.get(node).is_some_and(|keys| keys.contains(key));
+        let captured = source.key().is_some_and(|key| self.enrolled.holds(node, key));
+        let known = self.tracked.get(source);
         match known.filter(|known| known.uid == *uid).map(|known| known.state) {
             None | Some(State::Tunnelled) => State::Tunnelled,
             Some(State::Plain | State::Joining) if captured => State::Tunnelled,

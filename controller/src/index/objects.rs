@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::manifest::{
     AuthorizationPolicy, EndpointSlice, Kind, Namespace, Node, Object, ObjectKey,
-    PeerAuthentication, Pod, Service, ServiceAccount, ServiceEntry, WorkloadEntry,
+    PeerAuthentication, Pod, Service, ServiceAccount, ServiceEntry, UnreadablePolicy,
+    WorkloadEntry,
 };
 
 /// Namespace and name.
@@ -62,6 +63,8 @@ pub(super) struct Objects {
     pub(super) service_entries: Table<ServiceEntry>,
     pub(super) authorizations: Table<AuthorizationPolicy>,
     pub(super) peers: Table<PeerAuthentication>,
+    /// Policies that cannot be read; never one of a key that is in a table as well.
+    pub(super) unreadable: BTreeMap<ObjectKey, Arc<UnreadablePolicy>>,
     pub(super) slices_by_service: BTreeMap<Key, BTreeSet<Key>>,
     pub(super) slices_by_pod: BTreeMap<Key, BTreeSet<Key>>,
     pub(super) pods_by_node: BTreeMap<Arc<str>, BTreeSet<Key>>,
@@ -70,8 +73,15 @@ pub(super) struct Objects {
 impl Objects {
     /// Stores `object`; returns what it replaced.
     pub(super) fn upsert(&mut self, object: &Object) -> Option<Object> {
-        let key = Key::from(&object.key());
-        match object {
+        let whole = object.key();
+        let key = Key::from(&whole);
+        if let Object::Unreadable(new) = object {
+            let old = self.remove(&whole);
+            self.unreadable.insert(whole, Arc::clone(new));
+            return old;
+        }
+        let unreadable = self.unreadable.remove(&whole).map(Object::Unreadable);
+        let old = match object {
             Object::Namespace(new) => {
                 self.namespaces.insert(key.name, Arc::clone(new)).map(Object::Namespace)
             }
@@ -111,11 +121,16 @@ impl Objects {
             Object::PeerAuthentication(new) => {
                 self.peers.insert(key, Arc::clone(new)).map(Object::PeerAuthentication)
             }
-        }
+            Object::Unreadable(_) => None,
+        };
+        unreadable.or(old)
     }
 
     /// Removes an object; returns it.
     pub(super) fn remove(&mut self, key: &ObjectKey) -> Option<Object> {
+        if let Some(old) = self.unreadable.remove(key) {
+            return Some(Object::Unreadable(old));
+        }
         let id = Key::from(key);
         match key.kind {
             Kind::Namespace => self.namespaces.remove(&id.name).map(Object::Namespace),

@@ -9,10 +9,10 @@ use serde::Serialize;
 use super::objects::{Key, in_namespace, slice_service};
 use super::services::waypoint;
 use super::workloads::{View, WorkloadSource, selects, target_ports_in, target_ports_on};
-use super::{authorization, peer};
-use crate::manifest::AuthorizationPolicy;
+use super::{authorization, peer, unreadable};
 use crate::manifest::policy::{PolicyAction, PolicyTarget};
 use crate::manifest::service::TargetPort;
+use crate::manifest::{AuthorizationPolicy, ObjectKey};
 
 /// What a policy with targetRefs is attached to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,8 +24,15 @@ pub(super) enum Target {
 impl Target {
     /// The targets of a policy that have endpoints.
     pub(super) fn of(policy: &AuthorizationPolicy) -> impl Iterator<Item = Self> + '_ {
-        let namespace = &policy.meta.namespace;
-        policy.targets.iter().filter_map(move |target| match target {
+        Self::among(&policy.targets, &policy.meta.namespace)
+    }
+
+    /// Those of a namespace's `targets` that have endpoints.
+    pub(super) fn among<'t>(
+        targets: &'t [PolicyTarget],
+        namespace: &'t Arc<str>,
+    ) -> impl Iterator<Item = Self> + 't {
+        targets.iter().filter_map(move |target| match target {
             PolicyTarget::Service(name) => {
                 Some(Self::Service(Key { namespace: namespace.clone(), name: name.clone() }))
             }
@@ -36,13 +43,13 @@ impl Target {
         })
     }
 
-    const fn key(&self) -> &Key {
+    pub(super) const fn key(&self) -> &Key {
         match self {
             Self::Service(key) | Self::ServiceEntry(key) => key,
         }
     }
 
-    const fn kind(&self) -> &'static str {
+    pub(super) const fn kind(&self) -> &'static str {
         match self {
             Self::Service(_) => "service",
             Self::ServiceEntry(_) => "serviceentry",
@@ -56,6 +63,7 @@ pub(super) enum PolicySource {
     Authorization(Key),
     TargetAllow(Target),
     Peer(Key),
+    Unreadable(ObjectKey),
 }
 
 /// How a policy object is enforced, for people.
@@ -63,6 +71,8 @@ pub(super) enum PolicySource {
 pub struct PolicyStatus {
     /// True when everything it says is enforced as written.
     pub enforced_as_written: bool,
+    /// True when it cannot be read and what it may have refused is refused in its place.
+    pub denying: bool,
     /// Where it is enforced.
     pub place: String,
     /// What is not as written, and what happens instead.
@@ -99,6 +109,7 @@ pub(super) fn of_workload(
         }
     }
     names.extend(peer::effective(view.objects, namespace, labels, root));
+    names.extend(unreadable::of_workload(view, namespace, labels, targets));
     names.into_iter().collect()
 }
 
@@ -157,7 +168,7 @@ pub(super) fn members(view: View<'_>, target: &Target) -> BTreeSet<WorkloadSourc
 }
 
 /// Ports on which a target is served, over all of its endpoints, ready or not.
-fn target_ports(view: View<'_>, target: &Target) -> Vec<u16> {
+pub(super) fn target_ports(view: View<'_>, target: &Target) -> Vec<u16> {
     let objects = view.objects;
     let ports = match target {
         Target::Service(key) => objects.services.get(key).map(|service| &service.ports),
@@ -206,6 +217,11 @@ pub(super) fn policies_of(view: View<'_>, source: &PolicySource) -> Vec<Policy> 
     let objects = view.objects;
     let root = &view.settings.root_namespace;
     match source {
+        PolicySource::Unreadable(key) => objects
+            .unreadable
+            .get(key)
+            .map(|policy| unreadable::policies(view, policy))
+            .unwrap_or_default(),
         PolicySource::Peer(key) => {
             let Some(object) = objects.peers.get(key) else { return Vec::new() };
             let level = peer::namespace_level(objects, &key.namespace, root);
@@ -300,7 +316,12 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
     if policy.dry_run {
         notes.push("dry run: it is evaluated and reported, not enforced".into());
     }
-    PolicyStatus { enforced_as_written: notes.is_empty(), place: places.join("; "), notes }
+    PolicyStatus {
+        enforced_as_written: notes.is_empty(),
+        denying: false,
+        place: places.join("; "),
+        notes,
+    }
 }
 
 /// How a PeerAuthentication is enforced.
@@ -327,7 +348,7 @@ pub(super) fn peer_status(
     {
         notes.push(format!("{} is older and takes precedence", oldest.meta.name));
     }
-    PolicyStatus { enforced_as_written: notes.is_empty(), place, notes }
+    PolicyStatus { enforced_as_written: notes.is_empty(), denying: false, place, notes }
 }
 
 /// The workloads that a selector policy may pick: of its namespace, or of all for the root namespace.

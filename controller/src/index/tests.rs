@@ -393,6 +393,117 @@ fn layer_7_content_fails_closed_and_says_so() {
     assert!(status.notes[0].contains("denies everything it selects"), "{status:?}");
 }
 
+/// The stand-in of a policy that cannot be read.
+fn unreadable(manifest: &str) -> Change {
+    let document = documents(manifest, Format::Yaml).remove(0).expect("valid YAML");
+    match read_objects(&document.value).remove(0).1 {
+        Parsed::Refused { unreadable: Some(policy), .. } => {
+            Change::Upsert(Arc::new(Object::Unreadable(Arc::new(*policy))))
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn unreadable_policies_deny_where_they_may_belong() {
+    let selects = "selector: {matchLabels: {app: cart}}, action: MAYBE";
+    let cart = "Kubernetes//Pod/shop/cart-1";
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: cart-1, namespace: shop, labels: {app: cart}}\nspec: {nodeName: n}\nstatus: {podIP: 10.0.0.1}\n---\napiVersion: v1\nkind: Service\nmetadata: {name: cart, namespace: shop}\nspec: {selector: {app: cart}, ports: [{port: 80, targetPort: 8080}]}\n";
+    for (metadata, spec, name, scope, lists) in [
+        (
+            "{name: p, namespace: shop}",
+            selects,
+            "shop/unreadable_AuthorizationPolicy_p",
+            PolicyScope::Workload,
+            true,
+        ),
+        (
+            "{name: p, namespace: istio-system}",
+            selects,
+            "istio-system/unreadable_AuthorizationPolicy_p",
+            PolicyScope::Workload,
+            true,
+        ),
+        (
+            "{name: p, namespace: bank}",
+            selects,
+            "bank/unreadable_AuthorizationPolicy_p",
+            PolicyScope::Workload,
+            false,
+        ),
+        (
+            "{name: p, namespace: shop}",
+            "action: MAYBE",
+            "shop/unreadable_AuthorizationPolicy_p",
+            PolicyScope::Namespace,
+            false,
+        ),
+        (
+            "{name: p}",
+            "action: MAYBE",
+            "default/unreadable_AuthorizationPolicy_p",
+            PolicyScope::Namespace,
+            false,
+        ),
+        (
+            "{name: p, namespace: istio-system}",
+            "action: MAYBE",
+            "istio-system/unreadable_AuthorizationPolicy_p",
+            PolicyScope::Global,
+            false,
+        ),
+        (
+            "{name: p, namespace: [x]}",
+            selects,
+            "istio-system/unreadable_AuthorizationPolicy_p",
+            PolicyScope::Global,
+            false,
+        ),
+        (
+            "{name: p, namespace: shop}",
+            "targetRefs: [{kind: Service, name: cart}], action: MAYBE",
+            "shop/unreadable_AuthorizationPolicy_p_service_cart",
+            PolicyScope::Workload,
+            true,
+        ),
+    ] {
+        let manifest = format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {metadata}\nspec: {{{spec}}}\n"
+        );
+        let mut index = index_of(pod);
+        let before = listed(&index, cart);
+        let change = unreadable(&manifest);
+        index.apply([change.clone()]);
+        let made = policy(&index, name);
+        assert_eq!(
+            (made.scope, made.action, made.rules.len()),
+            (scope, Action::Deny, 1),
+            "{manifest}"
+        );
+        assert!(made.origin.to_string().contains("/p (unreadable: "), "{}", made.origin);
+        assert_eq!(listed(&index, cart).contains(&name.to_owned()), lists, "{manifest}");
+        assert!(index.policy_status().values().all(|status| status.denying), "{manifest}");
+        // In whatever order they come.
+        let mut other = Index::new(IndexSettings::default());
+        other.apply([change]);
+        other.apply(upserts(pod));
+        assert_eq!(other.policies().collect::<Vec<_>>(), index.policies().collect::<Vec<_>>());
+        assert_eq!(listed(&other, cart), listed(&index, cart));
+        // A good version takes its place; a deletion ends it.
+        let key = index.policy_status().into_keys().next().unwrap();
+        let mut removed = index;
+        removed.apply([Change::Delete(key)]);
+        assert_eq!((removed.policies().count(), listed(&removed, cart)), (0, before), "{manifest}");
+    }
+    let peer = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: p, namespace: shop}\nspec: {mtls: {mode: MAYBE}}\n";
+    let mut index = index_of(pod);
+    index.apply([unreadable(peer)]);
+    let made = policy(&index, "shop/unreadable_PeerAuthentication_p");
+    assert_eq!(made.rules[0].clauses.len(), 1, "it can only refuse what proves no identity");
+    index.apply(upserts(&peer.replace("MAYBE", "PERMISSIVE")));
+    assert_eq!(index.policies().count(), 0, "a good version has taken its place");
+}
+
 #[test]
 fn target_policies_are_enforced_at_the_endpoints() {
     let target = "targetRefs: [{kind: Service, name: cart}]";

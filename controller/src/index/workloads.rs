@@ -26,6 +26,16 @@ pub(super) enum WorkloadSource {
     ServiceEntry(Key),
 }
 
+impl WorkloadSource {
+    /// The key of what an agent can capture: a pod or a WorkloadEntry.
+    pub(super) const fn key(&self) -> Option<&Key> {
+        match self {
+            Self::Pod(key) | Self::WorkloadEntry(key) => Some(key),
+            Self::Slice(_) | Self::ServiceEntry(_) => None,
+        }
+    }
+}
+
 /// Everything the mappings look at.
 #[derive(Clone, Copy)]
 pub(super) struct View<'v> {

@@ -6,6 +6,8 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
+use super::unreadable::whole_fields;
+
 /// How a file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -36,6 +38,8 @@ pub struct InvalidDocument {
     pub line: usize,
     /// What is wrong.
     pub problem: String,
+    /// Fields of a YAML document that are whole all the same; see [`UnreadablePolicy`](super::UnreadablePolicy).
+    pub whole_fields: Option<Value>,
 }
 
 /// One step into a document.
@@ -120,9 +124,7 @@ fn is_blank(part: &str) -> bool {
 }
 
 fn yaml_document(text: &str, first_line: usize) -> Result<Document<'_>, InvalidDocument> {
-    let budget = Cell::new(budget_of(text));
-    ValueSeed { budget: &budget }
-        .deserialize(serde_norway::Deserializer::from_str(text))
+    yaml_value(text)
         .map(|value| Document { text, format: Format::Yaml, first_line, value })
         .map_err(|error| {
             // What is missing at the end is reported behind it, on a line that the file may not have.
@@ -131,8 +133,14 @@ fn yaml_document(text: &str, first_line: usize) -> Result<Document<'_>, InvalidD
             InvalidDocument {
                 line: first_line + line.saturating_sub(1),
                 problem: error.to_string(),
+                whole_fields: whole_fields(text, &|part| yaml_value(part).ok()),
             }
         })
+}
+
+fn yaml_value(text: &str) -> Result<Value, serde_norway::Error> {
+    let budget = Cell::new(budget_of(text));
+    ValueSeed { budget: &budget }.deserialize(serde_norway::Deserializer::from_str(text))
 }
 
 fn json_documents(text: &str) -> Vec<Result<Document<'_>, InvalidDocument>> {
@@ -170,6 +178,7 @@ fn invalid_json(error: &serde_json::Error, first_line: usize) -> InvalidDocument
     InvalidDocument {
         line: first_line + error.line().saturating_sub(1),
         problem: error.to_string(),
+        whole_fields: None,
     }
 }
 

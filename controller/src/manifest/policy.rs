@@ -312,6 +312,16 @@ impl RawAuthorizationPolicy {
     }
 }
 
+/// The targets of a spec that may be refused otherwise; `None` when they cannot be read, or there are none.
+pub(super) fn readable_targets(
+    spec: &serde_json::Map<String, serde_json::Value>,
+    meta: &Metadata,
+) -> Option<Vec<PolicyTarget>> {
+    let one = spec.get("targetRef").map(RawTargetRef::deserialize).transpose().ok()?;
+    let many = spec.get("targetRefs").map(Vec::<RawTargetRef>::deserialize).transpose().ok()?;
+    targets(one, many, meta).ok().filter(|targets| !targets.is_empty())
+}
+
 fn targets(
     one: Option<RawTargetRef>,
     many: Option<Vec<RawTargetRef>>,

@@ -3,6 +3,10 @@
 //! Every `*.yaml`, `*.yml` and `*.json` below the root counts, symbolic links included; names that start with a dot
 //! (editors' temporary files, the `..data` of a mounted ConfigMap) or end like a backup do not. inotify makes changes
 //! quick, a look at regular intervals makes them certain.
+//!
+//! A root that holds no manifest any more is more likely a volume that is not mounted, or a copy under way, than the wish to
+//! delete everything: what it held stays in use until an operator confirms (see [`accept_empty`]). The same goes for a
+//! folder on a volume of its own that is now empty.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -17,8 +21,10 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc::Sender;
 use tracing::{info, warn};
 
+use super::last_good::Records;
 use super::scan::{FileContent, Scan};
 use super::{SourceEvent, SourceStatus};
+use crate::state_dir::StateDir;
 
 /// Largest file read. A dump of 20,000 pods is about 60 MB.
 const MAX_FILE_BYTES: u64 = 128 << 20;
@@ -30,6 +36,20 @@ const MAX_DEPTH: usize = 16;
 const RACY: Duration = Duration::from_secs(2);
 /// How long a file that became empty is taken to be in the middle of being written.
 const EMPTY_GRACE: Duration = Duration::from_secs(1);
+/// How long after the last file of a root that was gone came back the others are waited for.
+const RETURN_GRACE: Duration = Duration::from_secs(60);
+
+/// File in the state directory by which an operator confirms that the root is meant to be empty.
+const ACCEPT_EMPTY: &str = "accept-empty-source";
+
+/// Confirms that the root is meant to hold no manifests. The controller takes it back at its next look, or at its start,
+/// whether the root is empty then or not.
+///
+/// # Errors
+/// When the state directory cannot be written.
+pub fn accept_empty(state: &StateDir) -> io::Result<()> {
+    state.write(ACCEPT_EMPTY, "")
+}
 
 /// How a directory is watched.
 #[derive(Clone, Debug)]
@@ -52,10 +72,22 @@ impl DirectorySettings {
 
 /// Starts watching on a thread of its own, which ends when `events` is closed.
 ///
+/// What files held when they were last good is kept in `state`. A root that cannot be read is none to start with, unless
+/// something of it is kept.
+///
 /// # Errors
-/// When the root is no readable directory, or the thread cannot be started.
-pub fn watch(settings: DirectorySettings, events: Sender<SourceEvent>) -> io::Result<()> {
-    fs::read_dir(&settings.root)?;
+/// When the root is no readable directory, the state directory cannot be used, or the thread cannot be started.
+pub fn watch(
+    settings: DirectorySettings,
+    state: StateDir,
+    events: Sender<SourceEvent>,
+) -> io::Result<()> {
+    let records = Records::open(&state)?;
+    if let Err(error) = fs::read_dir(&settings.root)
+        && records.files(&settings.root).is_empty()
+    {
+        return Err(error);
+    }
     let (wake, woken) = mpsc::channel();
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         // Reading a file is an event too; only what may have changed something wakes the scan.
@@ -70,7 +102,7 @@ pub fn watch(settings: DirectorySettings, events: Sender<SourceEvent>) -> io::Re
     }
     thread::Builder::new().name("source".into()).spawn(move || {
         let _watcher = watcher;
-        let mut tree = Tree::new(settings.root);
+        let mut tree = Tree::new(settings.root, state, records);
         let mut synced = false;
         loop {
             if !tree.look(&events, !synced) {
@@ -132,21 +164,37 @@ impl Stamp {
 
 struct Tree {
     root: PathBuf,
+    state: StateDir,
+    records: Records,
     scan: Scan,
     seen: BTreeMap<PathBuf, Stamp>,
     emptied: BTreeMap<PathBuf, Instant>,
+    /// Folders that hold manifests, with the device they are on.
+    devices: BTreeMap<PathBuf, u64>,
+    /// Files that are in use though they went with the whole root.
+    missing: BTreeSet<PathBuf>,
+    /// Files of the look before.
+    remembered: BTreeSet<PathBuf>,
+    /// When one of the missing came back last.
+    returned: Option<Instant>,
     /// A file is expected to change soon.
     unsettled: bool,
     last_status: Option<SourceStatus>,
 }
 
 impl Tree {
-    fn new(root: PathBuf) -> Self {
+    fn new(root: PathBuf, state: StateDir, records: Records) -> Self {
         Self {
             root,
+            state,
+            records,
             scan: Scan::default(),
             seen: BTreeMap::new(),
             emptied: BTreeMap::new(),
+            devices: BTreeMap::new(),
+            missing: BTreeSet::new(),
+            remembered: BTreeSet::new(),
+            returned: None,
             unsettled: false,
             last_status: None,
         }
@@ -156,30 +204,57 @@ impl Tree {
     fn look(&mut self, events: &Sender<SourceEvent>, first: bool) -> bool {
         let mut walk = Walk::default();
         walk.directory(&self.root, 0);
+        walk.find_unmounted(&mut self.devices);
         self.unsettled = false;
-        let mut files = BTreeMap::new();
+        let missing = self.missing(&walk, first);
+        let mut files: BTreeMap<PathBuf, FileContent> =
+            self.missing.iter().map(|path| (path.clone(), FileContent::OutOfSight)).collect();
         for (path, metadata) in walk.files {
             let content = self.content(&path, &metadata);
             files.insert(path, content);
         }
-        for (directory, problem) in walk.unreadable {
-            for path in self.seen.keys().filter(|path| path.starts_with(&directory)) {
-                files
-                    .entry(path.clone())
-                    .or_insert_with(|| FileContent::Unreadable(problem.clone()));
+        // Of an earlier run only the records know.
+        let mut known = std::mem::take(&mut self.remembered);
+        if first && !walk.unreadable.is_empty() {
+            known.append(&mut self.records.files(&self.root));
+        }
+        for (directory, _) in &walk.unreadable {
+            for path in known.iter().filter(|path| path.starts_with(directory)) {
+                files.entry(path.clone()).or_insert(FileContent::OutOfSight);
             }
+        }
+        self.remembered = files.keys().cloned().collect();
+        let fewer = known.iter().any(|path| !files.contains_key(path));
+        for (directory, problem) in walk.unreadable {
             files.entry(directory).or_insert(FileContent::Unreadable(problem));
         }
         self.seen.retain(|path, _| files.contains_key(path));
         self.emptied.retain(|path, _| files.contains_key(path));
-        let changes = self.scan.update(files);
+        if first || fewer {
+            self.records.retain(files.keys().map(PathBuf::as_path));
+        }
+        let changes = self.scan.update(files, &mut self.records);
+        let mut status = self.scan.status().clone();
+        status.missing = missing;
+        status.not_remembered = self.records.problem().map(str::to_owned);
         let mut alive = true;
         if !changes.is_empty() {
             info!(changes = changes.len(), "manifests changed");
             alive &= events.blocking_send(SourceEvent::Changes(changes)).is_ok();
         }
-        if self.last_status.as_ref() != Some(self.scan.status()) {
-            let status = self.scan.status().clone();
+        if self.last_status.as_ref() != Some(&status) {
+            let before = self.last_status.as_ref().and_then(|last| last.missing.as_ref());
+            match (&status.missing, before) {
+                (Some(problem), None) => warn!(
+                    root = %self.root.display(),
+                    problem,
+                    remedy = REMEDY,
+                    objects = status.objects,
+                    "the manifests are gone; everything stays as it was"
+                ),
+                (None, Some(_)) => info!(root = %self.root.display(), "the manifests are back"),
+                (Some(_), Some(_)) | (None, None) => {}
+            }
             for refusal in &status.refused {
                 let known =
                     self.last_status.as_ref().is_some_and(|last| last.refused.contains(refusal));
@@ -191,6 +266,8 @@ impl Tree {
                         field = refusal.field,
                         problem = refusal.problem,
                         remedy = refusal.remedy,
+                        last_good_in_use = refusal.last_good_in_use,
+                        denied = refusal.denied,
                         "manifest refused"
                     );
                 }
@@ -201,7 +278,57 @@ impl Tree {
         if first {
             alive &= events.blocking_send(SourceEvent::Synced).is_ok();
         }
+        self.records.sync();
         alive
+    }
+
+    /// Why the root is not believed, when it is not: there were manifests and now there is none, or not all are back.
+    fn missing(&mut self, walk: &Walk, first: bool) -> Option<String> {
+        if walk.files.is_empty() {
+            self.returned = None;
+            self.missing.extend(self.remembered.iter().cloned());
+            if first {
+                self.missing.append(&mut self.records.files(&self.root));
+            }
+        } else if !self.missing.is_empty() {
+            let before = self.missing.len();
+            for (path, _) in &walk.files {
+                self.missing.remove(path);
+            }
+            if self.missing.len() < before || self.returned.is_none() {
+                self.returned = Some(Instant::now());
+            }
+            if self.returned.is_some_and(|at| at.elapsed() > RETURN_GRACE) {
+                warn!(files = self.missing.len(), "files did not come back: they are deleted");
+                self.missing.clear();
+            }
+        }
+        let accepted = self.state.take(ACCEPT_EMPTY).unwrap_or_else(|error| {
+            warn!(%error, "whether the root is meant to be empty cannot be looked up");
+            false
+        });
+        match (accepted, self.missing.len()) {
+            (false, 0) => None,
+            (true, 0) => {
+                info!(
+                    "the root is not missing: the confirmation that it is meant to be empty is ignored"
+                );
+                None
+            }
+            (true, files) => {
+                warn!(root = %self.root.display(), files, "the operator says that they are meant to be gone");
+                self.missing.clear();
+                None
+            }
+            (false, files) if self.returned.is_some() => {
+                Some(format!("{}: {files} of its files are not back yet", self.root.display()))
+            }
+            (false, _) => {
+                let of_root = walk.unreadable.iter().find(|(path, _)| *path == self.root);
+                let why = of_root.map_or("it holds no manifest", |(_, problem)| problem.as_str());
+                Some(format!("{}: {why}", self.root.display()))
+            }
+        }
     }
 
     fn content(&mut self, path: &Path, metadata: &Metadata) -> FileContent {
@@ -234,14 +361,37 @@ impl Tree {
     }
 }
 
+/// What to do about a root that is not believed.
+pub(crate) const REMEDY: &str = "mount or fill the folder again; if it is meant to be empty, run culvert-controller source accept-empty";
+
 #[derive(Default)]
 struct Walk {
     files: Vec<(PathBuf, Metadata)>,
     unreadable: Vec<(PathBuf, String)>,
     visited: BTreeSet<(u64, u64)>,
+    /// The folders, with their devices.
+    devices: BTreeMap<PathBuf, u64>,
 }
 
 impl Walk {
+    /// Holds a folder that lost both its files and its device for unreadable: its volume is not mounted.
+    fn find_unmounted(&mut self, known: &mut BTreeMap<PathBuf, u64>) {
+        known.retain(|path, _| self.devices.contains_key(path));
+        let mut holders: BTreeSet<&Path> = BTreeSet::new();
+        for (file, _) in &self.files {
+            let folders = file.ancestors().skip(1).take(MAX_DEPTH + 1);
+            folders.take_while(|folder| holders.insert(folder)).for_each(drop);
+        }
+        for (path, device) in &self.devices {
+            if holders.contains(path.as_path()) {
+                known.insert(path.clone(), *device);
+            } else if known.get(path).is_some_and(|before| before != device) {
+                let problem = "its volume is not mounted any more";
+                self.unreadable.push((path.clone(), problem.to_owned()));
+            }
+        }
+    }
+
     fn directory(&mut self, path: &Path, depth: usize) {
         if depth > MAX_DEPTH {
             self.unreadable.push((
@@ -252,6 +402,9 @@ impl Walk {
         }
         let entries = fs::metadata(path).and_then(|metadata| {
             let first = self.visited.insert((metadata.dev(), metadata.ino()));
+            if first {
+                self.devices.insert(path.to_path_buf(), metadata.dev());
+            }
             if first { fs::read_dir(path).map(Some) } else { Ok(None) }
         });
         let entries = match entries {
@@ -303,3 +456,6 @@ fn is_manifest(path: &Path) -> bool {
         .and_then(|extension| extension.to_str())
         .is_some_and(|extension| matches!(extension, "yaml" | "yml" | "json"))
 }
+
+#[cfg(test)]
+mod tests;
