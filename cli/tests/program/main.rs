@@ -125,10 +125,11 @@ fn explain_takes_a_service_for_its_source() {
     assert!(stderr.contains("no workload belongs to a service \"none.shop\""), "{stderr}");
     let (stdout, _) = ends(&culvert(&daemon, &["config", "workloads"]), 0);
     assert!(stdout.starts_with("WORKLOAD ") && stdout.contains("\nshop/cart-1 "), "{stdout}");
-    let (_, stderr) = ends(&culvert(&daemon, &["explain", "a/b", "c:1"]), 4);
+    let (_, stderr) = ends(&culvert(&daemon, &["explain", "a/b", "c:1"]), 2);
     assert_eq!(
         stderr,
-        "culvert: the controller answered: nothing like /explain?from=a/b&to=c&port=1\n"
+        "culvert: nothing like /explain?from=a/b&to=c&port=1\n  \
+         remedy: culvert config --of controller lists what it knows\n"
     );
 }
 
