@@ -2,6 +2,7 @@
 
 mod control;
 mod ending;
+mod handover;
 mod headers;
 mod opening;
 mod receive;

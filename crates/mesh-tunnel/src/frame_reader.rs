@@ -14,6 +14,7 @@ use crate::frame::{
     DEFAULT_FRAME_SIZE, END_HEADERS, END_STREAM, ErrorCode, FRAME_HEADER, FrameHeader, FrameKind,
     PADDED, PREFACE, PRIORITY,
 };
+use crate::handover::{FrameReaderState, HandOverError, check};
 
 /// What the next bytes were.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +54,22 @@ enum Payload {
     Collect,
     /// Not kept.
     Skip,
+}
+
+impl Payload {
+    const fn of(kind: FrameKind) -> Self {
+        match kind {
+            FrameKind::Data => Self::Data,
+            FrameKind::Headers
+            | FrameKind::Continuation
+            | FrameKind::Settings
+            | FrameKind::RstStream
+            | FrameKind::Ping
+            | FrameKind::Goaway
+            | FrameKind::WindowUpdate => Self::Collect,
+            FrameKind::Priority | FrameKind::PushPromise | FrameKind::Unknown => Self::Skip,
+        }
+    }
 }
 
 /// Longest SETTINGS payload that is looked at; nobody has more than some ten settings.
@@ -109,6 +126,68 @@ impl FrameReader {
             body: Vec::new(),
             first_frame: true,
         }
+    }
+
+    pub(crate) fn state(&self) -> FrameReaderState {
+        let within = self.header_have == FRAME_HEADER;
+        FrameReaderState {
+            preface_left: u32::try_from(self.preface_left).unwrap_or(0),
+            header: self.header[..self.header_have].to_vec(),
+            left: if within { self.left } else { 0 },
+            padding: if within { self.padding } else { 0 },
+            pad_length_due: within && self.pad_length_due,
+            overhead: self.overhead,
+            lead_left: self.lead_left,
+            block: self.block.map_or_else(Vec::new, |block| block.bytes().to_vec()),
+            continuations: self.continuations,
+            body: if self.at_boundary() { Vec::new() } else { self.body.clone() },
+            first_frame: self.first_frame,
+        }
+    }
+
+    pub(crate) fn from_state(
+        state: &FrameReaderState,
+        max_frame_size: u32,
+        max_block: usize,
+    ) -> Result<Self, HandOverError> {
+        let mut reader = Self::new(false, max_frame_size, max_block);
+        reader.preface_left = state.preface_left as usize;
+        check(reader.preface_left <= PREFACE.len(), "a preface")?;
+        reader.header_have = state.header.len();
+        check(reader.header_have <= FRAME_HEADER, "a frame header")?;
+        reader.header[..reader.header_have].copy_from_slice(&state.header);
+        if reader.header_have == FRAME_HEADER {
+            reader.current = FrameHeader::parse(&reader.header);
+            reader.payload = Payload::of(reader.current.kind);
+        }
+        check(state.left <= reader.current.length, "a frame's rest")?;
+        check(state.padding <= state.left, "a frame's padding")?;
+        check(!state.pad_length_due || state.left > 0, "a frame's padding")?;
+        check(state.overhead <= 256 && state.lead_left <= 5, "a frame's overhead")?;
+        reader.left = state.left;
+        reader.padding = state.padding;
+        reader.pad_length_due = state.pad_length_due;
+        reader.overhead = state.overhead;
+        reader.lead_left = state.lead_left;
+        reader.block = match state.block.as_slice() {
+            [] => None,
+            bytes => Some(FrameHeader::parse(
+                bytes
+                    .try_into()
+                    .map_err(|_length| HandOverError::Inconsistent("a header block"))?,
+            )),
+        };
+        let mid_block = matches!(reader.current.kind, FrameKind::Headers | FrameKind::Continuation);
+        check(
+            reader.header_have < FRAME_HEADER || !mid_block || reader.block.is_some(),
+            "a header block",
+        )?;
+        // The predecessor's limit may have been another.
+        check(state.body.len() <= max_block.max(DEFAULT_FRAME_SIZE as usize), "a header block")?;
+        reader.continuations = state.continuations.min(MAX_CONTINUATIONS);
+        reader.body.clone_from(&state.body);
+        reader.first_frame = state.first_frame;
+        Ok(reader)
     }
 
     /// The payload that the last event spoke of.
@@ -233,11 +312,9 @@ impl FrameReader {
         if !continues {
             self.body.clear();
         }
-        self.payload = match header.kind {
-            FrameKind::Data => {
-                self.pad_length_due = header.has(PADDED);
-                Payload::Data
-            }
+        self.payload = Payload::of(header.kind);
+        match header.kind {
+            FrameKind::Data => self.pad_length_due = header.has(PADDED),
             FrameKind::Headers => {
                 self.block = Some(header);
                 self.continuations = 0;
@@ -247,27 +324,25 @@ impl FrameReader {
                 if header.length < lead {
                     return Err(ErrorCode::FRAME_SIZE_ERROR);
                 }
-                Payload::Collect
             }
             FrameKind::Continuation => {
                 self.continuations += 1;
                 if self.continuations > MAX_CONTINUATIONS {
                     return Err(ErrorCode::ENHANCE_YOUR_CALM);
                 }
-                Payload::Collect
             }
-            FrameKind::Settings => {
-                if header.length > MAX_SETTINGS_BYTES {
-                    return Err(ErrorCode::ENHANCE_YOUR_CALM);
-                }
-                Payload::Collect
+            FrameKind::Settings if header.length > MAX_SETTINGS_BYTES => {
+                return Err(ErrorCode::ENHANCE_YOUR_CALM);
             }
-            FrameKind::RstStream
+            FrameKind::Settings
+            | FrameKind::RstStream
             | FrameKind::Ping
             | FrameKind::Goaway
-            | FrameKind::WindowUpdate => Payload::Collect,
-            FrameKind::Priority | FrameKind::PushPromise | FrameKind::Unknown => Payload::Skip,
-        };
+            | FrameKind::WindowUpdate
+            | FrameKind::Priority
+            | FrameKind::PushPromise
+            | FrameKind::Unknown => {}
+        }
         // A padded frame without the pad length field.
         if self.pad_length_due && header.length == 0 {
             return Err(ErrorCode::FRAME_SIZE_ERROR);

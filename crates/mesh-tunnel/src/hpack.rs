@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use crate::handover::{DecoderState, EntryState, HandOverError, check};
 use crate::huffman;
 
 /// Why a header block cannot be decoded; the connection ends with `COMPRESSION_ERROR`.
@@ -113,6 +114,28 @@ impl Decoder {
             done?;
         }
         Ok(())
+    }
+
+    pub(crate) fn state(&self) -> DecoderState {
+        let entry = |entry: &Entry| {
+            let (name, value) = entry.bytes.split_at(entry.name_len);
+            EntryState { name: name.to_vec(), value: value.to_vec() }
+        };
+        DecoderState {
+            max_size: u32::try_from(self.max_size).unwrap_or(u32::MAX),
+            entries: self.entries.iter().map(entry).collect(),
+        }
+    }
+
+    pub(crate) fn from_state(state: &DecoderState) -> Result<Self, HandOverError> {
+        let mut decoder = Self { max_size: state.max_size as usize, ..Self::default() };
+        check(decoder.max_size <= TABLE_SIZE, "a header table's size")?;
+        for EntryState { name, value } in state.entries.iter().rev() {
+            let bytes = [&name[..], value].concat().into();
+            decoder.insert(Entry { bytes, name_len: name.len() });
+        }
+        check(decoder.entries.len() == state.entries.len(), "a header table")?;
+        Ok(decoder)
     }
 
     /// Forgets what is only kept for speed.

@@ -10,6 +10,7 @@
 use std::io::IoSliceMut;
 
 use crate::frame::{FRAME_HEADER, FrameHeader, FrameKind};
+use crate::handover::{HandOverError, OutboxState, check};
 use crate::post_handshake::key_update;
 use crate::record::{Alert, ContentType, HEADER, MAX_PLAINTEXT, RecordKey, TAIL};
 
@@ -20,6 +21,8 @@ const STRIDE: usize = HEADER + MAX_PLAINTEXT + TAIL;
 const CONTROL_ROOM: usize = 256 << 10;
 /// Below this, bytes that the peer does not take are moved to memory of their own, so that the large buffer is free again.
 const SMALL_BACKLOG: usize = 64 << 10;
+/// Sealed bytes that a predecessor may have had waiting on one tunnel.
+const MAX_TAKEN_OVER: usize = 64 << 20;
 /// Large buffers an engine keeps for the next tunnel.
 const SPARE_BUFFERS: usize = 4;
 
@@ -84,6 +87,33 @@ impl Outbox {
             data_limit: send_buffer,
             finished: false,
         }
+    }
+
+    /// What waits, written down; the open record is sealed first.
+    pub(crate) fn state(&mut self) -> OutboxState {
+        self.close_record();
+        OutboxState {
+            key: Some(self.key.state()),
+            sealed: self.sealed().to_vec(),
+            finished: self.finished,
+        }
+    }
+
+    pub(crate) fn from_state(
+        state: &OutboxState,
+        key_update_after: u64,
+        send_buffer: usize,
+    ) -> Result<Self, HandOverError> {
+        let key =
+            state.key.as_ref().ok_or(HandOverError::Inconsistent("an outbox without a key"))?;
+        // The predecessor's buffers may have been larger than ours.
+        check(state.sealed.len() <= MAX_TAKEN_OVER, "more sealed bytes than any engine holds")?;
+        let mut outbox = Self::new(RecordKey::from_state(key)?, key_update_after, send_buffer);
+        outbox.buffer.clone_from(&state.sealed);
+        outbox.record = outbox.buffer.len();
+        outbox.fill = outbox.record + HEADER;
+        outbox.finished = state.finished;
+        Ok(outbox)
     }
 
     /// Sealed bytes that wait for the socket.

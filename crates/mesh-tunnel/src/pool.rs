@@ -86,6 +86,35 @@ impl PoolCore {
         }
     }
 
+    /// A predecessor's tunnel, with the streams that are on it.
+    pub(crate) fn adopt(
+        &mut self,
+        key: &Arc<TunnelKey>,
+        tunnel: TunnelId,
+        streams: u32,
+        limit: u32,
+    ) {
+        let entry = self.entries.entry(Arc::clone(key)).or_default();
+        entry.tunnels.push(Pooled { tunnel, streams, limit });
+    }
+
+    /// How many streams a pooled tunnel takes.
+    pub(crate) fn limit(&self, key: &Arc<TunnelKey>, tunnel: TunnelId) -> Option<u32> {
+        let pooled =
+            self.entries.get(key)?.tunnels.iter().find(|pooled| pooled.tunnel == tunnel)?;
+        Some(pooled.limit)
+    }
+
+    /// The number of the next dial.
+    pub(crate) const fn next_dial(&self) -> u64 {
+        self.next_dial
+    }
+
+    /// Numbers dials from here on, so that an answer to a predecessor's dial is not taken for one of ours.
+    pub(crate) fn number_dials_from(&mut self, next: u64) {
+        self.next_dial = self.next_dial.max(next);
+    }
+
     /// The one allocation of a key that all users share.
     pub(crate) fn intern(&self, key: TunnelKey) -> Arc<TunnelKey> {
         match self.entries.get_key_value(&key) {

@@ -1,5 +1,6 @@
 //! TLS handshake messages behind the handshake: KeyUpdate, and tickets that nobody uses. Source: RFC 8446 §4.6.
 
+use crate::handover::{HandOverError, check};
 use crate::record::Alert;
 
 /// A message the record layer must act on.
@@ -30,6 +31,15 @@ impl PostHandshake {
     #[must_use]
     pub fn is_partial(&self) -> bool {
         !self.partial.is_empty()
+    }
+
+    pub(crate) fn partial(&self) -> &[u8] {
+        &self.partial
+    }
+
+    pub(crate) fn with_partial(partial: &[u8]) -> Result<Self, HandOverError> {
+        check(partial.len() < 4 + MAX_MESSAGE, "a handshake message longer than any")?;
+        Ok(Self { partial: partial.to_vec() })
     }
 
     /// Takes the content of one handshake record. `from_server` allows session tickets.

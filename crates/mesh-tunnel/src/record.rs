@@ -7,6 +7,7 @@ use aws_lc_rs::aead::{
 };
 use zeroize::Zeroize;
 
+use crate::handover::{HandOverError, RecordKeyState};
 use crate::session::{Suite, TrafficSecret};
 
 /// Bytes in front of a record's plaintext.
@@ -152,6 +153,16 @@ impl RecordKey {
         let key = UnboundKey::new(algorithm, key_bytes).expect("the key has the suite's length");
         key_bytes.zeroize();
         Self { suite, secret, key: LessSafeKey::new(key), iv, seq, generation: 0 }
+    }
+
+    /// The key written down for a successor. Who has done that must not seal with it again, unless the successor never will.
+    pub(crate) fn state(&self) -> RecordKeyState {
+        RecordKeyState::new(self.suite, &self.secret, self.seq, self.generation)
+    }
+
+    pub(crate) fn from_state(state: &RecordKeyState) -> Result<Self, HandOverError> {
+        let (suite, secret) = state.key()?;
+        Ok(Self { generation: state.generation, ..Self::new(suite, secret, state.seq) })
     }
 
     /// Records sealed or opened with this key.

@@ -35,6 +35,8 @@ const SLOT_MASK: u64 = u32::MAX as u64;
 const LAST_GENERATION: u32 = (1 << 31) - 1;
 /// Slots that are kept even if none is in use.
 const KEEP: usize = 1024;
+/// Slots that a restored slab may have: far more than any engine's limits allow.
+const MOST_RESTORED: usize = 1 << 22;
 
 impl<T> Slab<T> {
     pub(crate) fn insert(&mut self, value: T) -> u64 {
@@ -83,6 +85,44 @@ impl<T> Slab<T> {
             self.free = Vec::new();
         }
         Some(value)
+    }
+
+    /// A slab with these values under the keys another one gave them, which gives none of its keys again.
+    /// `newest_generation` is that one's. `None` when two values have one key, or a key is none of such a slab.
+    pub(crate) fn restore(values: Vec<(u64, T)>, newest_generation: u32) -> Option<Self> {
+        let first_generation = newest_generation.clamp(1, LAST_GENERATION - 1) + 1;
+        let mut slab = Self {
+            first_generation,
+            newest_generation: first_generation,
+            len: values.len(),
+            ..Self::default()
+        };
+        for (key, value) in values {
+            let slot = (key & SLOT_MASK) as usize;
+            let generation = u32::try_from(key >> 32).ok()?;
+            if generation == 0 || generation > newest_generation || slot >= MOST_RESTORED {
+                return None;
+            }
+            while slab.entries.len() <= slot {
+                slab.entries.push(Entry { generation: first_generation, value: None });
+            }
+            let entry = &mut slab.entries[slot];
+            if entry.value.replace(value).is_some() {
+                return None;
+            }
+            entry.generation = generation;
+        }
+        for (slot, entry) in (0u32..).zip(&slab.entries) {
+            if entry.value.is_none() {
+                slab.free.push(slot);
+            }
+        }
+        Some(slab)
+    }
+
+    /// What [`restore`](Self::restore) is to be told.
+    pub(crate) fn newest_generation(&self) -> u32 {
+        self.newest_generation
     }
 
     pub(crate) fn len(&self) -> usize {

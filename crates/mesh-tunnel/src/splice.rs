@@ -7,6 +7,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::time::Instant;
 
 use crate::event::RelayBytes;
+use crate::handover::{HandOverError, LaneState, SpliceState, ahead, later};
 use crate::io::{Io, Readiness, SockId};
 use crate::queue::ByteQueue;
 
@@ -80,6 +81,38 @@ impl Splice {
         RelayBytes { to_app: self.back.bytes, from_app: self.out.bytes }
     }
 
+    pub(crate) fn state(&self, name: u64, now: Instant) -> SpliceState {
+        SpliceState {
+            name,
+            app: self.app.0,
+            upstream: self.upstream.0,
+            connecting: self.connecting,
+            deadline_in: self.deadline.map(|at| ahead(at, now)),
+            app_failed: self.app_failed,
+            upstream_failed: self.upstream_failed,
+            out: Some(self.out.state()),
+            back: Some(self.back.state()),
+        }
+    }
+
+    pub(crate) fn from_state(
+        state: SpliceState,
+        app: SockId,
+        upstream: SockId,
+        now: Instant,
+    ) -> Result<Self, HandOverError> {
+        const NO_LANE: HandOverError = HandOverError::Inconsistent("a relay without a lane");
+        Ok(Self {
+            connecting: state.connecting,
+            deadline: state.deadline_in.and_then(|ahead| later(ahead, now)),
+            app_failed: state.app_failed,
+            upstream_failed: state.upstream_failed,
+            out: Lane::from_state(&state.out.ok_or(NO_LANE)?),
+            back: Lane::from_state(&state.back.ok_or(NO_LANE)?),
+            ..Self::new(app, upstream)
+        })
+    }
+
     /// Bytes kept for sockets that do not take them.
     pub(crate) fn queued(&self) -> usize {
         self.out.queue.len() + self.back.queue.len()
@@ -139,6 +172,31 @@ enum LaneProgress {
 }
 
 impl Lane {
+    fn state(&self) -> LaneState {
+        LaneState {
+            queue: self.queue.as_slice().to_vec(),
+            read_closed: self.read_closed,
+            ended: self.ended,
+            shut: self.shut,
+            bytes: self.bytes,
+        }
+    }
+
+    /// The lane again; its sockets are taken to be ready, as new ones are.
+    fn from_state(state: &LaneState) -> Self {
+        let mut queue = ByteQueue::default();
+        queue.push(&state.queue);
+        Self {
+            queue,
+            readable: true,
+            read_closed: state.read_closed,
+            writable: true,
+            ended: state.ended,
+            shut: state.shut,
+            bytes: state.bytes,
+        }
+    }
+
     fn turn(
         &mut self,
         io: &mut impl Io,

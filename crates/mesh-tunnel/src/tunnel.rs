@@ -64,7 +64,7 @@ pub(crate) const PING_KEEPALIVE: [u8; 8] = *b"culvert0";
 pub(crate) const PING_DRAIN: [u8; 8] = *b"culvert1";
 
 /// Ids of closed streams that are remembered, so that frames that crossed our reset are told from violations.
-const REMEMBERED: usize = 64;
+pub(crate) const REMEMBERED: usize = 64;
 
 /// One TLS connection with its HTTP/2 session.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ pub(crate) struct Tunnel {
     /// Server: the highest id the peer has used.
     pub(crate) highest_stream: u32,
     /// Recently closed ids; true for those we reset.
-    recent: VecDeque<(u32, bool)>,
+    pub(crate) recent: VecDeque<(u32, bool)>,
     /// Streams with something to send, in turn.
     pub(crate) round: VecDeque<u64>,
 
@@ -201,8 +201,8 @@ impl Tunnel {
             highest_stream: 0,
             recent: VecDeque::new(),
             round: VecDeque::new(),
-            floods: FloodMeter::new(10_000, 2_000, now),
-            rapid_resets: FloodMeter::new(2_000, 1_000, now),
+            floods: Self::flood_meter(now),
+            rapid_resets: Self::reset_meter(now),
             opened_at: now,
             heard_at: now,
             ping_sent: None,
@@ -211,6 +211,14 @@ impl Tunnel {
             linger_since: None,
             timer: None,
         }
+    }
+
+    pub(crate) const fn flood_meter(now: Instant) -> FloodMeter {
+        FloodMeter::new(10_000, 2_000, now)
+    }
+
+    pub(crate) const fn reset_meter(now: Instant) -> FloodMeter {
+        FloodMeter::new(2_000, 1_000, now)
     }
 
     /// Our preface and settings.

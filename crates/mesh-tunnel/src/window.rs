@@ -1,6 +1,7 @@
 //! Flow control in both directions. Source: RFC 9113 §5.2, §6.9.
 
 use crate::frame::MAX_WINDOW;
+use crate::handover::{HandOverError, WindowState, check};
 
 /// What we may send: on a stream or on the whole connection. Can be negative after the peer shrank its initial window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +14,16 @@ pub(crate) struct WindowOverflow;
 impl SendWindow {
     pub(crate) const fn new(initial: u32) -> Self {
         Self(initial as i64)
+    }
+
+    pub(crate) const fn state(self) -> i64 {
+        self.0
+    }
+
+    pub(crate) fn from_state(state: i64) -> Result<Self, HandOverError> {
+        let range = -i64::from(MAX_WINDOW)..=i64::from(MAX_WINDOW);
+        check(range.contains(&state), "a send window")?;
+        Ok(Self(state))
     }
 
     /// What may be sent now, bytes.
@@ -52,6 +63,16 @@ pub(crate) struct WindowExceeded;
 impl ReceiveWindow {
     pub(crate) const fn new(size: u32) -> Self {
         Self { size, left: size, credit: 0 }
+    }
+
+    pub(crate) const fn state(self) -> WindowState {
+        WindowState { size: self.size, left: self.left, credit: self.credit }
+    }
+
+    pub(crate) fn from_state(state: WindowState) -> Result<Self, HandOverError> {
+        let WindowState { size, left, credit } = state;
+        check(size <= MAX_WINDOW && left <= size && credit <= size - left, "a receive window")?;
+        Ok(Self { size, left, credit })
     }
 
     /// A DATA frame of this length has begun.

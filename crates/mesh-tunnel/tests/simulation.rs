@@ -13,8 +13,8 @@ use std::time::Instant;
 
 use mesh_model::{CloseReason, PodUid, WorkloadUid};
 use mesh_tunnel::{
-    ConnectHead, DialId, Engine, EngineConfig, EngineEvent, EngineStats, RelayId, ResponseHead,
-    Retire, SockId, Suite, TunnelId,
+    ConnectHead, DialId, Engine, EngineConfig, EngineEvent, EngineStats, HandOverError, RelayId,
+    ResponseHead, Retire, SockId, Suite, TunnelId,
 };
 use support::net::{Connect, Net};
 use support::permit::permit;
@@ -72,6 +72,7 @@ struct World {
     rng: Rng,
     now: Instant,
     engines: [Engine; 2],
+    configs: [EngineConfig; 2],
     owner: BTreeMap<SockId, usize>,
     apps: Vec<App>,
     flows: Vec<Flow>,
@@ -127,6 +128,7 @@ impl World {
             engines: configs.clone().map(|config| Engine::new(config, now)),
             scarce: configs.iter().any(|config| config.queue_budget < 1 << 20),
             key_update_after: configs.clone().map(|config| config.key_update_after),
+            configs,
             owner: BTreeMap::new(),
             apps: Vec::new(),
             flows: Vec::new(),
@@ -408,7 +410,43 @@ impl World {
                 let uid = WorkloadUid::new("workload-0");
                 self.engines[0].retire(Retire::Target(uid), self.now);
             }
+            4..8 => {
+                let side = self.rng.below(2);
+                self.hand_over(side);
+            }
             _ => {}
+        }
+    }
+
+    /// An engine's process ends, and another goes on; or the other fails and the first goes on. Nobody notices.
+    fn hand_over(&mut self, side: usize) {
+        let state = self.engines[side].hand_over(&mut self.net, self.now);
+        self.events();
+        let mut config = self.configs[side].clone();
+        let fails = self.rng.chance(30);
+        if self.rng.chance(30) {
+            // The successor may be set up differently.
+            config.quantum = 5_000;
+            config.send_buffer = 64 << 10;
+        }
+        let mut missing = fails;
+        let successor = Engine::take_over(config, &state, self.now, |sock| {
+            (!std::mem::take(&mut missing)).then_some(sock)
+        });
+        match successor {
+            Ok(successor) if !fails => {
+                let (before, after) = (self.engines[side].stats(), successor.stats());
+                assert_eq!(after.tunnels, before.tunnels);
+                assert_eq!(after.streams, before.streams);
+                assert_eq!(after.splices, before.splices);
+                assert_eq!(after.sockets, before.sockets);
+                assert_eq!(after.queued_bytes, before.queued_bytes);
+                let again = Engine::take_over(self.configs[side].clone(), &state, self.now, Some);
+                assert!(again.is_ok());
+                self.engines[side] = successor;
+            }
+            Ok(successor) => assert_eq!(successor.stats().sockets, 0),
+            Err(error) => assert!(matches!(error, HandOverError::MissingSocket(_)), "{error}"),
         }
     }
 
