@@ -41,7 +41,8 @@ pub(crate) fn test(filter: Option<&str>) -> anyhow::Result<()> {
     let started = Instant::now();
     setup::ensure()?;
     tidy::run()?;
-    build_programs()?;
+    // With the tests, so that dependencies are built once: features that only tests ask for make other units.
+    run(&mut command("cargo", &["build", "--workspace", "--bins", "--tests"]))?;
     let mut tests = command("cargo", &["test", "--workspace", "--no-fail-fast"]);
     if let Some(filter) = filter {
         tests.arg(filter);
