@@ -26,6 +26,25 @@ pub fn node(name: &str, addresses: &[IpAddr]) -> Value {
     })
 }
 
+/// The `number`th pod of a node `c` on which nothing runs: for an index with many pods.
+#[must_use]
+pub fn distant_pod(namespace: &str, number: u16) -> Value {
+    let [high, low] = number.to_be_bytes();
+    let ip = IpAddr::from([10, 99, high, low]).to_string();
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": format!("distant-{number}"), "namespace": namespace,
+            "uid": format!("00000000-0000-4000-9000-{number:012}"), "labels": { "app": "distant" },
+        },
+        "spec": { "nodeName": "c", "serviceAccountName": "distant", "containers": [{ "name": "main" }] },
+        "status": {
+            "phase": "Running", "podIP": ip, "podIPs": [{ "ip": ip }],
+            "conditions": [{ "type": "Ready", "status": "True" }],
+        },
+    })
+}
+
 /// A ServiceAccount.
 #[must_use]
 pub fn service_account(namespace: &str, name: &str) -> Value {

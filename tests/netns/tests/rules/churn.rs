@@ -9,7 +9,6 @@ use mesh_netns::manifest;
 use mesh_netns::peer::ports as peer;
 use mesh_netns::servers;
 use mesh_netns::wait::until;
-use serde_json::{Value, json};
 
 use crate::authority::hold_open;
 use crate::mesh::{LogFromNow, Mesh, Traffic, field};
@@ -79,24 +78,6 @@ fn give_next(mesh: &Mesh, ip: IpAddr, range: u8) -> anyhow::Result<()> {
     Ok(std::fs::write(mesh.lab.folder().join(file), before.to_string())?)
 }
 
-/// A pod of a node without an agent.
-fn distant_pod(number: u16) -> Value {
-    let [high, low] = number.to_be_bytes();
-    let ip = IpAddr::from([10, 99, high, low]);
-    json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {
-            "name": format!("distant-{number}"), "namespace": "mesh",
-            "uid": format!("00000000-0000-4000-9000-{number:012}"), "labels": { "app": "distant" },
-        },
-        "spec": { "nodeName": "c", "serviceAccountName": "distant", "containers": [{ "name": "main" }] },
-        "status": {
-            "phase": "Running", "podIP": ip.to_string(), "podIPs": [{ "ip": ip.to_string() }],
-            "conditions": [{ "type": "Ready", "status": "True" }],
-        },
-    })
-}
-
 /// Puts 2,000 pods in, waits until both agents know them, takes them out, and waits until both have forgotten them.
 fn come_and_go(mesh: &Mesh) -> anyhow::Result<()> {
     let known = |node: &str| -> anyhow::Result<usize> {
@@ -104,7 +85,7 @@ fn come_and_go(mesh: &Mesh) -> anyhow::Result<()> {
         Ok(workloads.output()?.matches("\"name\": \"distant-").count())
     };
     for number in 0..PODS {
-        mesh.lab.apply(&distant_pod(number))?;
+        mesh.lab.apply(&manifest::distant_pod("mesh", number))?;
     }
     for node in ["a", "b"] {
         until("the agent knowing all pods", Duration::from_secs(30), || {
@@ -112,7 +93,7 @@ fn come_and_go(mesh: &Mesh) -> anyhow::Result<()> {
         })?;
     }
     for number in 0..PODS {
-        mesh.lab.delete(&distant_pod(number))?;
+        mesh.lab.delete(&manifest::distant_pod("mesh", number))?;
     }
     for node in ["a", "b"] {
         until("the agent having forgotten all pods", Duration::from_secs(30), || {
