@@ -38,8 +38,8 @@ enum Verb {
     },
     /// Measures Culvert side by side with plain connections and a stock relay; needs root.
     Bench {
-        /// Passed on, see `cargo xtask bench -- --help`.
-        #[arg(last = true)]
+        /// Passed on: `--quick` for a look, `--only bulk` for some rows; `culvert-bench run --help` lists all.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
     /// Runs the capture suite inside Debian's stock kernels under QEMU.

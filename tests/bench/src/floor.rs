@@ -44,6 +44,7 @@ pub(crate) fn aead_seconds_per_gb() -> f64 {
 pub(crate) fn plain_relay(listen: SocketAddr, next: SocketAddr) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let listener = TcpListener::bind(listen).await?;
+        println!("serving");
         loop {
             let (near, _peer) = listener.accept().await?;
             tokio::spawn(async move {

@@ -1,15 +1,20 @@
 //! `culvert-bench`: the numbers of this project, side by side in one run.
 //!
-//! `run` builds a lab, and measures every row plain, through the stock relay and through Culvert, in interleaved
-//! rounds; the other verbs are its parts, each a process of its own.
+//! `run` builds a lab, and measures every row plain, through two plain relays, through the stock relay and through
+//! Culvert, in interleaved rounds; the other verbs are its parts, each a process of its own.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
+mod chart;
 mod cpu;
 mod floor;
 mod load;
+mod measure;
 mod report;
+mod rest;
 mod run;
+mod serve;
 mod stock;
+mod topology;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -38,6 +43,18 @@ enum Verb {
         /// Only rows whose name contains this text.
         #[arg(long)]
         only: Option<String>,
+        /// A look: fewer and shorter rounds, fewer streams and pods.
+        #[arg(long)]
+        quick: bool,
+        /// Quiet streams held open at once.
+        #[arg(long, default_value_t = 5000)]
+        streams: usize,
+        /// Pods on one node for the rows about many pods.
+        #[arg(long, default_value_t = 200)]
+        pods: usize,
+        /// Pods of another node that come and go.
+        #[arg(long, default_value_t = 2000)]
+        churn: u16,
     },
     /// Serve the load.
     Serve { port: u16 },
@@ -51,6 +68,8 @@ enum Verb {
         #[arg(long, default_value_t = 1500)]
         duration_ms: u64,
     },
+    /// Open quiet connections and hold them.
+    Hold { target: SocketAddr, count: usize },
     /// One end of the stock relay (tokio, tokio-rustls, h2): `client` takes TCP, `server` takes the tunnel.
     Stock { side: stock::Side, listen: SocketAddr, next: SocketAddr, certificates: PathBuf },
     /// A plain TCP relay on the same runtime, the floor's first part.
@@ -60,11 +79,22 @@ enum Verb {
 }
 
 fn main() -> anyhow::Result<()> {
+    cpu::raise_descriptor_limit()?;
     match Arguments::parse().verb {
-        Verb::Run { rounds, duration_ms, output, only } => {
-            run::run(&run::Settings { rounds, duration_ms, output, only })
+        Verb::Run { rounds, duration_ms, output, only, quick, streams, pods, churn } => {
+            run::run(&run::Settings {
+                rounds,
+                duration_ms,
+                output,
+                only,
+                quick,
+                streams,
+                pods,
+                churn,
+            })
         }
-        Verb::Serve { port } => load::serve(port),
+        Verb::Serve { port } => serve::serve(port),
+        Verb::Hold { target, count } => load::hold(target, count),
         Verb::Load { kind, target, concurrency, duration_ms } => {
             println!("{}", load::measure(kind, target, concurrency, duration_ms)?);
             Ok(())

@@ -116,6 +116,7 @@ async fn client(listen: SocketAddr, next: SocketAddr, material: Material) -> any
             eprintln!("tunnel: {error}");
         }
     });
+    println!("serving");
     loop {
         let (near, _peer) = listener.accept().await?;
         let sender = sender.clone();

@@ -1,0 +1,229 @@
+//! Who runs where: two nodes, the pods that carry load, the relays between them.
+
+use std::net::SocketAddr;
+
+use anyhow::Context as _;
+use mesh_netns::wait::{PATIENCE, until};
+use mesh_netns::{Lab, LabConfig, Pod, PodSpec, Process, manifest};
+
+use crate::stock;
+
+const LOAD_PORT: u16 = 9000;
+const RELAY_SERVER_PORT: u16 = 9002;
+const STOCK_SERVER_PORT: u16 = 9003;
+/// Pods on each node when the rows on memory are taken, those that carry load included.
+pub(crate) const PODS: usize = 20;
+
+/// Where the client and the server of a measurement are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Distance {
+    /// On two nodes.
+    AcrossNodes,
+    /// On one node.
+    SameNode,
+}
+
+impl Distance {
+    /// In a row's name.
+    pub(crate) const fn words(self) -> &'static str {
+        match self {
+            Self::AcrossNodes => "across nodes",
+            Self::SameNode => "same node",
+        }
+    }
+
+    /// The name of the pod with the server, in the mesh and out of it.
+    const fn servers(self) -> (&'static str, &'static str) {
+        match self {
+            Self::AcrossNodes => ("ms", "ps"),
+            Self::SameNode => ("ml", "pl"),
+        }
+    }
+
+    /// The ports on which the relays' client ends listen.
+    const fn client_ports(self) -> (u16, u16) {
+        match self {
+            Self::AcrossNodes => (9011, 9012),
+            Self::SameNode => (9021, 9022),
+        }
+    }
+}
+
+/// A way from the client to the server.
+#[derive(Debug)]
+pub(crate) struct Way {
+    pub(crate) name: &'static str,
+    /// The pod of the client.
+    pub(crate) client: &'static str,
+    pub(crate) target: SocketAddr,
+    /// The processes whose CPU time counts.
+    pub(crate) relays: Vec<u32>,
+}
+
+/// Names of the ways, as columns.
+pub(crate) const PLAIN: &str = "plain";
+pub(crate) const RELAY: &str = "relay";
+pub(crate) const STOCK: &str = "stock";
+pub(crate) const CULVERT: &str = "culvert";
+
+/// The running lab. Its parts end with it.
+pub(crate) struct Topology {
+    pub(crate) lab: Lab,
+    program: String,
+    /// Processes of both distances; dropped before the lab.
+    parts: Vec<Process>,
+    ways: Vec<(Distance, Vec<Way>)>,
+}
+
+impl Topology {
+    /// Builds everything and starts every server and relay.
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        let mut lab =
+            Lab::start(LabConfig { log: "warn".to_owned(), ..LabConfig::two_nodes("bch") })?;
+        lab.apply(&manifest::namespace("mesh", &[("culvert.dev/dataplane-mode", "ambient")]))?;
+        lab.apply(&manifest::namespace("plain", &[]))?;
+        for (node, pod) in [("a", "c"), ("a", "l"), ("b", "s")] {
+            lab.run_pod(node, PodSpec::new("mesh", &format!("m{pod}")))?;
+            lab.run_pod(node, PodSpec::new("plain", &format!("p{pod}")))?;
+        }
+        for (node, running) in [("a", 2), ("b", 1)] {
+            for number in running..PODS {
+                lab.run_pod(node, PodSpec::new("mesh", &format!("q{node}{number}")))?;
+            }
+        }
+        let program = std::env::current_exe()?.to_string_lossy().into_owned();
+        let mut topology = Self { lab, program, parts: Vec::new(), ways: Vec::new() };
+        for pod in ["ms", "ps", "ml", "pl"] {
+            topology.part(pod, "load", &["serve".to_owned(), LOAD_PORT.to_string()])?;
+        }
+        let certificates = topology.lab.folder().join("stock");
+        stock::make_certificates(&certificates)?;
+        for distance in [Distance::AcrossNodes, Distance::SameNode] {
+            let ways = topology.connect(distance)?;
+            topology.ways.push((distance, ways));
+        }
+        Ok(topology)
+    }
+
+    /// The ways between client and server, in the order of the report's columns.
+    pub(crate) fn ways(&self, distance: Distance) -> &[Way] {
+        self.ways
+            .iter()
+            .find(|(which, _)| *which == distance)
+            .map_or(&[], |(_, ways)| ways.as_slice())
+    }
+
+    pub(crate) fn pod(&self, name: &str) -> &Pod {
+        self.lab.pod(name)
+    }
+
+    pub(crate) fn program(&self) -> &str {
+        &self.program
+    }
+
+    /// The agents' process ids, node a first.
+    pub(crate) fn agents(&self) -> Vec<u32> {
+        ["a", "b"].iter().filter_map(|node| self.lab.node(node).agent_pid()).collect()
+    }
+
+    /// Starts the plain and the stock relay of one distance.
+    fn connect(&mut self, distance: Distance) -> anyhow::Result<Vec<Way>> {
+        let (mesh_server, plain_server) = distance.servers();
+        let (relay_port, stock_port) = distance.client_ports();
+        let plain_ip = self.pod(plain_server).ipv4;
+        let certificates = self.lab.folder().join("stock").to_string_lossy().into_owned();
+        let words = |words: &[&str], more: &[String]| -> Vec<String> {
+            words.iter().map(|word| (*word).to_owned()).chain(more.iter().cloned()).collect()
+        };
+        let load = format!("127.0.0.1:{LOAD_PORT}");
+        let mut relay =
+            |pod: &str, name: &str, arguments: &[String]| self.part(pod, name, arguments);
+        let relays = vec![
+            relay(
+                plain_server,
+                "relay",
+                &words(&["plain"], &[format!("0.0.0.0:{RELAY_SERVER_PORT}"), load.clone()]),
+            )?,
+            relay(
+                "pc",
+                &format!("relay{relay_port}"),
+                &words(
+                    &["plain"],
+                    &[format!("127.0.0.1:{relay_port}"), format!("{plain_ip}:{RELAY_SERVER_PORT}")],
+                ),
+            )?,
+        ];
+        let stocks = vec![
+            relay(
+                plain_server,
+                "stock",
+                &words(
+                    &["stock", "server"],
+                    &[format!("0.0.0.0:{STOCK_SERVER_PORT}"), load, certificates.clone()],
+                ),
+            )?,
+            relay(
+                "pc",
+                &format!("stock{stock_port}"),
+                &words(
+                    &["stock", "client"],
+                    &[
+                        format!("127.0.0.1:{stock_port}"),
+                        format!("{plain_ip}:{STOCK_SERVER_PORT}"),
+                        certificates,
+                    ],
+                ),
+            )?,
+        ];
+        let local = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+        let agents = match distance {
+            Distance::AcrossNodes => self.agents(),
+            Distance::SameNode => self.agents().into_iter().take(1).collect(),
+        };
+        Ok(vec![
+            Way {
+                name: PLAIN,
+                client: "pc",
+                target: SocketAddr::new(plain_ip, LOAD_PORT),
+                relays: Vec::new(),
+            },
+            Way { name: RELAY, client: "pc", target: local(relay_port), relays },
+            Way { name: STOCK, client: "pc", target: local(stock_port), relays: stocks },
+            Way {
+                name: CULVERT,
+                client: "mc",
+                target: SocketAddr::new(self.pod(mesh_server).ipv4, LOAD_PORT),
+                relays: agents,
+            },
+        ])
+    }
+
+    /// Starts one of this program's verbs in a pod and waits until it serves; gives its process id.
+    fn part(&mut self, pod: &str, name: &str, arguments: &[String]) -> anyhow::Result<u32> {
+        let pod = self.lab.pod(pod);
+        let mut command = pod.command(&self.program);
+        let mut process = pod.start(name, command.args(arguments))?;
+        until(name, PATIENCE, || {
+            if !process.running() {
+                anyhow::bail!("{name} ended: {}", process.log_tail(5));
+            }
+            Ok(process.log().contains("serving").then_some(()))
+        })
+        .with_context(|| format!("{name} in {}", pod.spec.name))?;
+        let pid = process.pid();
+        self.parts.push(process);
+        Ok(pid)
+    }
+}
+
+impl std::fmt::Debug for Topology {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Topology").field("parts", &self.parts.len()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Topology {
+    fn drop(&mut self) {
+        self.parts.clear();
+    }
+}
