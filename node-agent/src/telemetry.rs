@@ -1,9 +1,11 @@
 //! Drains what the workers report about flows into metrics and the access log, on a thread of its own.
 
+mod limit;
+mod mailbox;
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -12,8 +14,7 @@ use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord, PolicyRef};
 
 use crate::dataplane::{FlowEvent, FlowSink};
 use limit::{LineBudget, LineKind};
-
-mod limit;
+use mailbox::{Full, GATHER, Letters, Mailbox, mailbox};
 
 /// Reports waiting at most; beyond that they are dropped and counted, since a worker never waits.
 const QUEUE: usize = 65_536;
@@ -21,16 +22,13 @@ const QUEUE: usize = 65_536;
 /// Takes reports from the workers.
 #[derive(Debug)]
 pub(crate) struct FlowReports {
-    queue: SyncSender<FlowEvent>,
+    mailbox: Mailbox<FlowEvent>,
 }
 
 impl FlowSink for FlowReports {
     fn report(&self, event: FlowEvent) {
-        match self.queue.try_send(event) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                metrics::counter!("culvert_flow_reports_dropped_total").increment(1);
-            }
+        if let Err(Full) = self.mailbox.put(event) {
+            metrics::counter!("culvert_flow_reports_dropped_total").increment(1);
         }
     }
 }
@@ -44,12 +42,12 @@ impl FlowReports {
         meter: Arc<FlowMeter>,
         access: AccessLog,
     ) -> io::Result<(Self, JoinHandle<()>)> {
-        let (queue, events) = sync_channel(QUEUE);
+        let (mailbox, letters) = mailbox(QUEUE);
         let thread = std::thread::Builder::new().name("telemetry".to_owned()).spawn(move || {
             let (open, lines) = (HashMap::new(), LineBudget::default());
-            Ledger { meter, access, open, lines }.keep(&events);
+            Ledger { meter, access, open, lines }.keep(&letters);
         })?;
-        Ok((Self { queue }, thread))
+        Ok((Self { mailbox }, thread))
     }
 }
 
@@ -69,20 +67,15 @@ struct Counted {
 }
 
 impl Ledger {
-    fn keep(mut self, events: &Receiver<FlowEvent>) {
-        loop {
-            let heard = match self.lines.summary_due() {
-                None => events.recv().map_err(|_ended| RecvTimeoutError::Disconnected),
-                Some(due) => events.recv_timeout(due.saturating_duration_since(Instant::now())),
-            };
-            match heard {
-                Ok(event) => self.take(event),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
+    fn keep(mut self, letters: &Letters<FlowEvent>) {
+        while let Some(events) = letters.take(self.lines.summary_due()) {
+            for event in events {
+                self.take(event);
             }
             for (LineKind { direction, reason }, count) in self.lines.summary(Instant::now()) {
                 tracing::warn!(?direction, %reason, count, "refusals that the access log left out");
             }
+            std::thread::sleep(GATHER);
         }
     }
 
