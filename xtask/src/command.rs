@@ -39,6 +39,32 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
         .is_ok_and(|status| status.success())
 }
 
+/// Runs `command` without a word; its failure is an error with what it printed.
+pub(crate) fn quietly(command: &mut Command) -> anyhow::Result<()> {
+    output_of(command).map(drop)
+}
+
+/// Runs `command` and gives what it printed; its failure is an error with what it complained about.
+pub(crate) fn output_of(command: &mut Command) -> anyhow::Result<String> {
+    let shown = show(command);
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("cannot start: {shown}"))?;
+    if !output.status.success() {
+        let complaint = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        bail!("failed ({}): {shown}: {complaint}", output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Where things are kept between runs, outside the checkout.
+pub(crate) fn cache() -> PathBuf {
+    let base = std::env::var_os("XDG_CACHE_HOME").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"),
+        PathBuf::from,
+    );
+    base.join("culvert")
+}
+
 fn show(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for argument in command.get_args() {

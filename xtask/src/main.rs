@@ -1,9 +1,11 @@
 //! `cargo xtask`: everything a developer or CI does, in one place.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
+mod cluster;
 mod command;
 mod fuzz;
 mod kernels;
+mod oci;
 mod run;
 mod setup;
 mod tidy;
@@ -49,6 +51,9 @@ enum Verb {
     },
     /// Fuzzes every parser of outside bytes, guided by coverage; fails on a crash and keeps its input.
     Fuzz(fuzz::Options),
+    /// Starts and ends real Kubernetes clusters on this machine; needs root.
+    #[command(subcommand)]
+    Cluster(cluster::Verb),
     /// Builds the eBPF object alone.
     Ebpf,
     /// Checks what the compiler cannot: crate edges, file sizes, stray paths.
@@ -68,6 +73,7 @@ fn main() -> anyhow::Result<()> {
             kernels::run_suites(filter.as_deref())
         }
         Verb::Fuzz(options) => fuzz::fuzz(&options),
+        Verb::Cluster(verb) => cluster::run(verb),
         Verb::Ebpf => run::ebpf(),
         Verb::Tidy => tidy::run(),
         Verb::Ci => run::ci(),

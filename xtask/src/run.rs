@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 
 use crate::command::{command, root, run};
-use crate::{kernels, setup, tidy};
+use crate::{cluster, kernels, setup, tidy};
 
 /// Programs that the lab starts; built before anything that uses it.
 const PROGRAMS: &[&str] = &["culvert-agent", "mesh-controller", "culvert", "mesh-netns"];
@@ -43,6 +43,9 @@ pub(crate) fn test(filter: Option<&str>) -> anyhow::Result<()> {
     tidy::run()?;
     // With the tests, so that dependencies are built once: features that only tests ask for make other units.
     run(&mut command("cargo", &["build", "--workspace", "--bins", "--tests"]))?;
+    if filter.is_none() {
+        cluster::prepare()?;
+    }
     let mut tests = command("cargo", &["test", "--workspace", "--no-fail-fast"]);
     if let Some(filter) = filter {
         tests.arg(filter);

@@ -61,19 +61,45 @@ const PACKAGES: &[Package] = &[
     package("xz-utils", "unpacks the guests' modules", "/usr/bin/xz"),
 ];
 
+/// What the nodes of a test cluster run, beside what is built from Go modules.
+const CLUSTER_PACKAGES: &[Package] = &[
+    package("containerd", "runs the pods of the test cluster", "/usr/bin/containerd"),
+    package("runc", "runs the containers of the test cluster", "/usr/sbin/runc|/usr/bin/runc"),
+    package(
+        "containernetworking-plugins",
+        "the CNI plugins pods are made with",
+        "/usr/lib/cni/bridge",
+    ),
+    package("nftables", "kube-proxy makes services with it", "/usr/sbin/nft"),
+    package("iptables", "kubelet marks packets with it", "/usr/sbin/iptables"),
+    package("conntrack", "kube-proxy ends stale connections with it", "/usr/sbin/conntrack"),
+    package("openssl", "certificates of the test cluster", "/usr/bin/openssl"),
+    package("busybox-static", "what tests run in pods", "/bin/busybox|/usr/bin/busybox"),
+    package("iproute2", "network of the test cluster", "/usr/sbin/ip|/sbin/ip|/bin/ip"),
+    package("util-linux", "unshare and nsenter", "/usr/bin/nsenter"),
+    package("curl", "asks whether the API server is ready", "/usr/bin/curl"),
+];
+
 /// Installs what is missing. Needs root only when something is.
 pub(crate) fn ensure() -> anyhow::Result<()> {
-    let missing: Vec<&Package> =
-        PACKAGES.iter().filter(|package| !present(package.proof)).collect();
-    if !missing.is_empty() {
-        install(&missing)?;
-    }
+    ensure_packages(PACKAGES)?;
     let linker = linker_path();
     if !linker.is_file() {
         println!("installing bpf-linker (links the eBPF programs; about two minutes)");
         run_linker_install()?;
     }
     Ok(())
+}
+
+/// Installs what a test cluster needs of Debian.
+pub(crate) fn ensure_cluster() -> anyhow::Result<()> {
+    ensure_packages(CLUSTER_PACKAGES)
+}
+
+fn ensure_packages(packages: &[Package]) -> anyhow::Result<()> {
+    let missing: Vec<&Package> =
+        packages.iter().filter(|package| !present(package.proof)).collect();
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
 }
 
 fn present(proof: &str) -> bool {

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::Context as _;
 
 use super::Kernel;
-use crate::command::run;
+use crate::command::{cache as cache_folder, run};
 
 /// Kernel, modules and version of an unpacked package.
 pub(super) struct Files {
@@ -20,11 +20,7 @@ pub(super) struct Files {
 
 /// The folder in which everything of a kernel is kept between runs.
 pub(super) fn cache(kernel: &Kernel) -> PathBuf {
-    let base = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"),
-        PathBuf::from,
-    );
-    base.join("culvert/kernels").join(kernel.name)
+    cache_folder().join("kernels").join(kernel.name)
 }
 
 /// Fetches and unpacks the newest package of a kernel, if none is there yet.

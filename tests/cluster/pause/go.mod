@@ -1,0 +1,3 @@
+module culvert.dev/tests/cluster/pause
+
+go 1.24.0
