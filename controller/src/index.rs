@@ -20,7 +20,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_authorize::{Policy, PolicyName, UnknownEgress};
-use mesh_model::{NamespacedHostname, Service, SpiffeId, Workload, WorkloadUid};
+use mesh_model::{IpPrefix, NamespacedHostname, Service, SpiffeId, Workload, WorkloadUid};
 
 use self::enrolment::Enrolment;
 use self::objects::{Objects, in_namespace, slice_pods, slice_service};
@@ -113,6 +113,8 @@ pub struct Delta {
     pub removed_pods: Vec<WorkloadUid>,
     /// Namespaces whose `unknownEgress` is new, changed or gone (`None`).
     pub egress: Vec<(Arc<str>, Option<UnknownEgress>)>,
+    /// The networks of the cluster's own pods, where they are other ones than before.
+    pub pod_networks: Option<Vec<IpPrefix>>,
 }
 
 impl Delta {
@@ -139,6 +141,7 @@ pub struct Index {
     policies: BTreeMap<(Arc<str>, Arc<str>), Arc<Policy>>,
     pods: BTreeMap<WorkloadUid, Arc<PodSettings>>,
     egress: BTreeMap<Arc<str>, UnknownEgress>,
+    pod_networks: Vec<IpPrefix>,
 }
 
 /// What has to be computed again.
@@ -149,6 +152,7 @@ struct Dirty {
     policies: BTreeSet<PolicySource>,
     namespaces: BTreeSet<Arc<str>>,
     vips: bool,
+    pod_networks: bool,
 }
 
 impl Index {
@@ -169,6 +173,7 @@ impl Index {
             policies: BTreeMap::new(),
             pods: BTreeMap::new(),
             egress: BTreeMap::new(),
+            pod_networks: Vec::new(),
         }
     }
 
@@ -237,6 +242,12 @@ impl Index {
     #[must_use]
     pub const fn egress(&self) -> &BTreeMap<Arc<str>, UnknownEgress> {
         &self.egress
+    }
+
+    /// The networks that the nodes' pods have their addresses from, joined where they touch.
+    #[must_use]
+    pub fn pod_networks(&self) -> &[IpPrefix] {
+        &self.pod_networks
     }
 
     /// True when a pod or WorkloadEntry of that identity is bound to `node`, whether it has an address yet or not, and
@@ -380,6 +391,7 @@ impl Index {
                 dirty.namespaces.insert(name);
             }
             Object::Node(_) => {
+                dirty.pod_networks = true;
                 let pods = objects.pods_by_node.get(&key.name).into_iter().flatten().cloned();
                 dirty.workloads.extend(pods.map(WorkloadSource::Pod));
                 let slices = objects
@@ -537,6 +549,14 @@ impl Index {
             };
             if old != new {
                 delta.egress.push((name, new));
+            }
+        }
+        if dirty.pod_networks {
+            let of_nodes = self.objects.nodes.values().flat_map(|node| &node.pod_networks);
+            let networks = IpPrefix::aggregate(of_nodes.copied());
+            if networks != self.pod_networks {
+                self.pod_networks.clone_from(&networks);
+                delta.pod_networks = Some(networks);
             }
         }
         delta

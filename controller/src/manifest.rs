@@ -300,7 +300,7 @@ pub fn object(value: &Value) -> Parsed {
 fn body(kind: Kind, meta: Metadata, value: &Value) -> Result<Object, InvalidField> {
     Ok(match kind {
         Kind::Namespace => Object::Namespace(Arc::new(Namespace::parse(meta)?)),
-        Kind::Node => Object::Node(Arc::new(Node::parse(meta))),
+        Kind::Node => Object::Node(Arc::new(decode::<core::RawNode>(value)?.parse(meta)?)),
         Kind::ServiceAccount => Object::ServiceAccount(Arc::new(ServiceAccount { meta })),
         Kind::Pod => Object::Pod(Arc::new(decode::<pod::RawPod>(value)?.parse(meta)?)),
         Kind::Service => {

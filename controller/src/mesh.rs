@@ -235,6 +235,9 @@ impl Mesh {
             let own = index.egress().get(&workload.namespace);
             picture.policies.set_egress(&workload.namespace, own.copied().unwrap_or(default));
         }
+        if let Some(networks) = &delta.pod_networks {
+            picture.policies.set_pod_networks(networks);
+        }
         picture.index.apply(IndexDelta {
             workloads: delta.workloads.iter().map(|workload| workload.as_ref().clone()).collect(),
             removed_workloads: delta.removed_workloads.clone(),
@@ -243,7 +246,7 @@ impl Mesh {
         });
         let changed = self.store.apply(&delta);
         metrics::counter!("culvert_controller_resource_changes_total").increment(changed as u64);
-        if !delta.egress.is_empty() {
+        if !delta.egress.is_empty() || delta.pod_networks.is_some() {
             self.publish_mesh(state);
         }
     }
@@ -261,6 +264,7 @@ impl Mesh {
             unknown_egress: state.index.egress().clone(),
             default_unknown_egress: settings.unknown_egress,
             cluster_domain: settings.cluster_domain.clone(),
+            pod_networks: state.index.pod_networks().to_vec(),
         });
     }
 

@@ -777,3 +777,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn networks_of_pods_come_from_the_nodes_joined_and_follow_them() {
+    let node = |name: &str, cidrs: &str| {
+        upserts(&format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: {name}}}, spec: {{podCIDRs: [{cidrs}]}}}}"
+        ))
+    };
+    let mut index = Index::new(IndexSettings::default());
+    let mut told = |changes: Vec<Change>| {
+        let texts = |networks: Vec<IpPrefix>| {
+            networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        index.apply(changes).pod_networks.map(texts)
+    };
+    assert_eq!(
+        told(node("n1", "10.1.0.0/24, 'fd00:0:0:1::/64'")).unwrap(),
+        "10.1.0.0/24 fd00:0:0:1::/64"
+    );
+    assert_eq!(told(node("n2", "10.1.1.0/24")).unwrap(), "10.1.0.0/23 fd00:0:0:1::/64");
+    assert_eq!(told(node("n3", "10.1.1.128/25")), None);
+    assert_eq!(told(node("n1", "")).unwrap(), "10.1.1.0/24");
+    let bad = "{apiVersion: v1, kind: Node, metadata: {name: n}, spec: {podCIDRs: [10.1.0.0/33]}}";
+    let document = documents(bad, Format::Yaml).into_iter().next().unwrap().unwrap();
+    assert!(matches!(read_objects(&document.value)[0].1, Parsed::Refused { .. }));
+}

@@ -1,7 +1,8 @@
 //! Namespace, Node and ServiceAccount.
 
 use mesh_authorize::UnknownEgress;
-use mesh_model::Locality;
+use mesh_model::{IpPrefix, Locality};
+use serde::Deserialize;
 
 use super::metadata::{InvalidField, Metadata};
 
@@ -47,10 +48,48 @@ pub struct Node {
     pub meta: Metadata,
     /// From the topology labels.
     pub locality: Locality,
+    /// `spec.podCIDRs`: where its pods' addresses are from, if the cluster hands them out by node.
+    pub pod_networks: Vec<IpPrefix>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawNode {
+    #[serde(default)]
+    spec: RawNodeSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawNodeSpec {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
+}
+
+impl RawNode {
+    pub(super) fn parse(self, meta: Metadata) -> Result<Node, InvalidField> {
+        let cidrs = match (self.spec.pod_cidrs, self.spec.pod_cidr) {
+            (Some(cidrs), _) if !cidrs.is_empty() => cidrs,
+            (_, one) => one.filter(|cidr| !cidr.is_empty()).into_iter().collect(),
+        };
+        let pod_networks = cidrs
+            .iter()
+            .enumerate()
+            .map(|(index, text)| {
+                text.parse().map_err(|error: mesh_model::InvalidPrefix| {
+                    let field = format!("spec.podCIDRs[{index}]");
+                    InvalidField::new(&field, error.to_string(), "use a CIDR such as 10.244.1.0/24")
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Node::new(meta, pod_networks))
+    }
 }
 
 impl Node {
-    pub(super) fn parse(meta: Metadata) -> Self {
+    fn new(meta: Metadata, pod_networks: Vec<IpPrefix>) -> Self {
         let part = |keys: [&str; 2]| {
             keys.iter().find_map(|key| meta.label(key)).unwrap_or_default().into()
         };
@@ -62,7 +101,7 @@ impl Node {
             zone: part(["topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone"]),
             subzone: part(["culvert.dev/subzone", "topology.istio.io/subzone"]),
         };
-        Self { meta, locality }
+        Self { meta, locality, pod_networks }
     }
 }
 

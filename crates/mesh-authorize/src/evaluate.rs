@@ -31,6 +31,13 @@ pub fn authorize_egress(policies: &PolicySet, resolved: &ResolvedFlow) -> Verdic
     let namespace = &resolved.local.namespace;
     let decision = match &resolved.route {
         Route::Deliver { .. } => wrong_stage(),
+        Route::Passthrough { known: false, target } if policies.is_pod_address(target.ip()) => {
+            Decision::Deny(Denial {
+                reason: CloseReason::UnknownDestination,
+                rule: Some(synthetic(namespace, "unknown-destination")),
+                detail: DenialDetail::UnknownDestination { address: target.ip() },
+            })
+        }
         Route::Passthrough { known: false, .. }
             if policies.egress(namespace) == UnknownEgress::Deny =>
         {

@@ -1,11 +1,12 @@
 //! The policies of the mesh, compiled.
 
 use std::cmp::Ordering;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use equivalent::{Comparable, Equivalent};
 use imbl::OrdMap;
-use mesh_model::{Revision, Workload};
+use mesh_model::{IpPrefix, Revision, Workload};
 
 use crate::compile::CompiledPolicy;
 use crate::policy::{Policy, PolicyName, PolicyScope};
@@ -59,6 +60,8 @@ pub struct PolicySet {
     unreadable: OrdMap<PolicyName, Arc<UnreadablePolicy>>,
     /// Namespaces that deny unknown destinations.
     egress_denied: OrdMap<Arc<str>, ()>,
+    /// Where the cluster's own pods are; shared by all clones.
+    pod_networks: Arc<[IpPrefix]>,
     missing: MissingPolicy,
 }
 
@@ -123,6 +126,22 @@ impl PolicySet {
             UnknownEgress::Deny => self.egress_denied.insert(namespace.into(), ()).is_none(),
         };
         if changed { self.stamp() } else { self.revision }
+    }
+
+    /// Says where the cluster's own pods are: an address there that no workload has is refused, whatever a namespace may
+    /// reach beyond the mesh. Returns the new stamp.
+    pub fn set_pod_networks(&mut self, networks: &[IpPrefix]) -> Revision {
+        if *self.pod_networks == *networks {
+            return self.revision;
+        }
+        self.pod_networks = networks.into();
+        self.stamp()
+    }
+
+    /// True for an address of the cluster's own pods.
+    #[must_use]
+    pub fn is_pod_address(&self, ip: IpAddr) -> bool {
+        self.pod_networks.iter().any(|network| network.contains(ip))
     }
 
     /// Says what a policy that is listed and not known means. Returns the new stamp.

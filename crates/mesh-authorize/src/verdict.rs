@@ -1,6 +1,7 @@
 //! What was decided, and which rule decided.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::{CloseReason, Revision};
@@ -100,6 +101,11 @@ pub enum DenialDetail {
         /// The waypoints bound.
         waypoints: Vec<Arc<str>>,
     },
+    /// The destination is an address of the cluster's own pods that no workload is known to have.
+    UnknownDestination {
+        /// The address.
+        address: IpAddr,
+    },
     /// The destination is unknown to the mesh and the namespace denies that.
     UnknownEgress {
         /// The namespace.
@@ -138,6 +144,9 @@ impl fmt::Display for Denial {
             (DenialDetail::WaypointUnknown { waypoints }, _) => {
                 f.write_str("the required waypoint is unknown: ")?;
                 list(f, waypoints)
+            }
+            (DenialDetail::UnknownDestination { address }, _) => {
+                write!(f, "no pod is known at {address}, an address of the cluster's own pods")
             }
             (DenialDetail::UnknownEgress { namespace }, _) => {
                 write!(f, "namespace {namespace} denies destinations unknown to the mesh")

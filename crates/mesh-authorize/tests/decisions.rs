@@ -283,6 +283,27 @@ fn unknown_egress_is_denied_where_the_namespace_says_so() {
 }
 
 #[test]
+fn an_address_of_the_clusters_own_pods_is_not_outside_the_mesh() {
+    let mut resolved = outbound();
+    let mut set = PolicySet::default();
+    set.set_pod_networks(&["10.0.0.0/8".parse().unwrap(), "1.1.0.0/16".parse().unwrap()]);
+    let Decision::Deny(denial) = authorize_egress(&set, &resolved).decision else {
+        panic!("allowed")
+    };
+    assert_eq!(denial.reason, CloseReason::UnknownDestination);
+    assert!(denial.to_string().contains("1.1.1.1"), "{denial}");
+    let stamp = set.revision();
+    set.set_pod_networks(&["10.0.0.0/8".parse().unwrap()]);
+    assert_ne!(set.revision(), stamp);
+    assert!(matches!(authorize_egress(&set, &resolved).decision, Decision::Allow(_)));
+    set.set_pod_networks(&["1.1.1.1".parse().unwrap()]);
+    if let Route::Passthrough { known, .. } = &mut resolved.route {
+        *known = true;
+    }
+    assert!(matches!(authorize_egress(&set, &resolved).decision, Decision::Allow(_)));
+}
+
+#[test]
 fn flows_judged_at_the_wrong_end_are_denied() {
     let set = PolicySet::default();
     assert_eq!(check(&set, &outbound(), Some(CART)), "internal: -");

@@ -165,6 +165,13 @@ impl IpPrefix {
         Self(ipnet::IpNet::from(canonical_ip(ip)))
     }
 
+    /// The fewest prefixes that hold the same addresses, in order.
+    #[must_use]
+    pub fn aggregate(prefixes: impl IntoIterator<Item = Self>) -> Vec<Self> {
+        let nets: Vec<ipnet::IpNet> = prefixes.into_iter().map(|prefix| prefix.0).collect();
+        ipnet::IpNet::aggregate(&nets).into_iter().map(Self).collect()
+    }
+
     /// True when `ip`, canonicalised, lies inside. Families never match each other.
     #[must_use]
     pub fn contains(&self, ip: IpAddr) -> bool {
@@ -220,6 +227,14 @@ impl fmt::Display for IpPrefix {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn neighbours_become_one_prefix() {
+        let prefixes = ["10.1.1.0/24", "10.1.0.0/24", "fd00:1::/64", "10.1.1.7"];
+        let joined = IpPrefix::aggregate(prefixes.map(|text| text.parse::<IpPrefix>().unwrap()));
+        let texts: Vec<String> = joined.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["10.1.0.0/23", "fd00:1::/64"]);
+    }
 
     #[test]
     fn mapped_addresses_compare_equal_to_ipv4() {

@@ -72,6 +72,8 @@ close_reasons! {
     PeerDenied => "peer_denied", "DENY", Policy;
     /// The destination is an agent port, or leads back to this agent.
     LoopRefused => "loop_refused", "DENY", Client;
+    /// An address of the cluster's own pods at which nobody is known (yet).
+    UnknownDestination => "unknown_destination", "CONNECT", ControlPlane;
     /// The CONNECT named an address or service that is not this pod's.
     WrongDestination => "wrong_destination", "DENY", Client;
     /// A service without an endpoint to send to.

@@ -179,6 +179,7 @@ fn error(reason: CloseReason, detail: Option<&str>) -> Option<String> {
         CloseReason::WrongDestination => "destination is not this workload",
         CloseReason::NoSuchPort => "no such port",
         CloseReason::UnknownWorkload => "unknown source workload",
+        CloseReason::UnknownDestination => "no pod is known at this address of the cluster",
         CloseReason::NotSynced => "policies were not received yet",
         CloseReason::ConnectRefused => "connection refused",
         CloseReason::ConnectTimeout => "connection timed out",

@@ -31,6 +31,8 @@ pub struct MeshConfig {
     pub default_unknown_egress: UnknownEgress,
     /// DNS domain of the cluster.
     pub cluster_domain: Arc<str>,
+    /// Networks of the cluster's own pods: an address in them that no workload has is not outside the mesh.
+    pub pod_networks: Vec<IpPrefix>,
 }
 
 /// Whether a pod is part of the mesh.
@@ -110,6 +112,7 @@ impl TryFrom<&pb::MeshConfig> for MeshConfig {
                 wire.default_unknown_egress,
             )?,
             cluster_domain: cluster_domain.into(),
+            pod_networks: each("pod_networks", &wire.pod_networks, |text| cidr(text))?,
         })
     }
 }
@@ -127,6 +130,7 @@ impl From<&MeshConfig> for pb::MeshConfig {
                 .collect(),
             default_unknown_egress: egress_to_wire(config.default_unknown_egress).into(),
             cluster_domain: text(&config.cluster_domain),
+            pod_networks: config.pod_networks.iter().map(ToString::to_string).collect(),
         }
     }
 }

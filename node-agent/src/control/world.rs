@@ -182,6 +182,7 @@ impl World {
             let egress = mesh.unknown_egress.get(*namespace).copied();
             self.policies.set_egress(namespace, egress.unwrap_or(mesh.default_unknown_egress));
         }
+        self.policies.set_pod_networks(&mesh.pod_networks);
         let namespaces = namespaces.into_iter().cloned().collect();
         self.egress_set = namespaces;
         if self.policies.revision() != before {

@@ -407,6 +407,7 @@ const fn status(reason: CloseReason) -> u16 {
         | CloseReason::GatewayUnavailable
         | CloseReason::UnknownWorkload
         | CloseReason::NotSynced
+        | CloseReason::UnknownDestination
         | CloseReason::ConnectRefused
         | CloseReason::ConnectTimeout
         | CloseReason::TunnelConnectFailed

@@ -80,7 +80,17 @@ impl NodeWorker {
     ) {
         let verdict = authorize_egress(&snapshot.policies, &resolved);
         self.flows.note(&conn.flow, verdict.notes);
+        // A pod of this node is not outside the mesh, even where the controller names no networks.
+        if let Route::Passthrough { target, known: false } = resolved.route
+            && self.serves(target.ip())
+        {
+            return self.park(ops, conn, WaitFor::Destination);
+        }
         let permit = match verdict.decision {
+            // It may have begun to exist a moment ago.
+            Decision::Deny(denial) if denial.reason == CloseReason::UnknownDestination => {
+                return self.park(ops, conn, WaitFor::Destination);
+            }
             Decision::Deny(denial) => {
                 return self.refuse(ops, conn, Some(resolved), denial.into());
             }

@@ -210,6 +210,8 @@ fn judge_again(snapshot: &Snapshot, live: &LiveFlow) -> Option<Denial> {
     };
     match verdict.decision {
         Decision::Allow(_permit) => None,
+        // Where it goes is not a question any more.
+        Decision::Deny(denial) if denial.reason == CloseReason::UnknownDestination => None,
         Decision::Deny(denial) => Some(denial),
     }
 }

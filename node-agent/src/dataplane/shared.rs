@@ -186,6 +186,9 @@ pub struct Limits {
     pub workload_patience: Duration,
     /// How long a flow waits for the policies after the agent has started; default 5 s.
     pub policy_patience: Duration,
+    /// How long a flow waits for somebody to be known at an address of the cluster's own pods; default 2 s. A change takes
+    /// a tenth of that from the controller to here.
+    pub destination_patience: Duration,
     /// How long a flow waits for the pod's certificate; default 5 s.
     pub certificate_patience: Duration,
     /// How long a flow waits for a name; default 5 s.
@@ -203,6 +206,7 @@ impl Default for Limits {
             descriptors: None,
             workload_patience: Duration::from_secs(5),
             policy_patience: Duration::from_secs(5),
+            destination_patience: Duration::from_secs(2),
             certificate_patience: Duration::from_secs(5),
             resolve_patience: Duration::from_secs(5),
         }

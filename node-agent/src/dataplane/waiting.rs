@@ -17,6 +17,8 @@ pub(super) enum WaitFor {
     Policies,
     /// The pod's own workload.
     Workload,
+    /// Somebody at an address of the cluster's own pods.
+    Destination,
     /// The pod's certificate.
     Certificate,
     /// The addresses of a host name.
@@ -29,6 +31,7 @@ impl WaitFor {
         match self {
             Self::Policies => CloseReason::NotSynced,
             Self::Workload => CloseReason::UnknownWorkload,
+            Self::Destination => CloseReason::UnknownDestination,
             Self::Certificate => CloseReason::NoCertificate,
             Self::Name => CloseReason::NoHealthyUpstream,
         }

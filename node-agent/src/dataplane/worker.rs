@@ -109,6 +109,8 @@ pub(super) struct NodeWorker {
     pub(super) to_self: CommandSender,
     pods: BTreeMap<PodKey, ServedPod>,
     pods_by_uid: BTreeMap<PodUid, PodKey>,
+    /// Addresses of the pods served here, and how many pods have each: one may leave while its successor is there.
+    pod_addresses: BTreeMap<IpAddr, usize>,
     leaving: BTreeMap<PodKey, Leaving>,
     waiting: WaitingRoom<Waiting>,
     changed: Arc<AtomicU8>,
@@ -146,6 +148,7 @@ impl NodeWorker {
             rejudge: Rejudge::default(),
             pods: BTreeMap::new(),
             pods_by_uid: BTreeMap::new(),
+            pod_addresses: BTreeMap::new(),
             leaving: BTreeMap::new(),
             waiting: WaitingRoom::new(config.limits.waiting),
             entropy: seed | 1,
@@ -260,6 +263,7 @@ impl NodeWorker {
         match wait_for {
             WaitFor::Policies => self.config.limits.policy_patience,
             WaitFor::Workload => self.config.limits.workload_patience,
+            WaitFor::Destination => self.config.limits.destination_patience,
             WaitFor::Certificate => self.config.limits.certificate_patience,
             WaitFor::Name => self.config.limits.resolve_patience,
         }
@@ -310,6 +314,9 @@ impl NodeWorker {
         let opened = self.open_ports(ops, &mut served);
         if opened.is_ok() {
             self.pods_by_uid.insert(pod.sockets.uid.clone(), pod.key);
+            for ip in &pod.sockets.addresses {
+                *self.pod_addresses.entry(*ip).or_default() += 1;
+            }
             self.pods.insert(pod.key, served);
         } else {
             for listener in served.listeners {
@@ -389,6 +396,7 @@ impl NodeWorker {
                 for tunnel in self.tunnels.accepted_for(&served.pod) {
                     ops.engine.retire(Retire::Tunnel(tunnel), now);
                 }
+                self.forget_addresses(&served.pod);
                 let uid = &served.pod.sockets.uid;
                 // The uid may have been enrolled anew meanwhile, under another key.
                 if self.pods_by_uid.get(uid) == Some(&key) {
@@ -401,6 +409,22 @@ impl NodeWorker {
         }
     }
 
+    fn forget_addresses(&mut self, pod: &Pod) {
+        for ip in &pod.sockets.addresses {
+            if let Some(count) = self.pod_addresses.get_mut(ip) {
+                *count -= 1;
+                if *count == 0 {
+                    self.pod_addresses.remove(ip);
+                }
+            }
+        }
+    }
+
+    /// True for an address of a pod served here, whether or not the index has it.
+    pub(super) fn serves(&self, ip: IpAddr) -> bool {
+        self.pod_addresses.contains_key(&ip)
+    }
+
     /// Serves the announcements of a changed snapshot.
     fn take_changes(&mut self, ops: &mut Ops) {
         let changed = Changed(self.changed.swap(0, Ordering::AcqRel));
@@ -410,8 +434,10 @@ impl NodeWorker {
             }
         }
         if changed.has(Changed::INDEX) {
-            for waiting in self.waiting.take_all(WaitFor::Workload) {
-                self.resume(ops, waiting);
+            for wait_for in [WaitFor::Workload, WaitFor::Destination] {
+                for waiting in self.waiting.take_all(wait_for) {
+                    self.resume(ops, waiting);
+                }
             }
         }
         if changed.has(Changed::IDENTITIES) || changed.has(Changed::TRUST) {

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use culvert_agent::dataplane::{Changed, DataPlaneConfig, Limits};
 use mesh_model::CloseReason;
+use mesh_resolve::IndexDelta;
 
-use crate::node::{Mesh, Node, identity, issue, issue_until};
+use crate::node::{Mesh, Node, identity, issue, issue_until, workload};
 use crate::{echo, exchange, read_error};
 
 fn with_limits(limits: Limits) -> DataPlaneConfig {
@@ -228,6 +229,49 @@ fn nothing_is_judged_before_the_policies_have_come() {
     synced(&mesh.server, false);
     reset();
     assert_eq!(mesh.server.ledger.ended(before + 1)[before].reason, CloseReason::NotSynced);
+}
+
+#[test]
+fn an_address_of_the_clusters_pods_waits_for_its_pod_and_never_leaks() {
+    let patience = Duration::from_millis(500);
+    let mesh =
+        Mesh::with(with_limits(Limits { destination_patience: patience, ..Limits::default() }));
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    mesh.client.change(Changed::INDEX.and(Changed::POLICIES), |snapshot| {
+        snapshot.policies.set_pod_networks(&["10.77.0.0/24".parse().unwrap()]);
+        let removed_workloads = vec![workload("server", &[]).uid];
+        snapshot.index.apply(IndexDelta { removed_workloads, ..IndexDelta::default() });
+    });
+    let mut in_vain = mesh.client.dial(target).unwrap();
+    assert_eq!(read_error(&mut in_vain), ErrorKind::ConnectionReset);
+    assert_eq!(mesh.client.ledger.ended(1)[0].reason, CloseReason::UnknownDestination);
+    // One of this node that the index does not have is no stranger either, whatever the networks are.
+    let own = workload("client", &[]).uid;
+    mesh.client.change(Changed::INDEX, |snapshot| {
+        let mut moved = workload("client", &[mesh.client.pod.addresses[0]]);
+        moved.uid = own.clone();
+        let workloads = vec![moved];
+        snapshot.index.apply(IndexDelta { workloads, ..IndexDelta::default() });
+    });
+    let mut in_vain = mesh.client.dial(mesh.client.pod.v6(8080)).unwrap();
+    assert_eq!(read_error(&mut in_vain), ErrorKind::ConnectionReset);
+    assert_eq!(mesh.client.ledger.ended(2)[1].reason, CloseReason::UnknownDestination);
+
+    let mut waits = mesh.client.dial(target).unwrap();
+    waits.write_all(b"hello").unwrap();
+    mesh.client.change(Changed::INDEX, |snapshot| {
+        let workloads = vec![workload("server", &mesh.server.pod.addresses)];
+        snapshot.index.apply(IndexDelta { workloads, ..IndexDelta::default() });
+    });
+    waits.read_exact(&mut [0; 5]).unwrap();
+    drop(waits);
+    let record = &mesh.client.ledger.ended(3)[2];
+    assert!(record.facts.mutual_tls, "{record:?}");
+    // Outside of those networks is outside of the mesh.
+    let mut outside = mesh.client.dial("192.0.2.1:80".parse().unwrap()).unwrap();
+    assert_ne!(read_error(&mut outside), ErrorKind::WouldBlock);
+    assert_eq!(mesh.client.ledger.ended(4)[3].reason, CloseReason::ConnectFailed);
 }
 
 #[test]

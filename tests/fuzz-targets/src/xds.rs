@@ -141,6 +141,7 @@ fn samples() -> Vec<Resource> {
         unknown_egress: BTreeMap::from([("shop".into(), mesh_authorize::UnknownEgress::Deny)]),
         default_unknown_egress: mesh_authorize::UnknownEgress::Allow,
         cluster_domain: "cluster.local".into(),
+        pod_networks: vec![mesh_model::IpPrefix::host([10, 0, 0, 1].into())],
     };
     let pod = mesh_wire::PodConfig {
         uid: WorkloadUid::new("K//Pod/shop/cart"),

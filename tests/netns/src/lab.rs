@@ -140,7 +140,11 @@ impl Lab {
             serial: 0,
         };
         for node in &lab.nodes {
-            lab.apply(&manifest::node(&node.name, &[node.ipv4, node.ipv6]))?;
+            lab.apply(&manifest::node(
+                &node.name,
+                &[node.ipv4, node.ipv6],
+                &[&node.subnet4, &node.subnet6],
+            ))?;
         }
         Ok(lab)
     }

@@ -12,9 +12,9 @@ pub fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
     json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name, "labels": labels } })
 }
 
-/// A Node with its addresses.
+/// A Node with its addresses and the networks of its pods.
 #[must_use]
-pub fn node(name: &str, addresses: &[IpAddr]) -> Value {
+pub fn node(name: &str, addresses: &[IpAddr], pod_networks: &[&str]) -> Value {
     let addresses: Vec<Value> = addresses
         .iter()
         .map(|address| json!({ "type": "InternalIP", "address": address.to_string() }))
@@ -22,6 +22,7 @@ pub fn node(name: &str, addresses: &[IpAddr]) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Node",
         "metadata": { "name": name, "labels": { "topology.kubernetes.io/region": "lab", "topology.kubernetes.io/zone": name } },
+        "spec": { "podCIDR": pod_networks.first(), "podCIDRs": pod_networks },
         "status": { "addresses": addresses },
     })
 }

@@ -265,6 +265,7 @@ impl Dice {
             unknown_egress: self.list(|dice| (dice.name(), dice.egress())).into_iter().collect(),
             default_unknown_egress: self.egress(),
             cluster_domain: self.name(),
+            pod_networks: self.filter().include_cidrs,
         }
     }
 

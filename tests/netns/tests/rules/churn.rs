@@ -106,7 +106,7 @@ fn come_and_go(mesh: &Mesh) -> anyhow::Result<()> {
 /// 2,000 pods come and go while a pod makes connections: none fails.
 pub(crate) fn two_thousand_pods(mesh: &mut Mesh) -> anyhow::Result<()> {
     let url = format!("http://{}/", mesh.server());
-    let node = manifest::node("c", &["192.168.77.3".parse()?]);
+    let node = manifest::node("c", &["192.168.77.3".parse()?], &[]);
     mesh.lab.apply(&node)?;
     let traffic = Traffic::start(mesh, "client", "churn", &url)?;
     come_and_go(mesh)?;
