@@ -5,6 +5,7 @@
 mod attack;
 mod netlab;
 mod node;
+mod plaintext;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};

@@ -96,6 +96,25 @@ impl PodNet {
         })
     }
 
+    /// Steers plaintext connections to `port` that come over the wire to port 15006, as capture would.
+    pub(crate) fn steer_plaintext(&self, port: u16) {
+        self.enter(|| {
+            for (family, rule) in [("ip", "-4"), ("ip6", "-6")] {
+                let to = "tproxy to :15006 accept";
+                run("nft", &["add", "table", family, "steer"]);
+                let chain = "{ type filter hook prerouting priority mangle; }";
+                run("nft", &["add", "chain", family, "steer", "pre", chain]);
+                let rule_text = format!("iifname eth0 tcp dport {port} {to}");
+                let mut arguments = vec!["add", "rule", family, "steer", "pre"];
+                arguments.extend(rule_text.split_whitespace());
+                run("nft", &arguments);
+                // By interface: a mark would be taken over by the accepted socket, and its answers would stay here.
+                ip(&format!("{rule} rule add iif eth0 lookup 100"));
+                ip(&format!("{rule} route add local default dev lo table 100"));
+            }
+        });
+    }
+
     /// Connects without capture.
     pub(crate) fn connect_plain(&self, target: SocketAddr) -> io::Result<TcpStream> {
         self.enter(|| TcpStream::connect(target))

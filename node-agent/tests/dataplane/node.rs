@@ -17,7 +17,7 @@ use mesh_identity::{CaConfig, CaCore, IssuedAnswer, Svid, TrustBundle, csr};
 use mesh_model::{NetworkId, PodUid, SpiffeId, TunnelProtocol, Workload};
 use mesh_resolve::{IndexDelta, ResolveSettings, WorkloadIndex};
 use mesh_telemetry::FlowRecord;
-use socket2::Socket;
+use socket2::{SockRef, Socket};
 use tokio::runtime::Runtime;
 
 use crate::netlab::PodNet;
@@ -41,8 +41,9 @@ impl KernelCapture for Table {
         Ok(())
     }
 
-    fn set_listener(&self, _pod: &PodSockets, _listener: BorrowedFd<'_>) -> io::Result<()> {
-        Ok(())
+    fn set_listener(&self, _pod: &PodSockets, listener: BorrowedFd<'_>) -> io::Result<()> {
+        // For `PodNet::steer_plaintext`.
+        SockRef::from(&listener).set_ip_transparent_v6(true)
     }
 }
 
