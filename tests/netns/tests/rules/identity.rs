@@ -164,7 +164,8 @@ pub(crate) fn signing_and_tokens(mesh: &mut Mesh) -> anyhow::Result<()> {
     let (short, for_b) = (token("a", "1s")?, token("b", "1h")?);
     let issued = unix_seconds()?;
     let mut forged = token("a", "1h")?;
-    let last = if forged.ends_with('A') { 'B' } else { 'A' };
+    // Another tag that decodes: the last character stands for four bits.
+    let last = if forged.ends_with('A') { 'E' } else { 'A' };
     forged.pop();
     forged.push(last);
     let root = mesh.lab.controller_command(&["ca", "root"])?;
