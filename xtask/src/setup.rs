@@ -33,6 +33,7 @@ const PACKAGES: &[Package] = &[
     package("cmake", "aws-lc is built with it", "/usr/bin/cmake"),
     package("gcc", "aws-lc is built with it", "/usr/bin/gcc"),
     package("iproute2", "network namespaces of the lab", "/usr/sbin/ip|/sbin/ip|/bin/ip"),
+    package("nftables", "what a hostile pod rewrites with", "/usr/sbin/nft|/sbin/nft"),
     package("util-linux", "nsenter", "/usr/bin/nsenter"),
     package("procps", "sysctl", "/usr/sbin/sysctl|/sbin/sysctl"),
     package(

@@ -11,12 +11,23 @@ use super::Kernel;
 use super::package::{Files, cache};
 use crate::command::run;
 
-/// What the jobs need beyond what is built in: pods and their bridge, the clsact guard, a disk.
-const MODULES: &[&str] = &["veth", "bridge", "sch_ingress", "cls_bpf", "virtio_pci", "virtio_blk"];
+/// What the jobs need beyond what is built in: pods and their bridge, the clsact guard, what a hostile
+/// pod redirects and rewrites with, a disk. The guest loads the same.
+const MODULES: &[&str] = &[
+    "veth",
+    "bridge",
+    "sch_ingress",
+    "cls_bpf",
+    "act_mirred",
+    "nft_chain_nat",
+    "nft_nat",
+    "virtio_pci",
+    "virtio_blk",
+];
 
 /// Programs of the host that the jobs run. Busybox's own `ip` knows no namespaces, and its shell
 /// prefers that one whatever the path says.
-const HOST_PROGRAMS: &[&str] = &["dash", "ip", "tc", "curl"];
+const HOST_PROGRAMS: &[&str] = &["dash", "ip", "tc", "nft", "curl"];
 
 /// The plugins that give pods their network before ours has its turn.
 const CNI_PLUGINS: &[&str] = &["bridge", "host-local"];
