@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mesh_ebpf::{Capture, CaptureError, NetnsCookie, PodCapture};
-use mesh_model::PodUid;
+use mesh_ebpf::{Capture, CaptureError, NetnsCookie, PodCapture, port};
+use mesh_model::{PodUid, ports};
 use mesh_net::socket::SocketLabel;
 
 use tokio::runtime::Handle;
@@ -18,18 +18,27 @@ use crate::dataplane::{DataPlane, Drain, KernelCapture, PodSockets};
 use crate::dns::DnsDesk;
 use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments};
 
+// The kernel's side and the crates that do not know it have one word for the same thing.
+const _: () = assert!(mesh_ebpf::DELIVERY_MARK == mesh_net::socket::ORIGINAL_SOURCE_MARK);
+const _: () = assert!(
+    port::OUTBOUND == ports::OUTBOUND
+        && port::INBOUND == ports::INBOUND_PLAINTEXT
+        && port::TUNNEL == ports::HBONE
+        && port::RESOLVER == ports::DNS
+);
+
 /// The kernel's side of capture, as the data plane asks for it.
 pub(crate) struct KernelGate {
     capture: Arc<Capture>,
     pods: Mutex<BTreeMap<PodUid, StagedPod>>,
 }
 
-/// What is captured of a pod, and the listener its inbound connections are steered to.
+/// What is captured of a pod, and how.
 struct StagedPod {
     capture: PodCapture,
-    /// A second descriptor of the listener, for changing settings later.
-    listener: Option<OwnedFd>,
-    sockets: Option<PodSockets>,
+    sockets: PodSockets,
+    /// How many workers listen; none before capture was switched on.
+    slots: Option<u16>,
 }
 
 impl std::fmt::Debug for KernelGate {
@@ -62,21 +71,32 @@ impl SocketLabel for KernelGate {
 
 impl KernelCapture for KernelGate {
     fn orig_dst(&self, cookie: u64, client: SocketAddr) -> io::Result<Option<SocketAddr>> {
-        self.capture.orig_dst(NetnsCookie(cookie), client)
+        self.capture.orig_dst(NetnsCookie(cookie), port::OUTBOUND, client)
     }
 
     fn label(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.capture.label(fd)
     }
 
-    fn set_listener(&self, pod: &PodSockets, listener: BorrowedFd<'_>) -> io::Result<()> {
+    fn add_listener(
+        &self,
+        pod: &PodSockets,
+        port: u16,
+        slot: u16,
+        listener: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        self.capture
+            .set_listener(NetnsCookie(pod.cookie), port, slot, listener)
+            .map_err(io::Error::other)
+    }
+
+    fn switch_on(&self, pod: &PodSockets, slots: u16) -> io::Result<()> {
         let mut pods = self.lock();
         let staged = pods
             .get_mut(&pod.uid)
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the pod was not staged"))?;
-        let kept = listener.try_clone_to_owned()?;
-        self.capture.enroll(&staged.capture, listener).map_err(io::Error::other)?;
-        staged.listener = Some(kept);
+        self.capture.enroll(&staged.capture, slots).map_err(io::Error::other)?;
+        staged.slots = Some(slots);
         Ok(())
     }
 }
@@ -111,8 +131,8 @@ impl Attachments {
     fn reconfigure(&self, uid: &PodUid, capture: PodCapture) -> Result<bool, AttachError> {
         let mut pods = self.gate.lock();
         let Some(staged) = pods.get_mut(uid) else { return Ok(false) };
-        let Some(listener) = &staged.listener else { return Ok(false) };
-        self.gate.capture.enroll(&capture, listener.as_fd()).map_err(kernel_refused)?;
+        let Some(slots) = staged.slots else { return Ok(false) };
+        self.gate.capture.enroll(&capture, slots).map_err(kernel_refused)?;
         staged.capture = capture;
         Ok(true)
     }
@@ -122,7 +142,7 @@ impl Attachments {
     }
 
     fn sockets(&self, uid: &PodUid) -> Option<PodSockets> {
-        self.gate.lock().get(uid).and_then(|staged| staged.sockets.clone())
+        self.gate.lock().get(uid).map(|staged| staged.sockets.clone())
     }
 }
 
@@ -157,7 +177,7 @@ impl PodAttachments for Attachments {
         }
         // Other sockets, or the same pod that was being let go: its name is free only when they are closed.
         self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));
-        let staged = StagedPod { capture, listener: None, sockets: Some(sockets.clone()) };
+        let staged = StagedPod { capture, sockets: sockets.clone(), slots: None };
         self.gate.lock().insert(uid.clone(), staged);
         let added = self.runtime.block_on(self.data_plane.add_pod(sockets)).map_err(|error| AttachError {
             what: "the pod's sockets cannot be opened or its capture switched on",
@@ -173,10 +193,7 @@ impl PodAttachments for Attachments {
     }
 
     fn detach(&self, uid: &PodUid, cookie: u64, drain: Duration) -> Result<(), AttachError> {
-        match self.gate.capture.unenroll(NetnsCookie(cookie)) {
-            Ok(()) | Err(CaptureError::NotEnrolled(_)) => {}
-            Err(error) => return Err(kernel_refused(error)),
-        }
+        self.gate.capture.unenroll(NetnsCookie(cookie)).map_err(kernel_refused)?;
         self.dns.remove(uid);
         if drain.is_zero() {
             self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));

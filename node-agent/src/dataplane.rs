@@ -53,9 +53,9 @@ use watchdog::Watchdog;
 use worker::{Command, NodeWorker, WorkerParts};
 
 /// The running data plane. Cheap to share in an `Arc`; dropping it stops the workers and closes their sockets.
-#[derive(Debug)]
 pub struct DataPlane {
     workers: Vec<Worker>,
+    capture: Arc<dyn KernelCapture>,
     pods: Mutex<BTreeMap<PodUid, Arc<Pod>>>,
     next_pod: AtomicU64,
     draining: AtomicBool,
@@ -82,8 +82,8 @@ pub enum AddPodError {
     /// A port of the pod could not be opened.
     #[error("cannot open the agent's ports in the pod")]
     Listen(#[source] io::Error),
-    /// Inbound connections could not be steered to the agent.
-    #[error("cannot steer the pod's inbound connections")]
+    /// Capture could not be switched on.
+    #[error("cannot switch the pod's capture on")]
     Steer(#[source] io::Error),
     /// A worker has ended; the agent must restart.
     #[error("a worker of the data plane has ended")]
@@ -112,7 +112,9 @@ impl DataPlane {
         let next_flow = Arc::new(AtomicU64::new(1));
         let handshakes = handshakes_per_worker(&config, &budget);
         let mut workers = Vec::with_capacity(config.workers.max(1));
-        for index in 0..config.workers.max(1) {
+        // More workers than a machine has cores.
+        let count = u16::try_from(config.workers.max(1)).unwrap_or(u16::MAX);
+        for index in 0..count {
             let mut worker_config = WorkerConfig::new(config.engine.clone(), Arc::clone(&budget));
             worker_config.max_accepting = handshakes;
             worker_config.max_dialling = handshakes;
@@ -128,7 +130,8 @@ impl DataPlane {
                 changed: Arc::clone(&changed),
                 next_flow: Arc::clone(&next_flow),
                 to_self: self_sender(Arc::clone(&handle)),
-                seed: seed(index),
+                slot: index,
+                seed: seed(index.into()),
             };
             let make = move || NodeWorker::new(parts);
             let started = Arc::new(spawn(&format!("culvert-data-{index}"), worker_config, make)?);
@@ -140,6 +143,7 @@ impl DataPlane {
         Ok(Self {
             watchdog,
             workers,
+            capture,
             pods: Mutex::new(BTreeMap::new()),
             next_pod: AtomicU64::new(1),
             draining: AtomicBool::new(false),
@@ -148,7 +152,7 @@ impl DataPlane {
         })
     }
 
-    /// Opens the pod's ports on every worker, then steers its inbound connections to them. Transactional.
+    /// Opens the pod's ports on every worker, then switches its capture on, which may block. Transactional.
     ///
     /// # Errors
     /// See [`AddPodError`]; the pod is not served then.
@@ -182,11 +186,8 @@ impl DataPlane {
                 .ok_or(AddPodError::WorkerEnded)?
                 .map_err(AddPodError::Listen)?;
         }
-        let first = self.workers.first().ok_or(AddPodError::WorkerEnded)?;
-        ask(first, |reply| Command::Steer { key: pod.key, reply })
-            .await
-            .ok_or(AddPodError::WorkerEnded)?
-            .map_err(AddPodError::Steer)
+        let slots = u16::try_from(self.workers.len()).unwrap_or(u16::MAX);
+        self.capture.switch_on(&pod.sockets, slots).map_err(AddPodError::Steer)
     }
 
     /// Stops serving a pod, and returns when none of its connections is left or the grace has passed.
@@ -265,6 +266,12 @@ impl DataPlane {
     fn pods(&self) -> MutexGuard<'_, BTreeMap<PodUid, Arc<Pod>>> {
         // The map is whole at every moment, whatever panicked.
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for DataPlane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DataPlane").field("workers", &self.workers.len()).finish_non_exhaustive()
     }
 }
 

@@ -194,7 +194,7 @@ impl DnsDesk {
 
     /// Where a captured TCP connection to a resolver was going.
     fn tcp_resolver_of(&self, pod: &PodDns, client: SocketAddr) -> Option<SocketAddr> {
-        let asked = self.gate.capture().orig_dst(NetnsCookie(pod.cookie), client);
+        let asked = self.gate.capture().orig_dst(NetnsCookie(pod.cookie), ports::DNS, client);
         match asked {
             Ok(Some(resolver)) => usable(pod, resolver),
             Ok(None) | Err(_) => pod.fallback(client),
@@ -216,6 +216,10 @@ impl DnsDesk {
         let open = |address: SocketAddr| {
             let socket = self.socket(pod, address, Type::STREAM, Protocol::TCP)?;
             socket.listen(128)?;
+            self.gate
+                .capture()
+                .set_listener(NetnsCookie(pod.cookie), ports::DNS, 0, socket.as_fd())
+                .map_err(io::Error::other)?;
             TcpListener::from_std(socket.into())
         };
         match open((Ipv6Addr::UNSPECIFIED, ports::DNS).into()) {

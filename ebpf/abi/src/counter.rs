@@ -42,10 +42,15 @@ counters! {
     InboundExcluded = "inbound_excluded",
     /// Inbound probes from the node let through.
     InboundProbe = "inbound_probe",
+    /// Inbound connections to one of the agent's ports refused because the settings exclude them.
+    InboundAgentPort = "inbound_refused_agent_port",
     /// Inbound connections refused because the agent has no listener.
     InboundNoListener = "inbound_refused_no_listener",
     /// Inbound connections refused because the local address is not one the pod was enrolled with.
     InboundUnknownAddress = "inbound_refused_unknown_address",
+    /// Accepted connections that may not be answered: nothing outside asked for them, or they went
+    /// past the agent.
+    InboundUnadmitted = "inbound_not_admitted",
     /// Flows that could not be registered because the table is full; the guard drops them.
     FlowTableFull = "flow_table_full",
     /// Dropped by the guard: VLAN tag.
@@ -64,6 +69,13 @@ counters! {
     GuardSpoofed = "guard_dropped_spoofed_source",
     /// Dropped by the guard: TCP of no permitted flow.
     GuardNoFlow = "guard_dropped_no_flow",
+    /// Dropped by the guard on its way in: payload of a connection that went past the agent.
+    GuardUnadmitted = "guard_dropped_unadmitted",
+    /// Dropped by the guard on its way in: TCP to an address that is not the pod's.
+    GuardForeignTarget = "guard_dropped_foreign_target",
+    /// Dropped by the guard on its way in: what a pod could not answer either (fragmented TCP,
+    /// tunnels, VLAN tags).
+    GuardInbound = "guard_dropped_inbound_unknown",
     /// Dropped by the guard: UDP of a pod that may not send any.
     GuardUdp = "guard_dropped_udp",
     /// Dropped by the guard: ICMP of a pod that may not send any.

@@ -45,6 +45,9 @@ pub enum FlowOrigin {
     Inbound = 3,
     /// A connection that existed when the pod was enrolled.
     Seeded = 4,
+    /// The agent's connection to the application under its client's address. It lives inside the
+    /// pod; the guard never sees it, `sk_lookup` tells it by this entry from one made by others.
+    Delivery = 5,
 }
 
 /// A permitted flow with an open socket.
@@ -70,17 +73,23 @@ impl FlowState {
     }
 }
 
-/// What may still leave on a tuple that has no open socket: segments without payload only.
+/// What may pass on a tuple that has no open socket: out of the pod, segments without payload only.
 ///
 /// Kept in an LRU map, so that a flood of SYNs evicts other floods and closed connections, never an
 /// open one.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remains {
-    /// Something arrived from outside: the kernel may answer SYN-ACK or RST.
+    /// A SYN arrived from outside: the kernel may answer SYN-ACK or RST. Nothing may be sent in on
+    /// it before it is [`Admitted`](Self::Admitted).
     Arrived = 1,
     /// The socket closed: last acknowledgements (TIME_WAIT, RFC 9293 §3.6) and resets may leave.
     Closed = 2,
+    /// A segment arrived for which there was no SYN, a predecessor's on a reused address: RST.
+    Stray = 3,
+    /// A connection that arrived and went where it should: to the agent, or past it because the
+    /// pod's settings say so. Once it is accepted it may be answered.
+    Admitted = 4,
 }
 
 /// Whether a segment may leave on a tuple without open socket. `remains` is a [`Remains`] as stored.
@@ -95,7 +104,16 @@ pub const fn permits_after_close(remains: u8, flags: TcpFlags, empty: bool) -> b
     if remains == Remains::Closed as u8 {
         return !flags.has(TcpFlags::SYN);
     }
-    remains == Remains::Arrived as u8 && flags.has(TcpFlags::SYN) && flags.has(TcpFlags::ACK)
+    (remains == Remains::Arrived as u8 || remains == Remains::Admitted as u8)
+        && flags.has(TcpFlags::SYN)
+        && flags.has(TcpFlags::ACK)
+}
+
+/// Whether payload may enter the pod on a tuple without open socket; to strays and to closed
+/// connections the kernel then answers with RST. `remains` is a [`Remains`] as stored.
+#[inline(always)]
+pub const fn admits_payload(remains: u8) -> bool {
+    remains != Remains::Arrived as u8
 }
 
 /// Who asked: a client socket inside a pod, by its source address.
@@ -108,8 +126,9 @@ pub struct ClientKey {
     pub address: Address,
     /// The client's source port.
     pub port: Port,
-    padding: u16,
-    more_padding: u32,
+    /// The agent's port that it was sent to: one source address may lead to several.
+    pub listener: Port,
+    padding: u32,
 }
 
 const _: () = assert!(size_of::<ClientKey>() == 32);
@@ -117,8 +136,8 @@ const _: () = assert!(size_of::<ClientKey>() == 32);
 impl ClientKey {
     /// From its parts.
     #[inline(always)]
-    pub const fn new(netns_cookie: u64, address: Address, port: Port) -> Self {
-        Self { netns_cookie, address, port, padding: 0, more_padding: 0 }
+    pub const fn new(netns_cookie: u64, (address, port): (Address, Port), listener: Port) -> Self {
+        Self { netns_cookie, address, port, listener, padding: 0 }
     }
 }
 
@@ -151,5 +170,22 @@ mod tests {
         check(Remains::Closed, SYN, true, false);
         check(Remains::Closed, ACK, false, false);
         check(Remains::Closed, RST, false, false);
+        check(Remains::Stray, RST | ACK, true, true);
+        check(Remains::Stray, SYN | ACK, true, false);
+        check(Remains::Stray, ACK, true, false);
+        check(Remains::Admitted, SYN | ACK, true, true);
+        check(Remains::Admitted, SYN | ACK, false, false);
+        check(Remains::Admitted, ACK, true, false);
+    }
+
+    #[test]
+    fn payload_enters_only_behind_an_admitted_syn() {
+        let check = |remains: Remains, expected: bool| {
+            assert_eq!(admits_payload(remains as u8), expected, "{remains:?}");
+        };
+        check(Remains::Arrived, false);
+        check(Remains::Admitted, true);
+        check(Remains::Closed, true);
+        check(Remains::Stray, true);
     }
 }

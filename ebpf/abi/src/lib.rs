@@ -16,15 +16,19 @@ mod pod;
 
 pub use address::{Address, Endpoint, Port};
 pub use counter::Counter;
-pub use flow::{ClientKey, FlowKey, FlowOrigin, FlowState, Remains, permits_after_close};
+pub use flow::{
+    ClientKey, FlowKey, FlowOrigin, FlowState, Remains, admits_payload, permits_after_close,
+};
 pub use map::{MapKind, MapSpec, maps};
 pub use packet::{Fetch, Packet, Refusal, TcpFlags, Transport, parse_packet};
-pub use pod::{NetworkKey, NetworkRule, Pod, PodFlags, PortKey, RuleList, SocketNote, Verdict};
+pub use pod::{
+    ListenerKey, NetworkKey, NetworkRule, Pod, PodFlags, PortKey, RuleList, SocketNote, Verdict,
+};
 
 /// Version of everything in the pinned maps. Pins live in a directory of this number, so that a
 /// build with other shapes never reads them. Raise it with any change to a key, a value, or to what
 /// a field means.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// The agent's listeners inside a pod's network namespace.
 pub mod port {
@@ -38,6 +42,12 @@ pub mod port {
     pub const RESOLVER: u16 = 15053;
     /// DNS (RFC 1035 §4.2).
     pub const DNS: u16 = 53;
+
+    /// Whether the port is one of the agent's inside an enrolled pod.
+    #[inline(always)]
+    pub const fn is_agents(port: u16) -> bool {
+        matches!(port, OUTBOUND | INBOUND | TUNNEL | RESOLVER)
+    }
 }
 
 /// IP protocol numbers (IANA "Assigned Internet Protocol Numbers").

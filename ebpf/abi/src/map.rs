@@ -1,7 +1,8 @@
 //! The pinned maps: names, shapes, bounds, and what happens at the bound.
 
 use crate::{
-    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, NetworkKey, Pod, PortKey, SocketNote,
+    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, ListenerKey, NetworkKey, Pod,
+    PortKey, SocketNote,
 };
 
 /// Kind of a map, with the kernel's number for it (`enum bpf_map_type`).
@@ -54,8 +55,8 @@ pub mod maps {
     pub const ADDRESSES: MapSpec = spec::<Address, u64>("ADDRESSES", MapKind::Hash, 16_384);
     /// Host-side interface index → netns cookie. Full: enrolment is refused.
     pub const GUARDS: MapSpec = spec::<u32, u64>("GUARDS", MapKind::Hash, 8192);
-    /// Netns cookie → the agent's inbound listener. Full: enrolment is refused.
-    pub const LISTENERS: MapSpec = spec::<u64, u32>("LISTENERS", MapKind::SockHash, 4096);
+    /// Pod, port, number → a listener of the agent. Full: enrolment is refused.
+    pub const LISTENERS: MapSpec = spec::<ListenerKey, u32>("LISTENERS", MapKind::SockHash, 65_536);
     /// Ports in lists. Full: enrolment is refused.
     pub const PORT_RULES: MapSpec = spec::<PortKey, u8>("PORT_RULES", MapKind::Hash, 65_536);
     /// Networks in lists. Full: enrolment is refused.
@@ -72,7 +73,8 @@ pub mod maps {
         spec::<ClientKey, Endpoint>("RESOLVERS", MapKind::LruHash, 16_384);
     /// Permitted flows with an open socket. Full: counted, and the guard drops the new flow.
     pub const FLOWS: MapSpec = spec::<FlowKey, FlowState>("FLOWS", MapKind::Hash, 262_144);
-    /// Tuples without open socket on which answers may leave. Full: the oldest goes.
+    /// Tuples without open socket on which answers may leave. Full: the oldest goes, and with it a
+    /// connection that was not accepted yet.
     pub const REMAINS: MapSpec = spec::<FlowKey, u8>("REMAINS", MapKind::LruHash, 65_536);
     /// The agent's sockets (by its own hand, through their descriptors).
     pub const LABELS: MapSpec = spec::<u32, u32>("LABELS", MapKind::SocketStorage, 0);

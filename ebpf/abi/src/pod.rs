@@ -15,9 +15,44 @@ pub struct Pod {
     /// Which set of list entries is the pod's. A change of settings writes a new set and switches
     /// to it with this one entry.
     pub rule_set: u32,
+    /// How many listeners the agent has on each port, numbered from 0. New connections are spread
+    /// over them.
+    pub slots: u32,
+    padding: u32,
 }
 
-const _: () = assert!(size_of::<Pod>() == 40);
+const _: () = assert!(size_of::<Pod>() == 48);
+
+impl Pod {
+    /// From its parts.
+    #[inline(always)]
+    pub const fn new(ipv4: Address, ipv6: Address, flags: u32, rule_set: u32, slots: u32) -> Self {
+        Self { ipv4, ipv6, flags, rule_set, slots, padding: 0 }
+    }
+}
+
+/// Which of the agent's listening sockets in a pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ListenerKey {
+    /// The pod's network namespace.
+    pub netns_cookie: u64,
+    /// Its port, see [`port`](crate::port).
+    pub port: Port,
+    /// Its number among those of this port.
+    pub slot: u16,
+    padding: u32,
+}
+
+const _: () = assert!(size_of::<ListenerKey>() == 16);
+
+impl ListenerKey {
+    /// From its parts.
+    #[inline(always)]
+    pub const fn new(netns_cookie: u64, port: Port, slot: u16) -> Self {
+        Self { netns_cookie, port, slot, padding: 0 }
+    }
+}
 
 /// Bits of [`Pod::flags`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

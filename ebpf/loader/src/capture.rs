@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mesh_ebpf_abi::{Address, ClientKey, Counter, LAYOUT, Port, maps as shapes};
+use mesh_ebpf_abi::{Address, ClientKey, Counter, LAYOUT, Port, maps as shapes, port};
 
 use crate::guard::{self, Guards};
 use crate::maps::{self, Maps};
@@ -101,13 +101,10 @@ impl Capture {
     /// enrolled pod it changes settings, addresses and listener, and repairs what is missing. On an
     /// error a new pod leaves nothing behind, and an enrolled one stays captured.
     ///
-    /// `inbound` is the dual-stack listener on `:15006`, made in the pod's namespace.
-    pub fn enroll(
-        &self,
-        pod: &PodCapture,
-        inbound: BorrowedFd<'_>,
-    ) -> Result<NetnsCookie, CaptureError> {
-        self.pods().enroll(self.parts(), pod, inbound)
+    /// The agent's listeners are given before, with [`set_listener`](Self::set_listener): `slots` of
+    /// them on each of its ports, over which new connections are spread. What has none is refused.
+    pub fn enroll(&self, pod: &PodCapture, slots: u16) -> Result<NetnsCookie, CaptureError> {
+        self.pods().enroll(self.parts(), pod, slots)
     }
 
     /// Switches capture off and removes all that `enroll` made. Ok also when it is not enrolled.
@@ -116,19 +113,19 @@ impl Capture {
         self.pods().unenroll(self.parts(), pod)
     }
 
-    /// Replaces the pod's `:15006` listener. Call it before the old one closes: an entry vanishes
-    /// with its socket, and without an entry inbound connections are refused. Fails with
-    /// [`CaptureError::NotEnrolled`].
+    /// Gives or replaces a listener of the agent in a pod: its port, and its number among those of
+    /// this port, from 0. Connections go to these sockets alone, whoever else shares their port. Call
+    /// it before an old one closes: an entry vanishes with its socket, and without one connections
+    /// are refused. A failed enrolment of a new pod takes them back, as unenrolment does.
     pub fn set_listener(
         &self,
         pod: NetnsCookie,
-        inbound: BorrowedFd<'_>,
+        port: u16,
+        slot: u16,
+        listener: BorrowedFd<'_>,
     ) -> Result<(), CaptureError> {
         let _pods = self.pods();
-        if self.maps.pods.get(&pod.0)?.is_none() {
-            return Err(CaptureError::NotEnrolled(pod));
-        }
-        pods::write_listener_entry(&self.maps, pod, inbound)
+        pods::write_listener(&self.maps, pod, port, slot, listener)
     }
 
     /// Labels a socket as the agent's own: never captured, and let through by the guard. Call it
@@ -138,11 +135,17 @@ impl Capture {
         sys::map_update(self.maps.labels.fd(), &sys::fd_number(socket), &1_u32)
     }
 
-    /// Where a captured TCP connection was going, by its source address as accept says it; `None`
-    /// for a connection that was made to the listener itself. The entry is removed by the kernel
-    /// side when the client's socket closes: getpeername of an MPTCP socket needs it until then.
-    pub fn orig_dst(&self, pod: NetnsCookie, client: SocketAddr) -> io::Result<Option<SocketAddr>> {
-        let target = self.maps.originals.find(&client_key(pod, client))?;
+    /// Where a captured TCP connection was going, by the agent's port that accepted it
+    /// ([`port`](crate::port)) and its source address as accept says it; `None` for a connection that
+    /// was made to the listener itself. The entry is removed by the kernel side when the client's
+    /// socket closes: getpeername of an MPTCP socket needs it until then.
+    pub fn orig_dst(
+        &self,
+        pod: NetnsCookie,
+        listener: u16,
+        client: SocketAddr,
+    ) -> io::Result<Option<SocketAddr>> {
+        let target = self.maps.originals.find(&client_key(pod, listener, client))?;
         Ok(target.map(|target| target.socket_addr()))
     }
 
@@ -152,7 +155,7 @@ impl Capture {
         pod: NetnsCookie,
         client: SocketAddr,
     ) -> io::Result<Option<SocketAddr>> {
-        let target = self.maps.resolvers.find(&client_key(pod, client))?;
+        let target = self.maps.resolvers.find(&client_key(pod, port::RESOLVER, client))?;
         Ok(target.map(|target| target.socket_addr()))
     }
 
@@ -248,8 +251,9 @@ impl Capture {
     }
 }
 
-fn client_key(pod: NetnsCookie, client: SocketAddr) -> ClientKey {
-    ClientKey::new(pod.0, client.ip().into(), Port::new(client.port()))
+fn client_key(pod: NetnsCookie, listener: u16, client: SocketAddr) -> ClientKey {
+    let source = (client.ip().into(), Port::new(client.port()));
+    ClientKey::new(pod.0, source, Port::new(listener))
 }
 
 /// Checks the maps that are pinned already; whether there are any.

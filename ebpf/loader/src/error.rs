@@ -102,9 +102,6 @@ pub enum CaptureError {
         /// Its name.
         map: &'static str,
     },
-    /// The pod is not enrolled.
-    #[error("pod {0} is not enrolled")]
-    NotEnrolled(crate::NetnsCookie),
     /// A system call failed.
     #[error("{what} failed")]
     Kernel {

@@ -25,6 +25,8 @@ pub use config::{
     PodSettings, Selection,
 };
 pub use error::CaptureError;
+pub use mesh_ebpf_abi::{DELIVERY_MARK, port};
+
 pub use features::{CgroupOrder, FeatureReport, GuardAttachment};
 
 /// The kernel's monotonic clock, as the programs stamp flows with it.

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, LAYOUT, MapSpec, NetworkKey, Pod,
-    PortKey, maps,
+    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, LAYOUT, ListenerKey, MapSpec,
+    NetworkKey, Pod, PortKey, maps,
 };
 
 use crate::CaptureError;
@@ -82,7 +82,7 @@ pub(crate) struct Maps {
     pub(crate) pods: Map<u64, Pod>,
     pub(crate) addresses: Map<Address, u64>,
     pub(crate) guards: Map<u32, u64>,
-    pub(crate) listeners: Map<u64, u32>,
+    pub(crate) listeners: Map<ListenerKey, u32>,
     pub(crate) port_rules: Map<PortKey, u8>,
     pub(crate) network_rules: Map<NetworkKey, u8>,
     pub(crate) node_addresses: Map<Address, u8>,

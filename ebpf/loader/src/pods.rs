@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
-    Address, FlowKey, FlowOrigin, FlowState, Pod, PodFlags, Remains, maps as shapes, protocol,
+    Address, FlowKey, FlowOrigin, FlowState, ListenerKey, Pod, PodFlags, Port, Remains,
+    maps as shapes, protocol,
 };
 
 use crate::capture::{Enrolled, NetnsCookie, Swept};
@@ -128,7 +129,7 @@ impl Pods {
         &mut self,
         parts: Parts<'_>,
         pod: &PodCapture,
-        inbound: BorrowedFd<'_>,
+        slots: u16,
     ) -> Result<NetnsCookie, CaptureError> {
         let addresses = rules::addresses(pod)?;
         let rules = Rules::new(&pod.settings)?;
@@ -141,21 +142,25 @@ impl Pods {
         let earlier = parts.maps.pods.get(&cookie.0)?;
         let rule_set = self.next_rule_set;
         self.next_rule_set = rule_set.wrapping_add(1);
-        let entry = Pod {
-            ipv4: first(&addresses, Address::is_v4),
-            ipv6: first(&addresses, |address| !address.is_v4()),
-            flags: rules.flags(),
+        let entry = Pod::new(
+            first(&addresses, Address::is_v4),
+            first(&addresses, |address| !address.is_v4()),
+            rules.flags(),
             rule_set,
-        };
+            slots.into(),
+        );
 
         let mut undo = Undo(Vec::new());
         let maps = parts.maps;
-        write_listener(parts, cookie, inbound, earlier.is_none(), &mut undo)?;
+        if earlier.is_none() {
+            undo.push(move || remove_listeners(maps, cookie));
+        }
         write_rules(parts, &rules, rule_set, &mut undo)?;
         write_addresses(parts, cookie, &addresses, &mut undo)?;
         self.attach(parts, cookie, &namespace, &interfaces, earlier.is_none(), &mut undo)?;
         if earlier.is_none() {
-            let observing = Pod { flags: PodFlags::OBSERVE, ..entry };
+            let mut observing = entry;
+            observing.flags = PodFlags::OBSERVE;
             undo.push(move || maps.pods.remove(&cookie.0).map(drop));
             maps.pods.insert(&cookie.0, &observing)?;
             undo.push(move || remove_flows(maps, cookie));
@@ -221,7 +226,7 @@ impl Pods {
         }
         remove_pins(&directory)?;
         remove_addresses(parts, pod, &[])?;
-        maps.listeners.remove(&pod.0)?;
+        remove_listeners(maps, pod)?;
         if let Some(earlier) = earlier {
             remove_rules(parts, earlier.rule_set)?;
         }
@@ -352,24 +357,23 @@ fn first(addresses: &[Address], of_family: impl Fn(&Address) -> bool) -> Address
     addresses.iter().copied().find(|address| of_family(address)).unwrap_or(Address::NONE)
 }
 
-pub(crate) fn write_listener_entry(
+/// Notes a listener of the agent. An entry vanishes with its socket.
+pub(crate) fn write_listener(
     maps: &Maps,
     pod: NetnsCookie,
-    inbound: BorrowedFd<'_>,
+    port: u16,
+    slot: u16,
+    listener: BorrowedFd<'_>,
 ) -> Result<(), CaptureError> {
-    maps.listeners.insert(&pod.0, &sys::fd_number(inbound))
+    let key = ListenerKey::new(pod.0, Port::new(port), slot);
+    maps.listeners.insert(&key, &sys::fd_number(listener))
 }
 
-fn write_listener<'a>(
-    parts: Parts<'a>,
-    pod: NetnsCookie,
-    inbound: BorrowedFd<'_>,
-    is_new: bool,
-    undo: &mut Undo<'a>,
-) -> Result<(), CaptureError> {
-    write_listener_entry(parts.maps, pod, inbound)?;
-    if is_new {
-        undo.push(move || parts.maps.listeners.remove(&pod.0).map(drop));
+fn remove_listeners(maps: &Maps, pod: NetnsCookie) -> Result<(), CaptureError> {
+    for key in maps.listeners.keys()? {
+        if key.netns_cookie == pod.0 {
+            maps.listeners.remove(&key)?;
+        }
     }
     Ok(())
 }

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
-    Address, ClientKey, Endpoint, FlowKey, FlowState, NetworkKey, Pod, PortKey, SocketNote,
+    Address, ClientKey, Endpoint, FlowKey, FlowState, ListenerKey, NetworkKey, Pod, PortKey,
+    SocketNote,
 };
 
 /// Plain bytes: any bit pattern is a value, and there is no padding.
@@ -26,7 +27,18 @@ macro_rules! plain {
     )+ };
 }
 plain!(
-    u8, u32, u64, Address, ClientKey, Endpoint, FlowKey, FlowState, NetworkKey, Pod, PortKey,
+    u8,
+    u32,
+    u64,
+    Address,
+    ClientKey,
+    Endpoint,
+    FlowKey,
+    FlowState,
+    ListenerKey,
+    NetworkKey,
+    Pod,
+    PortKey,
     SocketNote
 );
 

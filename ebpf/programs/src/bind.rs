@@ -26,8 +26,7 @@ fn bind(call: &Call<'_>) -> i32 {
         return PROCEED;
     }
     let wanted = call.read().port.get();
-    let ours = matches!(wanted, port::OUTBOUND | port::INBOUND | port::TUNNEL | port::RESOLVER);
-    if !ours || call.is_labelled() {
+    if !port::is_agents(wanted) || call.is_labelled() {
         return PROCEED;
     }
     count(Counter::BindRefused);

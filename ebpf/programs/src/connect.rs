@@ -146,7 +146,8 @@ fn remember_resolver(call: &Call<'_>, cookie: u64, agent: Address, target: Endpo
     };
     let address = if bound.address.is_unspecified() { agent } else { bound.address };
     let stored = chosen.is_some_and(|chosen| {
-        RESOLVERS.insert(ClientKey::new(cookie, address, chosen), target, 0).is_ok()
+        let client = ClientKey::new(cookie, (address, chosen), Port::new(port::RESOLVER));
+        RESOLVERS.insert(client, target, 0).is_ok()
     });
     if !stored {
         count(Counter::OrigDstLost);

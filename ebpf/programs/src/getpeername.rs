@@ -37,7 +37,7 @@ fn getpeername(call: &Call<'_>) -> i32 {
         return PROCEED;
     }
     let client = call.source();
-    let key = ClientKey::new(cookie, client.address, client.port);
+    let key = ClientKey::new(cookie, (client.address, client.port), peer.port);
     // SAFETY: an entry that is replaced meanwhile is another connection's only if this one is
     // closed.
     if let Some(target) = unsafe { ORIGINALS.get(key) } {

@@ -5,8 +5,8 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash};
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, NetworkRule, Pod, PortKey,
-    SocketNote, maps,
+    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, ListenerKey, NetworkRule, Pod,
+    PortKey, SocketNote, maps,
 };
 
 #[map]
@@ -17,7 +17,8 @@ pub static ADDRESSES: HashMap<Address, u64> =
 #[map]
 pub static GUARDS: HashMap<u32, u64> = HashMap::with_max_entries(maps::GUARDS.max_entries, 0);
 #[map]
-pub static LISTENERS: SockHash<u64> = SockHash::with_max_entries(maps::LISTENERS.max_entries, 0);
+pub static LISTENERS: SockHash<ListenerKey> =
+    SockHash::with_max_entries(maps::LISTENERS.max_entries, 0);
 #[map]
 pub static PORT_RULES: HashMap<PortKey, u8> =
     HashMap::with_max_entries(maps::PORT_RULES.max_entries, BPF_F_NO_PREALLOC);

@@ -49,7 +49,8 @@ fn sendmsg(call: &Call<'_>) -> i32 {
     }
     let from = call.source();
     let address = if from.address.is_unspecified() { agent } else { from.address };
-    if RESOLVERS.insert(ClientKey::new(cookie, address, from.port), target, 0).is_err() {
+    let client = ClientKey::new(cookie, (address, from.port), Port::new(port::RESOLVER));
+    if RESOLVERS.insert(client, target, 0).is_err() {
         count(Counter::OrigDstLost);
     }
     call.write(&Endpoint::new(agent, Port::new(port::RESOLVER)));

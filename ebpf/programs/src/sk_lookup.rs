@@ -1,71 +1,179 @@
-//! sk_lookup: every new inbound TCP connection of a pod goes to the agent, except tunnels, the
-//! node's probes and what the settings exclude. Attached per network namespace; established
-//! sockets never come here.
+//! sk_lookup: every new inbound TCP connection of a pod goes to the agent, except the node's probes
+//! and what the settings exclude. Attached per network namespace; established sockets never come
+//! here.
+//!
+//! The interface is not looked at: a pod with `CAP_NET_ADMIN` can move what arrives to its loopback.
+//! What comes from the pod itself has an address of the pod, or is the agent's own connection to the
+//! application, which `track_sockets` registered.
 
 use core::ptr::{addr_of, read_volatile};
 
-use aya_ebpf::bindings::bpf_sk_lookup;
+use aya_ebpf::bindings::{BPF_EXIST, BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup};
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
-use mesh_ebpf_abi::{Address, Counter, PodFlags, Port, RuleList, port, protocol};
+use mesh_ebpf_abi::{
+    Address, Counter, FlowKey, FlowOrigin, ListenerKey, Pod, PodFlags, Port, Remains, RuleList,
+    port, protocol,
+};
 
-use crate::maps::{ADDRESSES, LISTENERS, NODE_ADDRESSES, count, is_own, pod};
+use crate::maps::{ADDRESSES, FLOWS, LISTENERS, NODE_ADDRESSES, REMAINS, count, is_own, pod};
 use crate::rules::{has_port, selects_inbound};
 
 const PASS: u32 = 1;
 /// The client sees a reset.
 const DROP: u32 = 0;
 const AF_INET: u32 = 2;
-/// `lo` has this index in every network namespace.
-const LOOPBACK_INTERFACE: u32 = 1;
 
 #[sk_lookup]
 pub fn steer_inbound(ctx: SkLookupContext) -> u32 {
     let lookup = Lookup::read(ctx.lookup);
-    if lookup.transport != u32::from(protocol::TCP)
-        || lookup.interface == LOOPBACK_INTERFACE
-        || lookup.port.get() == port::TUNNEL
-        || lookup.local.same(&lookup.remote)
-    {
+    if lookup.transport != u32::from(protocol::TCP) {
         return PASS;
     }
-    // SAFETY: the value is one aligned word, copied at once.
-    let Some(cookie) = unsafe { ADDRESSES.get(lookup.local) }.copied() else {
+    let Some(cookie) = owner(&lookup.local) else {
+        // An address that the pod gave itself, or its loopback.
+        if lookup.local.same(&lookup.remote)
+            || (lookup.local.is_loopback()
+                && (lookup.remote.is_loopback() || owner(&lookup.remote).is_some()))
+        {
+            return PASS;
+        }
         count(Counter::InboundUnknownAddress);
         return DROP;
     };
     // Not yet or no longer enrolled: the link goes up before the entry and down after it.
-    let Some(pod) = pod(cookie) else { return PASS };
+    let Some(pod) = pod(cookie) else {
+        admit(&lookup, true);
+        return PASS;
+    };
     let flags = PodFlags(pod.flags);
-    if flags.has(PodFlags::OBSERVE) || is_own(cookie, &lookup.remote) {
+    if flags.has(PodFlags::OBSERVE) {
+        admit(&lookup, true);
         return PASS;
     }
-    if has_port(pod, RuleList::ProbePorts, lookup.port)
+    let number = lookup.port.get();
+    if lookup.remote.is_loopback() || is_own(cookie, &lookup.remote) {
+        return if port::is_agents(number) {
+            steer(&ctx, cookie, pod, &lookup, lookup.port)
+        } else {
+            PASS
+        };
+    }
+    if is_delivery(cookie, &lookup) {
+        return PASS;
+    }
+    judge(&ctx, cookie, pod, &lookup)
+}
+
+/// A connection from elsewhere.
+#[inline(always)]
+fn judge(ctx: &SkLookupContext, cookie: u64, pod: &Pod, lookup: &Lookup) -> u32 {
+    let number = lookup.port.get();
+    let listener = if number == port::TUNNEL {
+        lookup.port
+    } else if has_port(pod, RuleList::ProbePorts, lookup.port)
         // SAFETY: only the presence is looked at.
         && unsafe { NODE_ADDRESSES.get(lookup.remote) }.is_some()
     {
         count(Counter::InboundProbe);
+        admit(lookup, false);
         return PASS;
-    }
-    if !flags.has(PodFlags::INBOUND) || !selects_inbound(pod, &lookup.remote, lookup.port) {
-        count(Counter::InboundExcluded);
-        return PASS;
-    }
-    if LISTENERS.redirect_sk_lookup(ctx, cookie, 0).is_ok() {
-        count(Counter::InboundCaptured);
-        PASS
+    } else if PodFlags(pod.flags).has(PodFlags::INBOUND)
+        && selects_inbound(pod, &lookup.remote, lookup.port)
+    {
+        Port::new(port::INBOUND)
+    } else if port::is_agents(number) {
+        count(Counter::InboundAgentPort);
+        return DROP;
     } else {
-        count(Counter::InboundNoListener);
-        DROP
+        count(Counter::InboundExcluded);
+        admit(lookup, false);
+        return PASS;
+    };
+    let verdict = steer(ctx, cookie, pod, lookup, listener);
+    if verdict == PASS {
+        if number != port::TUNNEL {
+            count(Counter::InboundCaptured);
+        }
+        admit(lookup, false);
     }
+    verdict
+}
+
+/// Hands the connection to one of the agent's own sockets, and to no other that shares their port: a
+/// process of the pod may have bound it before the pod was enrolled.
+#[inline(always)]
+fn steer(ctx: &SkLookupContext, cookie: u64, pod: &Pod, lookup: &Lookup, listener: Port) -> u32 {
+    let slot = slot_of(lookup, pod.slots);
+    if assign(ctx, &ListenerKey::new(cookie, listener, slot))
+        // The agent is opening or closing its ports; number 0 is the first to be there.
+        || (slot != 0 && assign(ctx, &ListenerKey::new(cookie, listener, 0)))
+    {
+        return PASS;
+    }
+    count(Counter::InboundNoListener);
+    DROP
+}
+
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, listener: &ListenerKey) -> bool {
+    LISTENERS.redirect_sk_lookup(ctx, listener, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT)).is_ok()
+}
+
+/// Spreads connections by their client, evenly over ports that follow each other.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "a remainder of a count below 65,536")]
+fn slot_of(lookup: &Lookup, slots: u32) -> u16 {
+    let client = lookup.remote.word() ^ u32::from(lookup.remote_port.get());
+    (client.wrapping_mul(0x9e37_79b1) >> 16).checked_rem(slots).unwrap_or(0) as u16
+}
+
+/// Lets the connection be answered once it is accepted, provided that its SYN was seen by the guard:
+/// a pod can make up a SYN over its loopback, but not on its interface's other side. `unseen`: the
+/// guard does not look yet.
+#[inline(always)]
+fn admit(lookup: &Lookup, unseen: bool) {
+    let key = lookup.flow();
+    if unseen {
+        REMAINS.insert(key, Remains::Admitted as u8, 0).ok();
+        return;
+    }
+    // SAFETY: the value is one byte.
+    let arrived = unsafe { REMAINS.get(key) }
+        .is_some_and(|found| *found == Remains::Arrived as u8 || *found == Remains::Stray as u8);
+    if arrived {
+        // It was evicted meanwhile, and the client's next SYN comes here again.
+        REMAINS.insert(key, Remains::Admitted as u8, u64::from(BPF_EXIST)).ok();
+    }
+}
+
+/// Whether it is the agent's connection to the application, under its client's address.
+#[inline(always)]
+fn is_delivery(cookie: u64, lookup: &Lookup) -> bool {
+    let key = FlowKey::new(
+        protocol::TCP,
+        (lookup.remote, lookup.remote_port),
+        (lookup.local, lookup.port),
+    );
+    // SAFETY: two aligned words of an element that is replaced, never written into.
+    unsafe { FLOWS.get(key) }.is_some_and(|flow| {
+        flow.origin == FlowOrigin::Delivery as u32 && flow.netns_cookie == cookie
+    })
+}
+
+/// Whose address it is.
+#[inline(always)]
+fn owner(address: &Address) -> Option<u64> {
+    // SAFETY: the value is one aligned word, copied at once.
+    unsafe { ADDRESSES.get(address) }.copied()
 }
 
 struct Lookup {
     transport: u32,
-    interface: u32,
     local: Address,
     remote: Address,
     port: Port,
+    remote_port: Port,
 }
 
 impl Lookup {
@@ -76,8 +184,8 @@ impl Lookup {
         unsafe {
             let family = read_volatile(addr_of!((*raw).family));
             let transport = read_volatile(addr_of!((*raw).protocol));
-            let interface = read_volatile(addr_of!((*raw).ingress_ifindex));
             let local_port = read_volatile(addr_of!((*raw).local_port));
+            let remote_port = read_volatile(addr_of!((*raw).remote_port));
             let (local4, remote4) = (
                 read_volatile(addr_of!((*raw).local_ip4)),
                 read_volatile(addr_of!((*raw).remote_ip4)),
@@ -101,7 +209,14 @@ impl Lookup {
             };
             #[expect(clippy::cast_possible_truncation, reason = "a port, in host order")]
             let port = Port::new(local_port as u16);
-            Self { transport, interface, local, remote, port }
+            let remote_port = Port::from_octets(remote_port.to_ne_bytes());
+            Self { transport, local, remote, port, remote_port }
         }
+    }
+
+    /// As the guard and `track_sockets` know it.
+    #[inline(always)]
+    fn flow(&self) -> FlowKey {
+        FlowKey::new(protocol::TCP, (self.local, self.port), (self.remote, self.remote_port))
     }
 }

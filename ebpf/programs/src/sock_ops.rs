@@ -13,13 +13,13 @@ use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, DELIVERY_MARK, FlowKey, FlowOrigin, Port, Remains, SocketNote,
-    protocol,
+    Address, ClientKey, Counter, DELIVERY_MARK, FlowKey, FlowOrigin, PodFlags, Port, Remains,
+    SocketNote, protocol,
 };
 
 use crate::connect::stays_inside;
 use crate::flows::register;
-use crate::maps::{FLOWS, ORIGINALS, REMAINS, count, pod};
+use crate::maps::{FLOWS, ORIGINALS, REMAINS, count, is_own, pod};
 use crate::sock_addr::{is_labelled, note};
 
 const AF_INET: u32 = 2;
@@ -39,9 +39,8 @@ pub fn track_sockets(ctx: SockOpsContext) -> u32 {
     }
     // SAFETY: the context is the one the kernel passed.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    if pod(cookie).is_none() {
-        return DONE;
-    }
+    let Some(pod) = pod(cookie) else { return DONE };
+    let flags = PodFlags(pod.flags);
     let key = flow_key(ctx.ops);
     // SAFETY: as above. It is null for a request socket.
     let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
@@ -51,7 +50,7 @@ pub fn track_sockets(ctx: SockOpsContext) -> u32 {
     if event == BPF_SOCK_OPS_TCP_CONNECT_CB {
         connecting(&ctx, cookie, &key, socket);
     } else if event == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
-        accepted(&ctx, cookie, &key, socket);
+        accepted(&ctx, cookie, flags, &key, socket);
     } else if ctx.arg(1) == TCP_CLOSE {
         closed(cookie, &key, socket);
     }
@@ -60,7 +59,7 @@ pub fn track_sockets(ctx: SockOpsContext) -> u32 {
 
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
-    let client = ClientKey::new(cookie, key.local, key.local_port);
+    let client = ClientKey::new(cookie, (key.local, key.local_port), key.remote_port);
     let labelled = is_labelled(socket);
     let note = note(socket);
     if let Some(note) = note
@@ -74,9 +73,12 @@ fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf
         return;
     }
     if stays_inside(cookie, &key.remote) {
-        // It may be for the agent's listener: an earlier connection's entry must not be taken for its own. A connection
-        // to elsewhere may share its source address with a captured one, whose entry stays.
+        // It may be for the agent's listener: an earlier connection's entry must not be taken for its own.
         ORIGINALS.remove(client).ok();
+        if labelled && !stays_inside(cookie, &key.local) {
+            register(cookie, key, FlowOrigin::Delivery);
+            watch_state(ctx);
+        }
         return;
     }
     if labelled {
@@ -88,11 +90,28 @@ fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf
     }
 }
 
+/// Permits the answers to a connection that came in over the pod's interface and went where it
+/// should. Everything the pod can make up itself lacks the first: a connection from a foreign
+/// address over its loopback, one whose addresses it rewrote.
 #[inline(always)]
-fn accepted(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
+fn accepted(
+    ctx: &SockOpsContext,
+    cookie: u64,
+    flags: PodFlags,
+    key: &FlowKey,
+    socket: *mut bpf_sock,
+) {
     // SAFETY: `socket` is not null; the verifier checks offset and width.
     let mark = unsafe { read_volatile(addr_of!((*socket).mark)) };
     if stays_inside(cookie, &key.remote) || mark == DELIVERY_MARK {
+        return;
+    }
+    // While the pod is observed its guard does not see what arrives.
+    // SAFETY: the value is one byte.
+    let admitted = flags.has(PodFlags::OBSERVE)
+        || unsafe { REMAINS.get(key) }.is_some_and(|found| *found == Remains::Admitted as u8);
+    if !admitted {
+        count(Counter::InboundUnadmitted);
         return;
     }
     register(cookie, key, FlowOrigin::Inbound);
@@ -102,9 +121,11 @@ fn accepted(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_s
 #[inline(always)]
 fn closed(cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
     if note(socket).is_some_and(SocketNote::captured) {
-        ORIGINALS.remove(ClientKey::new(cookie, key.local, key.local_port)).ok();
+        let client = ClientKey::new(cookie, (key.local, key.local_port), key.remote_port);
+        ORIGINALS.remove(client).ok();
     }
-    if FLOWS.remove(key).is_ok() {
+    let delivered = !is_own(cookie, &key.local);
+    if FLOWS.remove(key).is_ok() && !delivered {
         // In an LRU map an insertion fails only under memory pressure, and then the peer's last
         // segments go unanswered.
         REMAINS.insert(key, Remains::Closed as u8, 0).ok();

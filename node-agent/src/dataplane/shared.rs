@@ -88,13 +88,26 @@ pub trait KernelCapture: Send + Sync {
     /// What the kernel says; the socket is not used then.
     fn label(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// Steers the pod's captured inbound connections to `listener`, its dual-stack listener on port 15006.
+    /// Notes the listener of worker `slot` on one of the agent's ports in the pod: connections to the port go to the
+    /// noted sockets alone, whoever else in the pod shares it. It is forgotten when it closes.
+    ///
+    /// # Errors
+    /// What the kernel says; the pod is taken out of the data plane again.
+    fn add_listener(
+        &self,
+        pod: &PodSockets,
+        port: u16,
+        slot: u16,
+        listener: BorrowedFd<'_>,
+    ) -> io::Result<()>;
+
+    /// Switches capture of the pod on, with the listeners of as many workers as `slots` says.
     ///
     /// The last step of enrolment: everything else is in place when it is called.
     ///
     /// # Errors
     /// What the kernel says; the pod is taken out of the data plane again.
-    fn set_listener(&self, pod: &PodSockets, listener: BorrowedFd<'_>) -> io::Result<()>;
+    fn switch_on(&self, pod: &PodSockets, slots: u16) -> io::Result<()>;
 }
 
 /// One enrolled pod, as the data plane sees it.

@@ -40,8 +40,6 @@ use crate::dataplane::waiting::{WaitFor, WaitId, WaitingRoom};
 pub(super) enum Command {
     /// Open the pod's ports.
     AddPod { pod: Arc<Pod>, reply: oneshot::Sender<io::Result<()>> },
-    /// Steer the pod's inbound connections to this worker's listener.
-    Steer { key: PodKey, reply: oneshot::Sender<io::Result<()>> },
     /// Close the pod's ports and end its flows; the reply comes when none is left.
     RemovePod { key: PodKey, drain: Drain, reply: oneshot::Sender<()> },
     /// Name the open flows.
@@ -85,7 +83,6 @@ pub(super) enum Waiting {
 struct ServedPod {
     pod: Arc<Pod>,
     listeners: Vec<ListenerId>,
-    plaintext: Option<ListenerId>,
 }
 
 /// A pod that is served no more but has flows left.
@@ -107,6 +104,7 @@ pub(super) struct NodeWorker {
     pub(super) tls: TlsCache,
     pub(super) rejudge: Rejudge,
     pub(super) to_self: CommandSender,
+    slot: u16,
     pods: BTreeMap<PodKey, ServedPod>,
     pods_by_uid: BTreeMap<PodUid, PodKey>,
     /// Addresses of the pods served here, and how many pods have each: one may leave while its successor is there.
@@ -133,12 +131,14 @@ pub(super) struct WorkerParts {
     pub(super) changed: Arc<AtomicU8>,
     pub(super) next_flow: Arc<AtomicU64>,
     pub(super) to_self: CommandSender,
+    /// Its number.
+    pub(super) slot: u16,
     pub(super) seed: u64,
 }
 
 impl NodeWorker {
     pub(super) fn new(parts: WorkerParts) -> Self {
-        let WorkerParts { config, shared, capture, stats, changed, next_flow, to_self, seed } =
+        let WorkerParts { config, shared, capture, stats, changed, next_flow, to_self, slot, seed } =
             parts;
         Self {
             label: AgentLabel(Arc::clone(&capture)),
@@ -161,6 +161,7 @@ impl NodeWorker {
             changed,
             next_flow,
             to_self,
+            slot,
         }
     }
 
@@ -309,8 +310,7 @@ impl NodeWorker {
     }
 
     fn add_pod(&mut self, ops: &mut Ops, pod: Arc<Pod>) -> io::Result<()> {
-        let mut served =
-            ServedPod { pod: Arc::clone(&pod), listeners: Vec::new(), plaintext: None };
+        let mut served = ServedPod { pod: Arc::clone(&pod), listeners: Vec::new() };
         let opened = self.open_ports(ops, &mut served);
         if opened.is_ok() {
             self.pods_by_uid.insert(pod.sockets.uid.clone(), pod.key);
@@ -337,18 +337,10 @@ impl NodeWorker {
             let listener = socket::listen(netns, number, &self.label, self.config.keepalive)?;
             let id = ops.add_listener(served.pod.key.tag(port), listener)?;
             served.listeners.push(id);
-            if port == Port::Plaintext {
-                served.plaintext = Some(id);
-            }
+            let listener = ops.listener_fd(id).ok_or(io::ErrorKind::NotFound)?;
+            self.capture.add_listener(&served.pod.sockets, number, self.slot, listener)?;
         }
         Ok(())
-    }
-
-    fn steer(&self, ops: &Ops, key: PodKey) -> io::Result<()> {
-        let served = self.pods.get(&key).ok_or(io::ErrorKind::NotFound)?;
-        let listener =
-            served.plaintext.and_then(|id| ops.listener_fd(id)).ok_or(io::ErrorKind::NotFound)?;
-        self.capture.set_listener(&served.pod.sockets, listener)
     }
 
     fn remove_pod(&mut self, ops: &mut Ops, key: PodKey, drain: Drain, reply: oneshot::Sender<()>) {
@@ -359,7 +351,6 @@ impl NodeWorker {
         for listener in served.listeners.drain(..) {
             ops.remove_listener(listener);
         }
-        served.plaintext = None;
         let grace = match drain {
             Drain::Now => Duration::ZERO,
             Drain::Graceful(grace) => grace,
@@ -617,7 +608,6 @@ impl Handler for NodeWorker {
     fn command(&mut self, ops: &mut Ops, command: Command) {
         match command {
             Command::AddPod { pod, reply } => answer(reply, self.add_pod(ops, pod)),
-            Command::Steer { key, reply } => answer(reply, self.steer(ops, key)),
             Command::RemovePod { key, drain, reply } => self.remove_pod(ops, key, drain, reply),
             Command::List { reply } => {
                 answer(reply, self.flows.views(|relay| ops.engine.relay_bytes(relay), ops.now()));

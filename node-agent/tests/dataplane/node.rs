@@ -41,9 +41,22 @@ impl KernelCapture for Table {
         Ok(())
     }
 
-    fn set_listener(&self, _pod: &PodSockets, listener: BorrowedFd<'_>) -> io::Result<()> {
-        // For `PodNet::steer_plaintext`.
-        SockRef::from(&listener).set_ip_transparent_v6(true)
+    fn add_listener(
+        &self,
+        _pod: &PodSockets,
+        port: u16,
+        _slot: u16,
+        listener: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        if port == mesh_model::ports::INBOUND_PLAINTEXT {
+            // For `PodNet::steer_plaintext`.
+            SockRef::from(&listener).set_ip_transparent_v6(true)?;
+        }
+        Ok(())
+    }
+
+    fn switch_on(&self, _pod: &PodSockets, _slots: u16) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use mesh_ebpf::{Capture, CaptureError, CgroupOrder, GuardAttachment, PodSettings};
 
-use crate::lab::{Lab, OUTSIDE_V4, OUTSIDE_V6, POD_V4, agent_listener, at, dial, ip, refused, run};
+use crate::lab::{Lab, OUTSIDE_V4, OUTSIDE_V6, POD_V4, at, dial, ip, refused, run};
 
 #[test]
 fn what_is_pinned_captures_without_a_process_and_is_adopted() {
@@ -37,9 +37,7 @@ fn what_is_pinned_captures_without_a_process_and_is_adopted() {
     assert_eq!(enrolled[0].cookie, cookie);
     assert_eq!(enrolled[0].addresses, [ip(POD_V4), ip("fd91:1::2")]);
     assert_eq!((enrolled[0].guarded.len(), enrolled[0].steered), (1, true));
-    let inbound = lab.pod.inside(|| agent_listener(&capture, 15006));
-    capture.set_listener(cookie, crate::lab::borrow(&inbound)).unwrap();
-    let _agent = lab.agent(&capture, cookie, inbound);
+    let _agent = lab.agent(&capture);
     lab.pod.inside(|| {
         assert_eq!(dial(at(OUTSIDE_V6, 80)).unwrap(), format!("outbound [{OUTSIDE_V6}]:80"));
     });
@@ -106,7 +104,7 @@ fn a_pinned_map_of_another_shape_is_refused() {
     let lab = Lab::new();
     drop(lab.capture());
     // The layout's number stays, the shape does not: one map in another's place.
-    let maps = lab.bpffs.join("culvert/v1/maps");
+    let maps = lab.bpffs.join("culvert/v2/maps");
     run(&format!("cd {} && mv PODS OTHER && mv ADDRESSES PODS", maps.display()));
     let error = Capture::load_or_adopt(&lab.config()).unwrap_err();
     assert!(matches!(error, CaptureError::IncompatiblePin { map: "PODS", .. }), "{error}");
@@ -134,7 +132,7 @@ fn the_guard_comes_back_when_it_was_removed() {
         if capture.features().guard == GuardAttachment::Clsact {
             run("tc qdisc del dev vpod clsact");
         } else {
-            let pod = lab.bpffs.join(format!("culvert/v1/pods/{}", agent.cookie));
+            let pod = lab.bpffs.join(format!("culvert/v2/pods/{}", agent.cookie));
             run(&format!("rm {}/guard_*", pod.display()));
         }
         assert_eq!(capture.verify_guards().unwrap(), 1);

@@ -9,8 +9,7 @@ use mesh_ebpf::{Capture, NetnsCookie, PodSettings};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::lab::{
-    Agent, Lab, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, agent_listener, at, canonical, dial,
-    greet, ip,
+    Agent, Lab, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, at, canonical, dial, greet, ip,
 };
 
 /// Answers each datagram with whom it was for; "stop" ends it.
@@ -90,7 +89,7 @@ fn queries_of_every_kind_of_socket_reach_the_resolver() {
     let lab = Lab::new();
     let capture = lab.capture();
     let _agent = enroll(&lab, &capture, PodSettings::default());
-    let tcp = lab.pod.inside(|| agent_listener(&capture, 15053));
+    let tcp = lab.agent_listener(&capture, 15053);
     greet(&tcp, |_, _| "dns over tcp".to_owned());
     let mapped = |address: &str| {
         let std::net::IpAddr::V4(address) = ip(address) else { panic!("an IPv4 address") };

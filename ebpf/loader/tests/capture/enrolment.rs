@@ -67,14 +67,13 @@ fn connections_that_exist_at_enrolment_keep_working_until_they_close() {
 fn enrolling_again_changes_settings_and_addresses() {
     let lab = Lab::new();
     let capture = lab.capture();
-    let inbound = lab.pod.inside(|| listener(15006));
     let mut pod = lab.pod_capture(PodSettings::default());
     pod.addresses = vec![ip(POD_V4)];
-    let cookie = capture.enroll(&pod, inbound.as_fd()).unwrap();
+    let cookie = capture.enroll(&pod, 1).unwrap();
     assert_eq!(cookie, Capture::netns_cookie(&lab.pod.path).unwrap());
     assert_eq!(capture.enrolled().unwrap()[0].addresses, [ip(POD_V4)]);
     pod.addresses = vec![ip(POD_V6)];
-    assert_eq!(capture.enroll(&pod, inbound.as_fd()).unwrap(), cookie);
+    assert_eq!(capture.enroll(&pod, 1).unwrap(), cookie);
     let enrolled = capture.enrolled().unwrap();
     assert_eq!((enrolled.len(), &enrolled[0].addresses[..]), (1, &[ip(POD_V6)][..]));
 }
@@ -85,11 +84,10 @@ fn a_failed_enrolment_leaves_nothing_behind() {
     let capture = lab.capture();
     let server = lab.outside.inside(|| listener(80));
     greet(&server, |_, _| "outside".to_owned());
-    let inbound = lab.pod.inside(|| listener(15006));
-    let refuse = |pod: &mesh_ebpf::PodCapture, listener: std::os::fd::BorrowedFd<'_>| {
-        let error = capture.enroll(pod, listener).unwrap_err();
+    let refuse = |pod: &mesh_ebpf::PodCapture| {
+        let error = capture.enroll(pod, 1).unwrap_err();
         assert!(capture.enrolled().unwrap().is_empty());
-        let pods = lab.bpffs.join("culvert/v1/pods");
+        let pods = lab.bpffs.join("culvert/v2/pods");
         assert_eq!(std::fs::read_dir(pods).unwrap().count(), 0);
         lab.pod.inside(|| assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), "outside"));
         error
@@ -97,20 +95,22 @@ fn a_failed_enrolment_leaves_nothing_behind() {
     let pod = lab.pod_capture(PodSettings::default());
     // Not a listener: the kernel refuses it as an entry.
     let file = std::fs::File::open("/dev/null").unwrap();
-    assert!(matches!(refuse(&pod, file.as_fd()), CaptureError::Kernel { .. }));
+    let cookie = Capture::netns_cookie(&lab.pod.path).unwrap();
+    let error = capture.set_listener(cookie, 15006, 0, file.as_fd()).unwrap_err();
+    assert!(matches!(error, CaptureError::Kernel { .. }));
     let missing = mesh_ebpf::PodCapture { netns: "/run/netns/mebpf-none".into(), ..pod.clone() };
-    assert!(matches!(refuse(&missing, inbound.as_fd()), CaptureError::Netns { .. }));
+    assert!(matches!(refuse(&missing), CaptureError::Netns { .. }));
     let node = Path::new("/proc/thread-self/ns/net").to_owned();
     let node = mesh_ebpf::PodCapture { netns: node, ..pod.clone() };
-    assert!(matches!(refuse(&node, inbound.as_fd()), CaptureError::HostNetwork { .. }));
+    assert!(matches!(refuse(&node), CaptureError::HostNetwork { .. }));
     let loopback = mesh_ebpf::PodCapture { addresses: vec![ip("127.0.0.1")], ..pod.clone() };
-    assert!(matches!(refuse(&loopback, inbound.as_fd()), CaptureError::Addresses(_)));
+    assert!(matches!(refuse(&loopback), CaptureError::Addresses(_)));
     // A way out that no guard can watch, found after everything else was right.
     let outside = lab.outside.path.file_name().unwrap().display();
     lab.pod.inside(|| run(&format!("ip link add leak type veth peer name leak netns {outside}")));
-    assert!(matches!(refuse(&pod, inbound.as_fd()), CaptureError::Unguardable { .. }));
+    assert!(matches!(refuse(&pod), CaptureError::Unguardable { .. }));
     lab.pod.inside(|| run("ip link delete leak"));
-    capture.enroll(&pod, inbound.as_fd()).unwrap();
+    capture.enroll(&pod, 1).unwrap();
 }
 
 #[test]
@@ -131,8 +131,4 @@ fn unenrolling_lets_traffic_go_direct_and_removes_everything() {
     greet(&application, |_, _| "application".to_owned());
     lab.pod.inside(|| assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), "outside"));
     lab.outside.inside(|| assert_eq!(dial(at(POD_V4, 8080)).unwrap(), "application"));
-    assert!(matches!(
-        capture.set_listener(agent.cookie, agent.inbound.as_fd()),
-        Err(CaptureError::NotEnrolled(_))
-    ));
 }

@@ -2,14 +2,13 @@
 //! the node's probes and what is excluded.
 
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::time::Instant;
 
 use mesh_ebpf::{PodSettings, Selection};
 
 use crate::lab::{
-    Lab, NODE_V4, OUTSIDE_V4, PATIENCE, POD_V4, POD_V6, agent_listener, at, at_once, dial, greet,
-    ip, listener, refused,
+    Lab, NODE_V4, OUTSIDE_V4, PATIENCE, POD_V4, POD_V6, at, at_once, dial, greet, ip, listener,
+    refused,
 };
 
 /// Applications in the pod on these ports, which greet with "application".
@@ -27,7 +26,7 @@ fn every_port_is_steered_to_the_agent_with_its_address() {
     let capture = lab.capture();
     let agent = lab.enroll(&capture, PodSettings::default());
     let _applications = applications(&lab, &[8080]);
-    let tunnels = lab.pod.inside(|| agent_listener(&capture, 15008));
+    let tunnels = lab.agent_listener(&capture, 15008);
     greet(&tunnels, |_, _| "application".to_owned());
     lab.outside.inside(|| {
         for port in [1, 443, 8080, 15001, 15006, 15053, 65_000] {
@@ -46,18 +45,15 @@ fn every_port_is_steered_to_the_agent_with_its_address() {
         }
     });
     // A second listener takes over before the first one closes.
-    let successor = lab.pod.inside(|| agent_listener(&capture, 15006));
+    let successor = lab.agent_listener(&capture, 15006);
     greet(&successor, |_, _| "successor".to_owned());
-    capture.set_listener(agent.cookie, successor.as_fd()).unwrap();
-    drop(agent);
     lab.outside.inside(|| {
-        // Both were members of one group; the kernel may still give the first one a share, which
-        // ends with its closing.
-        let deadline = Instant::now() + PATIENCE;
-        while dial(at(POD_V4, 8080)).ok().as_deref() != Some("successor") {
-            assert!(Instant::now() < deadline);
+        for _ in 0..20 {
+            assert_eq!(dial(at(POD_V4, 8080)).unwrap(), "successor");
         }
     });
+    drop(agent);
+    lab.outside.inside(|| assert_eq!(dial(at(POD_V4, 8080)).unwrap(), "successor"));
     successor.shutdown(Shutdown::Both).unwrap();
     drop(successor);
     lab.outside.inside(|| {

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use mesh_ebpf::{Capture, CaptureConfig, GuardPreference, NetnsCookie, PodCapture, PodSettings};
+use mesh_ebpf::{
+    Capture, CaptureConfig, GuardPreference, NetnsCookie, PodCapture, PodSettings, port,
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub(crate) const POD_V4: &str = "10.91.1.2";
@@ -153,27 +155,34 @@ impl Lab {
 
     /// Enrols the pod with an agent in it.
     pub(crate) fn enroll(&self, capture: &Arc<Capture>, settings: PodSettings) -> Agent {
-        let inbound = self.pod.inside(|| agent_listener(capture, 15006));
-        let cookie = capture.enroll(&self.pod_capture(settings), inbound.as_fd()).unwrap();
-        self.agent(capture, cookie, inbound)
+        let agent = self.agent(capture);
+        assert_eq!(capture.enroll(&self.pod_capture(settings), 1).unwrap(), agent.cookie);
+        agent
     }
 
-    /// An agent for a pod that is enrolled: greets outbound connections with where they were going,
-    /// inbound ones with the address they came to.
-    pub(crate) fn agent(
-        &self,
-        capture: &Arc<Capture>,
-        cookie: NetnsCookie,
-        inbound: Socket,
-    ) -> Agent {
-        let outbound = self.pod.inside(|| agent_listener(capture, 15001));
+    /// An agent in the pod: greets outbound connections with where they were going, inbound ones with
+    /// the address they came to.
+    pub(crate) fn agent(&self, capture: &Arc<Capture>) -> Agent {
+        let cookie = Capture::netns_cookie(&self.pod.path).unwrap();
+        let inbound = self.agent_listener(capture, port::INBOUND);
+        let outbound = self.agent_listener(capture, port::OUTBOUND);
         greet(&inbound, |stream, _| format!("inbound {}", canonical(stream.local_addr().unwrap())));
         let capture = Arc::clone(capture);
-        greet(&outbound, move |_, client| match capture.orig_dst(cookie, client).unwrap() {
-            Some(target) => format!("outbound {target}"),
-            None => "unknown".to_owned(),
+        greet(&outbound, move |_, client| {
+            match capture.orig_dst(cookie, port::OUTBOUND, client).unwrap() {
+                Some(target) => format!("outbound {target}"),
+                None => "unknown".to_owned(),
+            }
         });
         Agent { cookie, inbound, outbound }
+    }
+
+    /// The only listener of the agent on this port.
+    pub(crate) fn agent_listener(&self, capture: &Capture, port: u16) -> Socket {
+        let cookie = Capture::netns_cookie(&self.pod.path).unwrap();
+        let listener = self.pod.inside(|| agent_listener(capture, port));
+        capture.set_listener(cookie, port, 0, listener.as_fd()).unwrap();
+        listener
     }
 }
 

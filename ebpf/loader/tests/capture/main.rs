@@ -5,6 +5,7 @@ mod adoption;
 mod dns;
 mod enrolment;
 mod guard;
+mod hostile;
 mod inbound;
 mod lab;
 mod outbound;

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use mesh_ebpf::{PodSettings, Selection};
+use mesh_ebpf::{PodSettings, Selection, port};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::lab::{
@@ -121,12 +121,18 @@ fn a_socket_that_connects_again_leaves_no_trace_of_its_first_target() {
         socket.set_reuse_address(true).unwrap();
         socket.bind(&at(POD_V4, 40_000).into()).unwrap();
         socket.connect(&target.into()).unwrap();
-        assert_eq!(capture.orig_dst(agent.cookie, at(POD_V4, 40_000)).unwrap(), Some(target));
+        assert_eq!(
+            capture.orig_dst(agent.cookie, port::OUTBOUND, at(POD_V4, 40_000)).unwrap(),
+            Some(target)
+        );
         let stream = TcpStream::from(socket.try_clone().unwrap());
         assert_eq!(read_line(&stream).unwrap(), format!("outbound {target}"));
         socket.set_linger(Some(Duration::ZERO)).unwrap();
         disconnect(&socket);
-        assert_eq!(capture.orig_dst(agent.cookie, at(POD_V4, 40_000)).unwrap(), None);
+        assert_eq!(
+            capture.orig_dst(agent.cookie, port::OUTBOUND, at(POD_V4, 40_000)).unwrap(),
+            None
+        );
         socket.connect(&at(POD_V4, 15001).into()).unwrap();
         assert_eq!(read_line(&stream).unwrap(), "unknown");
     });
@@ -222,11 +228,10 @@ fn excluded_and_not_included_destinations_pass_the_guard_directly() {
 fn a_pod_without_ipv6_sees_the_family_as_unreachable() {
     let lab = Lab::new();
     let capture = lab.capture();
-    let inbound = lab.pod.inside(|| listener(15006));
+    let _agent = lab.agent(&capture);
     let mut pod = lab.pod_capture(PodSettings::default());
     pod.addresses = vec![ip(POD_V4)];
-    let cookie = capture.enroll(&pod, crate::lab::borrow(&inbound)).unwrap();
-    let _agent = lab.agent(&capture, cookie, inbound);
+    capture.enroll(&pod, 1).unwrap();
     lab.pod.inside(|| {
         let error = dial(at(OUTSIDE_V6, 80)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENETUNREACH));
