@@ -48,9 +48,9 @@ pub(crate) struct Desk {
 impl Desk {
     /// Readiness alone, for every address.
     pub(crate) fn ready_routes(&self) -> Routes {
-        let readiness = self.readiness.clone();
+        let (readiness, enroller) = (self.readiness.clone(), Arc::clone(&self.enroller));
         Routes::new().get("/healthz/ready", move |_request| {
-            let reply = ready(&readiness);
+            let reply = ready(&readiness, enroller.pending());
             async move { reply }
         })
     }
@@ -156,6 +156,7 @@ impl Desk {
             "node": self.node,
             "ready": self.readiness.is_ready(),
             "waitingFor": self.readiness.waiting_for(),
+            "podsPending": self.enroller.pending(),
             "controller": {
                 "connected": standing.connected,
                 "synced": standing.synced,
@@ -240,8 +241,13 @@ impl Desk {
     }
 }
 
-fn ready(readiness: &Readiness) -> Reply {
-    let text = format!("{readiness}\n");
+/// A pod that cannot be captured stays refused or out of the mesh and is tried again; it makes no other pod wait, and so
+/// not the node unready. It is told all the same.
+fn ready(readiness: &Readiness, pending_pods: usize) -> Reply {
+    let text = match pending_pods {
+        0 => format!("{readiness}\n"),
+        count => format!("{readiness}\n{count} pods cannot be captured yet: culvert pod list\n"),
+    };
     if readiness.is_ready() {
         Reply::text(text)
     } else {

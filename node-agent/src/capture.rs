@@ -17,6 +17,7 @@ use tokio::runtime::Handle;
 use crate::dataplane::{DataPlane, Drain, KernelCapture, PodSockets};
 use crate::dns::DnsDesk;
 use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments};
+use crate::enrolment::squatter;
 
 // The kernel's side and the crates that do not know it have one word for the same thing.
 const _: () = assert!(mesh_ebpf::DELIVERY_MARK == mesh_net::socket::ORIGINAL_SOURCE_MARK);
@@ -164,6 +165,9 @@ impl PodAttachments for Attachments {
             addresses: ordered(pod),
             capture_inbound: pod.settings.capture_inbound,
         };
+        if self.sockets(uid).is_none() {
+            refuse_squatters(pod)?;
+        }
         self.dns.add(pod).map_err(|error| AttachError {
             what: "the pod's resolver cannot be opened",
             remedy: "see that nothing in the pod listens on port 15053",
@@ -210,6 +214,28 @@ impl PodAttachments for Attachments {
     fn captured(&self) -> Result<BTreeSet<u64>, AttachError> {
         let enrolled = self.gate.capture.enrolled().map_err(kernel_refused)?;
         Ok(enrolled.into_iter().map(|pod| pod.cookie.0).collect())
+    }
+}
+
+/// The agent's ports have to be its alone before capture is switched on; afterwards nobody else can bind them.
+fn refuse_squatters(pod: &AttachedPod) -> Result<(), AttachError> {
+    match squatter::find(&pod.netns) {
+        Ok(None) => Ok(()),
+        Ok(Some(squatter)) => {
+            metrics::counter!("culvert_agent_ports_taken_total").increment(1);
+            Err(AttachError {
+                what: "a port that the agent needs in the pod is taken",
+                remedy: "end that process or have it listen on another port; ports 15001, 15006, 15008 and 15053 are the agent's",
+                retryable: true,
+                source: Box::new(squatter),
+            })
+        }
+        Err(error) => Err(AttachError {
+            what: "the sockets of the pod cannot be listed",
+            remedy: "see that /proc is mounted where the agent runs",
+            retryable: true,
+            source: error.into(),
+        }),
     }
 }
 

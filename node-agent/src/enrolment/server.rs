@@ -15,7 +15,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::enroller::{Enroller, WantedPod, error_chain};
+use super::enroller::{Enroller, WantedPod};
+use super::error::error_chain;
 use crate::control::pods::WantedPods;
 
 /// Enrolment as the rest of the agent sees it.

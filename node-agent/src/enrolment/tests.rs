@@ -14,8 +14,9 @@ use mesh_model::PodUid;
 use mesh_net::Netns;
 
 use super::attachment::{AttachError, AttachedPod, PodAttachments};
-use super::enroller::{Adopted, Enroller, EnrollerConfig, WantedPod};
+use super::enroller::{Enroller, EnrollerConfig, WantedPod};
 use super::namespace;
+use super::reconcile::Adopted;
 
 /// What a fake kernel captures.
 #[derive(Debug, Default)]
@@ -59,7 +60,7 @@ impl PodAttachments for FakeAttachments {
 }
 
 /// A network namespace with one interface, gone when dropped.
-struct TestNetns(String);
+pub(super) struct TestNetns(String);
 
 impl TestNetns {
     fn new(name: &str) -> Self {
@@ -73,7 +74,7 @@ impl TestNetns {
         Self(name)
     }
 
-    fn with_addresses(name: &str) -> Self {
+    pub(super) fn with_addresses(name: &str) -> Self {
         let netns = Self::new(name);
         netns.ip("addr add 10.9.0.2/24 dev eth0");
         netns.ip("addr add fd09::2/64 dev eth0 nodad");
@@ -84,7 +85,7 @@ impl TestNetns {
         ip(&format!("-n {} {args}", self.0))
     }
 
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.0)
     }
 

@@ -1,0 +1,72 @@
+//! Why a pod was not taken in or let go, and how the asker is told.
+
+use std::io;
+
+use mesh_enroll::Refusal;
+
+use super::attachment::AttachError;
+use super::enroller::MAX_PODS;
+use super::namespace::NamespaceError;
+
+/// A pod could not be taken in or let go.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EnrollError {
+    /// The namespace is not the pod's, or cannot be prepared.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+    /// Sockets, programs or resolver.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Another pod has it.
+    #[error("the network namespace is that of pod {owner}")]
+    Taken {
+        /// That pod.
+        owner: String,
+    },
+    /// The list is full.
+    #[error("{MAX_PODS} pods are known already")]
+    TooManyPods,
+    /// The list cannot be written.
+    #[error("the list of enrolled pods cannot be written")]
+    Write(#[source] io::Error),
+}
+
+impl EnrollError {
+    /// As the asker is told.
+    pub(crate) fn refusal(&self) -> Refusal {
+        let (remedy, retryable) = match self {
+            Self::Namespace(error) => match error {
+                NamespaceError::Open { .. } => ("see that the pod's sandbox exists", true),
+                NamespaceError::Host { .. } => ("leave hostNetwork pods out of the mesh", false),
+                NamespaceError::NotThePods { .. } => {
+                    ("give the addresses the pod has, or another network namespace", false)
+                }
+                NamespaceError::NoAddress { .. } => {
+                    ("let the network plugin give the pod an address first", true)
+                }
+                NamespaceError::LoopbackWithoutIpv6 { .. } => (
+                    "set net.ipv6.conf.lo.disable_ipv6=0 in the pod, or give it no IPv6 address",
+                    false,
+                ),
+                NamespaceError::Kernel { .. } => ("see the agent's log and `culvert check`", true),
+            },
+            Self::Attach(error) => (error.remedy, error.retryable),
+            Self::Taken { .. } => ("unenroll that pod first", false),
+            Self::TooManyPods => ("unenroll pods that are gone: culvert pod list", true),
+            Self::Write(_) => ("see that the agent's state folder is writable and has space", true),
+        };
+        Refusal { reason: error_chain(self), remedy: remedy.to_owned(), retryable }
+    }
+}
+
+/// The text of an error and of everything behind it.
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(behind) = source {
+        text.push_str(": ");
+        text.push_str(&behind.to_string());
+        source = behind.source();
+    }
+    text
+}

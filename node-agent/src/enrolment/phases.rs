@@ -1,0 +1,242 @@
+//! One pod on its way into the mesh and out of it: what is done to its namespace and to the kernel.
+//!
+//! ```text
+//!              exclude                 configure (mode AMBIENT), enroll
+//!   (unknown) ────────► Excluded ───────────────┐
+//!       │                  ▲                     ▼       attach, write
+//!       └──── enroll ──────┼──────────────► Pending ───────────────► Enrolled
+//!                          │ drained            ▲  retry                 │ unenroll, configure (mode NONE)
+//!                      Draining ◄───────────────┴────────────────────────┘
+//! ```
+//! Every phase is left for nothing when the sandbox goes.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_ebpf::PodSettings;
+use mesh_enroll::PodPhase;
+use mesh_net::Netns;
+
+use super::attachment::{AttachedPod, PodAttachments};
+use super::error::{EnrollError, error_chain};
+use super::namespace::{self, NamespaceError, PodNamespace};
+use super::record::Record;
+
+/// One pod, with what does not outlive the process.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) record: Record,
+    pub(super) netns: Option<Arc<Netns>>,
+    pub(super) settings: PodSettings,
+    /// Why it is not enrolled.
+    pub(super) detail: String,
+    /// When something is due, and how often it failed before.
+    pub(super) due: Option<Instant>,
+    pub(super) failures: u32,
+}
+
+/// First pause before a failed enrolment is tried again; doubles up to [`MAX_RETRY`].
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const MAX_RETRY: Duration = Duration::from_secs(30);
+
+/// The steps between the phases of one pod.
+pub(super) struct Phases {
+    pub(super) attachments: Arc<dyn PodAttachments>,
+    /// The node's own network namespace.
+    pub(super) host_cookie: u64,
+    /// How long connections of a pod that leaves the mesh may go on.
+    pub(super) drain: Duration,
+}
+
+impl Phases {
+    /// The steps of enrolment, in order; what was done is undone when a later one fails.
+    pub(super) fn capture(&self, entry: &mut Entry) -> Result<(), EnrollError> {
+        let namespace = self.reopen(entry)?;
+        entry.record.originals = namespace.originals(&entry.record.originals)?;
+        entry.record.ips = namespace.addresses.clone();
+        let captured_before = entry.record.phase == PodPhase::Enrolled;
+        let attached = namespace.prepare().map_err(EnrollError::from).and_then(|()| {
+            let netns = Arc::new(namespace.netns);
+            entry.netns = Some(Arc::clone(&netns));
+            let pod = AttachedPod {
+                pod: entry.record.pod.clone(),
+                path: namespace.path.clone(),
+                netns,
+                addresses: namespace.addresses.clone(),
+                nameservers: entry.record.nameservers.clone(),
+                settings: entry.settings.clone(),
+            };
+            self.attachments.attach(&pod).map_err(EnrollError::from)
+        });
+        if let Err(error) = attached {
+            // A pod that was captured stays closed; only what never was captured goes back to what it was.
+            if !captured_before {
+                self.undo(entry);
+            }
+            return Err(error);
+        }
+        entry.record.phase = PodPhase::Enrolled;
+        entry.detail.clear();
+        entry.due = None;
+        entry.failures = 0;
+        Ok(())
+    }
+
+    /// Takes back what a failed [`capture`](Self::capture) did, as far as it goes.
+    pub(super) fn undo(&self, entry: &Entry) {
+        let uid = &entry.record.pod.uid;
+        if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Duration::ZERO) {
+            tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "enrolment not undone");
+        }
+        if let Some(netns) = &entry.netns
+            && let Err(error) = namespace::restore(netns, &entry.record.originals)
+        {
+            tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "enrolment not undone");
+        }
+    }
+
+    /// Opens the pod's namespace again and checks that it is still the pod's.
+    pub(super) fn reopen(&self, entry: &mut Entry) -> Result<PodNamespace, EnrollError> {
+        let path = Path::new(entry.record.netns.as_str());
+        let namespace = PodNamespace::open(path, &entry.record.ips, self.host_cookie)?;
+        if entry.record.cookie != namespace.netns.cookie() {
+            entry.record.cookie = namespace.netns.cookie();
+            entry.record.originals.clear();
+        }
+        Ok(namespace)
+    }
+
+    /// Switches capture off; the pod's connections may go on until the drain is over. Whether there was something to do.
+    pub(super) fn start_draining(
+        &self,
+        entry: &mut Entry,
+        now: Instant,
+    ) -> Result<bool, EnrollError> {
+        match entry.record.phase {
+            PodPhase::Excluded | PodPhase::Draining => return Ok(false),
+            PodPhase::Pending | PodPhase::Enrolled => {}
+        }
+        self.attachments.detach(&entry.record.pod.uid, entry.record.cookie, self.drain)?;
+        entry.record.phase = PodPhase::Draining;
+        "its last connections finish".clone_into(&mut entry.detail);
+        entry.due = Some(now + self.drain);
+        Ok(true)
+    }
+
+    /// Restores the namespace of a pod that has drained. It stays known, so that it can come back.
+    pub(super) fn finish_draining(&self, entry: &mut Entry, now: Instant) {
+        let restored = self
+            .attachments
+            .detach(&entry.record.pod.uid, entry.record.cookie, Duration::ZERO)
+            .map_err(EnrollError::from)
+            .and_then(|()| {
+                let path = PathBuf::from(entry.record.netns.as_str());
+                let netns =
+                    Netns::open(&path).map_err(|source| NamespaceError::Open { path, source })?;
+                namespace::restore(&netns, &entry.record.originals).map_err(EnrollError::from)
+            });
+        match restored {
+            Err(error) => {
+                tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "a pod cannot be restored yet");
+                entry.due = Some(now + entry.next_pause());
+            }
+            Ok(()) => {
+                entry.record.phase = PodPhase::Excluded;
+                entry.record.originals.clear();
+                "it was let go".clone_into(&mut entry.detail);
+                entry.netns = None;
+                entry.due = None;
+                entry.failures = 0;
+            }
+        }
+    }
+
+    /// Forgets what the kernel has of a pod that is gone.
+    pub(super) fn detach_gone(&self, entry: &Entry) {
+        let uid = &entry.record.pod.uid;
+        if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Duration::ZERO) {
+            tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "a gone pod leaves traces");
+        }
+    }
+
+    /// Whether the namespace a record speaks of exists. An operator's pod may have got a new one at the same path; a
+    /// runtime's has not, since a new sandbox would have been announced.
+    pub(super) fn still_there(&self, entry: &mut Entry) -> bool {
+        let Ok(netns) = Netns::open(Path::new(entry.record.netns.as_str())) else { return false };
+        if netns.cookie() == entry.record.cookie {
+            entry.netns = Some(Arc::new(netns));
+            return true;
+        }
+        if !entry.record.live {
+            return false;
+        }
+        self.detach_gone(entry);
+        entry.record.cookie = netns.cookie();
+        entry.record.originals.clear();
+        entry.netns = Some(Arc::new(netns));
+        true
+    }
+
+    /// What is not as enrolment left it.
+    pub(super) fn defect(&self, entry: &Entry) -> Result<Option<String>, EnrollError> {
+        let path = Path::new(entry.record.netns.as_str());
+        let namespace = PodNamespace::open(path, &entry.record.ips, self.host_cookie)?;
+        if namespace.netns.cookie() != entry.record.cookie {
+            return Ok(Some("its network namespace is another one".to_owned()));
+        }
+        if let Some(setting) = namespace.drifted()? {
+            return Ok(Some(format!("{setting} was changed in the pod's network namespace")));
+        }
+        if !self.attachments.captured()?.contains(&entry.record.cookie) {
+            return Ok(Some("the kernel does not capture it".to_owned()));
+        }
+        Ok(None)
+    }
+}
+
+impl Entry {
+    /// A pod that is only remembered yet.
+    pub(super) fn new(record: Record) -> Self {
+        Self {
+            record,
+            netns: None,
+            settings: PodSettings::default(),
+            detail: String::new(),
+            due: None,
+            failures: 0,
+        }
+    }
+
+    /// Sees to it that the next tick captures it.
+    pub(super) fn enter(&mut self, settings: PodSettings, service_account: &str, now: Instant) {
+        self.settings = settings;
+        service_account.clone_into(&mut self.record.pod.service_account);
+        self.record.phase = PodPhase::Pending;
+        self.failures = 0;
+        self.due = Some(now);
+    }
+
+    /// Notes why it is not captured; it is tried again.
+    pub(super) fn failed(&mut self, error: &EnrollError, now: Instant) {
+        self.record.phase = PodPhase::Pending;
+        self.detail = error_chain(error);
+        self.due = Some(now + self.next_pause());
+    }
+
+    fn next_pause(&mut self) -> Duration {
+        let pause = FIRST_RETRY.saturating_mul(1 << self.failures.min(10)).min(MAX_RETRY);
+        self.failures = self.failures.saturating_add(1);
+        pause
+    }
+
+    /// True when its path leads elsewhere or nowhere. A namespace that was never opened here is not judged.
+    pub(super) fn has_vanished(&self) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        match std::fs::metadata(self.record.netns.as_str()) {
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+            Ok(found) => self.netns.as_ref().is_some_and(|netns| netns.inode() != found.ino()),
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What keeps the list of pods true: over restarts, with the controller's wishes, with what happens in the pods.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use mesh_enroll::{PodName, PodPhase};
+use mesh_model::PodUid;
+
+use super::enroller::{Enroller, WantedPod};
+use super::error::error_chain;
+use super::phases::Entry;
+use super::search;
+
+/// What [`Enroller::adopt`] found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Adopted {
+    /// Pods that are captured again.
+    pub(crate) enrolled: usize,
+    /// Pods that are tried again later.
+    pub(crate) pending: usize,
+    /// Pods whose sandbox is gone.
+    pub(crate) gone: usize,
+    /// Namespaces that the kernel captures and nobody remembers; they stay closed.
+    pub(crate) orphans: usize,
+}
+
+impl Enroller {
+    /// Takes up what an earlier process left: captures its pods again, forgets the gone, finishes what it was at.
+    pub(crate) fn adopt(&self, wanted: &BTreeMap<PodName, WantedPod>, now: Instant) -> Adopted {
+        let mut pods = self.lock();
+        let mut adopted = Adopted::default();
+        for uid in pods.keys().cloned().collect::<Vec<_>>() {
+            let Some(mut entry) = pods.remove(&uid) else { continue };
+            let wanted = wanted.get(&entry.record.pod.name);
+            if let Some(wanted) = wanted {
+                entry.settings = wanted.settings.clone();
+            }
+            if !self.phases.still_there(&mut entry) {
+                adopted.gone += 1;
+                self.phases.detach_gone(&entry);
+                continue;
+            }
+            match entry.record.phase {
+                PodPhase::Excluded => {}
+                PodPhase::Draining => entry.due = Some(now),
+                PodPhase::Pending | PodPhase::Enrolled => match self.phases.capture(&mut entry) {
+                    Ok(()) => adopted.enrolled += 1,
+                    Err(error) => {
+                        adopted.pending += 1;
+                        entry.failed(&error, now);
+                    }
+                },
+            }
+            pods.insert(uid, entry);
+        }
+        adopted.orphans = self.sweep_orphans(&pods);
+        self.write_or_warn(&pods);
+        adopted
+    }
+
+    /// Applies what the controller wants now: pods enter and leave the mesh, settings change.
+    pub(crate) fn configure(&self, wanted: &BTreeMap<PodName, WantedPod>, now: Instant) {
+        let mut pods = self.lock();
+        let mut changed = false;
+        for uid in pods.keys().cloned().collect::<Vec<_>>() {
+            let Some(entry) = pods.get_mut(&uid) else { continue };
+            let Some(wanted) = wanted.get(&entry.record.pod.name) else { continue };
+            match entry.record.phase {
+                PodPhase::Enrolled if !wanted.captured => {
+                    tracing::info!(pod = %entry.record.pod.name, "the pod leaves the mesh");
+                    changed = true;
+                    if let Err(error) = self.phases.start_draining(entry, now) {
+                        tracing::warn!(error = %error_chain(&error), "a pod cannot be let go");
+                    }
+                }
+                PodPhase::Excluded | PodPhase::Draining
+                    if wanted.captured && !entry.record.held_out =>
+                {
+                    tracing::info!(pod = %entry.record.pod.name, "the pod enters the mesh");
+                    changed = true;
+                    let settings = wanted.settings.clone();
+                    entry.enter(settings, &wanted.service_account, now);
+                }
+                PodPhase::Pending if !wanted.captured => {
+                    changed = true;
+                    if let Err(error) = self.phases.start_draining(entry, now) {
+                        tracing::warn!(error = %error_chain(&error), "a pod cannot be let go");
+                    }
+                }
+                PodPhase::Enrolled
+                    if entry.settings != wanted.settings
+                        || entry.record.pod.service_account != wanted.service_account =>
+                {
+                    let settings = wanted.settings.clone();
+                    entry.settings = settings;
+                    wanted.service_account.clone_into(&mut entry.record.pod.service_account);
+                    changed = true;
+                    if let Err(error) = self.phases.capture(entry) {
+                        tracing::warn!(error = %error_chain(&error), "settings of a pod not applied");
+                        entry.failed(&error, now);
+                    }
+                }
+                PodPhase::Excluded
+                | PodPhase::Draining
+                | PodPhase::Pending
+                | PodPhase::Enrolled => {}
+            }
+        }
+        if changed {
+            self.write_or_warn(&pods);
+        }
+        drop(pods);
+        self.tick(now);
+    }
+
+    /// Does what is due: tries again, finishes drains, forgets pods whose sandbox is gone. Gives the time of the next one.
+    pub(crate) fn tick(&self, now: Instant) -> Option<Instant> {
+        let mut pods = self.lock();
+        let mut changed = false;
+        for uid in pods.keys().cloned().collect::<Vec<_>>() {
+            let Some(entry) = pods.get_mut(&uid) else { continue };
+            if entry.has_vanished() {
+                tracing::info!(pod = %entry.record.pod.name, "the pod's network namespace is gone");
+                changed = true;
+                if let Err(error) = self.remove(&mut pods, &uid) {
+                    tracing::warn!(error = %error_chain(&error), "a gone pod cannot be forgotten yet");
+                }
+                continue;
+            }
+            if entry.due.is_none_or(|due| due > now) {
+                continue;
+            }
+            match entry.record.phase {
+                PodPhase::Pending => {
+                    changed = true;
+                    if let Err(error) = self.phases.capture(entry) {
+                        tracing::warn!(
+                            pod = %entry.record.pod.name, error = %error_chain(&error), tries = entry.failures,
+                            "the pod cannot be captured; trying again"
+                        );
+                        entry.failed(&error, now);
+                    }
+                }
+                PodPhase::Draining => {
+                    changed = true;
+                    self.phases.finish_draining(entry, now);
+                }
+                PodPhase::Excluded | PodPhase::Enrolled => entry.due = None,
+            }
+        }
+        if changed {
+            self.write_or_warn(&pods);
+        }
+        pods.values().filter_map(|entry| entry.due).min()
+    }
+
+    /// Puts back routes, rules and settings that somebody in a pod has changed. Gives how many pods needed it.
+    pub(crate) fn repair(&self) -> usize {
+        let mut pods = self.lock();
+        let mut repaired = 0;
+        for entry in pods.values_mut() {
+            if entry.record.phase != PodPhase::Enrolled {
+                continue;
+            }
+            match self.phases.defect(entry) {
+                Ok(None) => {}
+                Ok(Some(what)) => {
+                    tracing::warn!(pod = %entry.record.pod.name, what, "capture of the pod was disturbed; repairing");
+                    repaired += 1;
+                    if let Err(error) = self.phases.capture(entry) {
+                        tracing::warn!(error = %error_chain(&error), "the pod cannot be repaired");
+                        entry.failed(&error, Instant::now());
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(error = %error_chain(&error), "the pod cannot be checked");
+                }
+            }
+        }
+        repaired
+    }
+
+    /// Cleans up what the kernel captures for namespaces that nobody remembers and that no longer exist. Those that do
+    /// exist stay captured, refusing everything: better closed than forgotten and open.
+    fn sweep_orphans(&self, pods: &BTreeMap<PodUid, Entry>) -> usize {
+        let captured = match self.phases.attachments.captured() {
+            Ok(captured) => captured,
+            Err(error) => {
+                tracing::warn!(error = %error_chain(&error), "captured namespaces cannot be listed");
+                return 0;
+            }
+        };
+        let known: BTreeSet<u64> = pods.values().map(|entry| entry.record.cookie).collect();
+        let unknown: BTreeSet<u64> = captured.difference(&known).copied().collect();
+        if unknown.is_empty() {
+            return 0;
+        }
+        let alive = search::cookies_on_this_machine();
+        let mut orphans = 0;
+        for cookie in unknown {
+            if alive.contains(&cookie) {
+                orphans += 1;
+                tracing::error!(
+                    cookie,
+                    "a namespace is captured, but no pod is known for it; its connections are refused until it is enrolled again"
+                );
+            } else if let Err(error) =
+                self.phases.attachments.detach(&PodUid::new(""), cookie, Duration::ZERO)
+            {
+                tracing::warn!(cookie, error = %error_chain(&error), "traces of a gone pod remain");
+            }
+        }
+        orphans
+    }
+}
