@@ -400,7 +400,9 @@ fn unreadable(manifest: &str) -> Change {
         Parsed::Refused { unreadable: Some(policy), .. } => {
             Change::Upsert(Arc::new(Object::Unreadable(Arc::new(*policy))))
         }
-        other => panic!("{other:?}"),
+        other @ (Parsed::Object(_) | Parsed::Ignored { .. } | Parsed::Refused { .. }) => {
+            panic!("{other:?}")
+        }
     }
 }
 

@@ -67,12 +67,11 @@ pub(super) fn of_workload(
 
 /// The policies that stand in its place.
 pub(super) fn policies(view: View<'_>, policy: &UnreadablePolicy) -> Vec<Policy> {
-    let (kind, clauses) = match policy.kind {
-        Kind::PeerAuthentication => {
-            let clause = Clause { matches: vec![peer::without_identity()] };
-            (PolicyKind::PeerAuthentication, vec![clause])
-        }
-        _ => (PolicyKind::AuthorizationPolicy, Vec::new()),
+    let (kind, clauses) = if policy.kind == Kind::PeerAuthentication {
+        let clause = Clause { matches: vec![peer::without_identity()] };
+        (PolicyKind::PeerAuthentication, vec![clause])
+    } else {
+        (PolicyKind::AuthorizationPolicy, Vec::new())
     };
     let rules = vec![Rule { clauses }];
     let namespace: &str =
@@ -121,9 +120,10 @@ pub(super) fn status(view: View<'_>, policy: &UnreadablePolicy) -> PolicyStatus 
             targets.join("; ")
         }
     };
-    let refused = match policy.kind {
-        Kind::PeerAuthentication => "connections without a proven identity are refused",
-        _ => "every connection is refused",
+    let refused = if policy.kind == Kind::PeerAuthentication {
+        "connections without a proven identity are refused"
+    } else {
+        "every connection is refused"
     };
     let mut notes = vec![format!("it cannot be read ({}): {refused}", policy.reason)];
     if policy.reach == Reach::Mesh {

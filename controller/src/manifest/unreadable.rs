@@ -127,11 +127,10 @@ fn kind(value: &Value) -> Option<Kind> {
 
 fn reach(kind: Kind, spec: Option<&Value>, meta: &Metadata) -> Reach {
     let Some(Value::Object(spec)) = spec else { return Reach::Namespace };
-    let known: &[&str] = match kind {
-        Kind::AuthorizationPolicy => {
-            &["selector", "targetRef", "targetRefs", "rules", "action", "provider"]
-        }
-        _ => &["selector", "mtls", "portLevelMtls"],
+    let known: &[&str] = if kind == Kind::PeerAuthentication {
+        &["selector", "mtls", "portLevelMtls"]
+    } else {
+        &["selector", "targetRef", "targetRefs", "rules", "action", "provider"]
     };
     // A field that is not known may be a misspelt selector.
     if spec.keys().any(|key| !known.contains(&key.as_str())) {
@@ -196,10 +195,9 @@ fn fields(
 ) -> Option<Map<String, Value>> {
     let mut fields = Map::new();
     for (key, block) in blocks(text, depth) {
-        let value = parse(block).and_then(|value| match value {
-            Value::Object(mut fields) if fields.len() == 1 => fields.remove(key),
-            _ => None,
-        });
+        let whole =
+            parse(block).filter(|value| value.as_object().is_some_and(|all| all.len() == 1));
+        let value = whole.and_then(|mut value| value.get_mut(key).map(Value::take));
         let value = if fields.contains_key(key) { ILLEGIBLE } else { value.unwrap_or(ILLEGIBLE) };
         fields.insert(key.to_owned(), value);
     }

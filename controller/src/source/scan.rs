@@ -410,7 +410,9 @@ impl ParsedFile {
                 refusal.object = Some(policy.key().to_string());
             }
         }
-        let kind = key.as_ref().map(|key| key.kind).or(policy.as_ref().map(|policy| policy.kind));
+        let kind = key
+            .as_ref()
+            .map_or_else(|| policy.as_ref().map(|policy| policy.kind), |key| Some(key.kind));
         refusal.kind = kind.map(Kind::as_str);
         self.bad.push(Bad { key, refusal, policy: policy.map(Arc::new) });
     }

@@ -26,10 +26,13 @@ fn names(changes: &[Change]) -> Vec<String> {
     changes
         .iter()
         .map(|change| match change {
-            Change::Upsert(object) => match &**object {
-                Object::Unreadable(policy) => format!("!{} {:?}", policy.key(), policy.reach),
-                object => format!("+{}", object.key()),
-            },
+            Change::Upsert(object) => {
+                if let Object::Unreadable(policy) = &**object {
+                    format!("!{} {:?}", policy.key(), policy.reach)
+                } else {
+                    format!("+{}", object.key())
+                }
+            }
             Change::Delete(key) => format!("-{key}"),
         })
         .collect()
@@ -171,7 +174,7 @@ fn a_refused_policy_without_a_good_version_denies() {
     ] {
         let (mut scan, mut kept) = (Scan::default(), Memory::default());
         let changes = names(&scan.update(files([("a.yaml", text(&broken))]), &mut kept));
-        assert_eq!(changes, [expected.clone()], "{broken}");
+        assert_eq!(changes, std::slice::from_ref(&expected), "{broken}");
         assert!(scan.status().refused[0].denied, "{broken}");
         assert!(scan.update(files([("a.yaml", FileContent::Unchanged)]), &mut kept).is_empty());
         // Corrected, it takes the place; broken again, its good version stays; removed, it is gone.

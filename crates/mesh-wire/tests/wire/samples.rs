@@ -246,7 +246,7 @@ impl Dice {
                 ]),
                 namespace: self.text(),
                 name: self.text(),
-                unreadable: self.coin().then(|| self.name().into()),
+                unreadable: self.coin().then(|| self.name()),
             },
             scope: self.pick(&[PolicyScope::Global, PolicyScope::Namespace, PolicyScope::Workload]),
             action: self.pick(&[Action::Allow, Action::Deny, Action::Audit]),
