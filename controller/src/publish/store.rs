@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use crate::index::{Delta, PodMode, PodSettings};
 
 /// Most names in the log. An agent that is further behind compares everything once.
-const MAX_LOG: usize = 65_536;
+const MAX_LOG: usize = 16_384;
 
 /// Kind and name of a resource.
 pub type Name = (ResourceKind, Arc<str>);
@@ -252,7 +252,8 @@ impl Inner {
     }
 
     fn remove(&mut self, name: Name) {
-        if self.entries.remove(&name).is_some() {
+        // The log shares the entry's own name: a gone resource costs no second one.
+        if let Some((name, _)) = self.entries.remove_entry(&name) {
             self.note(name);
         }
     }
