@@ -16,6 +16,10 @@ use mesh_controller::state_dir::StateDir;
 use mesh_runtime::{Drain, FlowMeterConfig, LogConfig, Logging, Metrics};
 use mesh_telemetry::LogFormat;
 
+/// glibc keeps what thousands of short-lived pods took; this one gives it back within seconds.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(args) => run(*args),
