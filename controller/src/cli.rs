@@ -34,7 +34,7 @@ pub enum Command {
 /// Settings of a running controller.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
-    /// Where objects come from: directory:PATH
+    /// Where objects come from: directory:PATH, kubernetes (KUBECONFIG, or the pod's own account) or kubernetes:KUBECONFIG
     #[arg(long, env = "CULVERT_SOURCE", value_parser = parse_source)]
     pub source: Source,
     /// Where the CA's keys and the tokens are kept; made with mode 0700
@@ -103,6 +103,8 @@ pub struct RunArgs {
 pub enum Source {
     /// A directory of manifests.
     Directory(PathBuf),
+    /// A Kubernetes API server, reached by this kubeconfig or by what is found.
+    Kubernetes(Option<PathBuf>),
 }
 
 /// What becomes of unknown destinations.
@@ -177,7 +179,9 @@ pub enum CaCommand {
 fn parse_source(text: &str) -> Result<Source, String> {
     match text.split_once(':') {
         Some(("directory", path)) if !path.is_empty() => Ok(Source::Directory(path.into())),
-        Some(_) | None => Err("write directory:PATH".into()),
+        Some(("kubernetes", path)) if !path.is_empty() => Ok(Source::Kubernetes(Some(path.into()))),
+        None if text == "kubernetes" => Ok(Source::Kubernetes(None)),
+        Some(_) | None => Err("write directory:PATH, kubernetes or kubernetes:KUBECONFIG".into()),
     }
 }
 
@@ -222,9 +226,11 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
-        assert!(
-            Cli::try_parse_from(["culvert-controller", "run", "--source", "kubernetes"]).is_err()
-        );
+        for wrong in ["kubernetes:", "directory", "directory:", "etcd:/x"] {
+            assert!(parse_source(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(parse_source("kubernetes"), Ok(Source::Kubernetes(None)));
+        assert_eq!(parse_source("kubernetes:/k"), Ok(Source::Kubernetes(Some("/k".into()))));
         let run = [
             "culvert-controller",
             "run",

@@ -75,8 +75,33 @@ impl Kind {
         })
     }
 
+    /// Every kind.
+    pub const ALL: &'static [Self] = &[
+        Self::Namespace,
+        Self::Node,
+        Self::Pod,
+        Self::ServiceAccount,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::WorkloadEntry,
+        Self::ServiceEntry,
+        Self::AuthorizationPolicy,
+        Self::PeerAuthentication,
+    ];
+
+    /// The API group; empty for the core one.
+    #[must_use]
+    pub const fn group(self) -> &'static str {
+        match self {
+            Self::Namespace | Self::Node | Self::Pod | Self::ServiceAccount | Self::Service => "",
+            Self::EndpointSlice => "discovery.k8s.io",
+            Self::WorkloadEntry | Self::ServiceEntry => "networking.istio.io",
+            Self::AuthorizationPolicy | Self::PeerAuthentication => "security.istio.io",
+        }
+    }
+
     /// The versions that are read, newest first.
-    const fn versions(self) -> &'static [&'static str] {
+    pub(crate) const fn versions(self) -> &'static [&'static str] {
         match self {
             Self::Namespace | Self::Node | Self::Pod | Self::ServiceAccount | Self::Service => {
                 &["v1"]

@@ -35,6 +35,7 @@ use crate::index::IndexSettings;
 use crate::mesh::{Mesh, SharedMesh, Trust};
 use crate::publish::Discovery;
 use crate::source::directory::{self, DirectorySettings};
+use crate::source::kubernetes::{self, KubernetesSettings};
 use crate::state_dir::StateDir;
 
 /// Lifetime of the listener's certificate; it is replaced at half of it and whenever the authority changes.
@@ -86,7 +87,7 @@ impl Controller {
         let listener = TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("listen on {}", args.listen))?;
-        start_source(&args, files, &mesh)?;
+        start_source(&args, files, &mesh).await?;
         let authenticate: Arc<dyn Authenticate> = Arc::clone(&tokens) as Arc<dyn Authenticate>;
         Ok(Self {
             discovery: Discovery::new(
@@ -207,7 +208,7 @@ fn index_settings(args: &RunArgs) -> IndexSettings {
     }
 }
 
-fn start_source(args: &RunArgs, state: StateDir, mesh: &SharedMesh) -> Result<()> {
+async fn start_source(args: &RunArgs, state: StateDir, mesh: &SharedMesh) -> Result<()> {
     let (send, mut events) = mpsc::channel(16);
     match &args.source {
         Source::Directory(root) => {
@@ -217,6 +218,11 @@ fn start_source(args: &RunArgs, state: StateDir, mesh: &SharedMesh) -> Result<()
             };
             directory::watch(settings, state, send)
                 .with_context(|| format!("source directory {}", root.display()))?;
+        }
+        Source::Kubernetes(kubeconfig) => {
+            let settings = KubernetesSettings::new(kubeconfig.clone());
+            let client = settings.client().await.context("source kubernetes")?;
+            kubernetes::watch(&client, &settings, send);
         }
     }
     let mesh = Arc::clone(mesh);

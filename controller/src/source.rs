@@ -1,7 +1,8 @@
-//! Where objects come from. A source sends [`SourceEvent`]s; a Kubernetes source stands beside [`directory`] behind the
-//! same three.
+//! Where objects come from: a [`directory`] of manifests or a [`kubernetes`] API server. Both send [`SourceEvent`]s, and
+//! nothing behind them knows which it was.
 
 pub mod directory;
+pub mod kubernetes;
 mod last_good;
 mod scan;
 

@@ -55,7 +55,11 @@ const EDGES: &[(&str, &[&str])] = &[
 ];
 
 /// Third-party crates that only the named crate of ours may use.
-const WALLS: &[(&str, &[&str])] = &[("aya", &["mesh-ebpf"])];
+const WALLS: &[(&str, &[&str])] = &[
+    ("aya", &["mesh-ebpf"]),
+    ("kube", &["mesh-controller"]),
+    ("k8s-openapi", &["mesh-controller"]),
+];
 
 /// A file longer than this many lines does two things.
 const MAX_LINES: usize = 1000;

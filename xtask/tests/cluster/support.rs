@@ -20,6 +20,13 @@ pub(crate) struct Cluster {
 /// A program that runs beside the test, until the value ends.
 pub(crate) struct Running(Child);
 
+impl Running {
+    /// Sends it a signal. What it runs inside a cluster has the same process id: nothing forks.
+    pub(crate) fn signal(&self, name: &str) {
+        kill(self.0.id(), name);
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         self.0.kill().expect("a child of ours can be ended");
@@ -67,6 +74,27 @@ impl Cluster {
         answer(self.command(&["exec"]).args(arguments))
     }
 
+    /// Starts a program beside the control plane; its output is the test's.
+    pub(crate) fn spawn(&self, arguments: &[&str]) -> Running {
+        let mut command = self.command(&["exec"]);
+        Running(command.args(arguments).stdin(Stdio::null()).spawn().expect("it starts"))
+    }
+
+    /// Kills a program of the control plane, which is started again.
+    pub(crate) fn restart(&self, program: &str) {
+        let group = format!("/culvert-cluster-{}/control-plane", self.name);
+        let named = |process: &u32| {
+            let read = |file: &str| fs::read(format!("/proc/{process}/{file}")).unwrap_or_default();
+            let groups = String::from_utf8_lossy(&read("cgroup")).into_owned();
+            groups.lines().any(|line| line.ends_with(&group))
+                && read("cmdline").starts_with(program.as_bytes())
+        };
+        let processes = fs::read_dir("/proc").expect("/proc can be read").flatten();
+        let mut processes =
+            processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        kill(processes.find(named).expect("the program runs"), "KILL");
+    }
+
     /// Forwards a port to a pod, beside the control plane.
     pub(crate) fn forward(&self, pod: &str, ports: &str) -> Running {
         let mut forward = self.command(&["kubectl"]);
@@ -96,6 +124,12 @@ fn answer(command: &mut Command) -> Result<String, String> {
     } else {
         Err(format!("{command:?}: {} {}", text(&output.stdout), text(&output.stderr)))
     }
+}
+
+fn kill(process: u32, signal: &str) {
+    let process = process.to_string();
+    let status = Command::new("kill").args(["-s", signal, &process]).status();
+    assert!(status.expect("kill can be run").success(), "cannot signal process {process}");
 }
 
 /// Asks until it is so.
