@@ -555,7 +555,7 @@ fn run(seed: u64) {
 }
 
 fn run_all(kind: Kind) {
-    for seed in support::seeds(2_000).filter(|seed| Kind::of(*seed) == kind) {
+    for seed in support::seeds(20_000).filter(|seed| Kind::of(*seed) == kind) {
         let result = std::panic::catch_unwind(|| run(seed));
         if let Err(panic) = result {
             let cause = panic
