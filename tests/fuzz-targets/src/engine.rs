@@ -73,7 +73,7 @@ fn flow(direction: Direction) -> Flow {
 }
 
 /// By the one way there is: a flow to an unknown destination, judged by no policies.
-fn permit() -> Permit {
+pub(crate) fn permit() -> Permit {
     let source = Arc::new(Workload::named("uid", "shop", "client"));
     let settings = ResolveSettings::default();
     let resolved =
@@ -100,7 +100,7 @@ fn session() -> TlsSession {
     }
 }
 
-fn key() -> TunnelKey {
+pub(crate) fn key() -> TunnelKey {
     let id = |name| SpiffeId::new("cluster.local", "shop", name).expect("an identity");
     TunnelKey {
         pod: PodUid::new("client-pod"),

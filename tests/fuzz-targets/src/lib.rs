@@ -10,6 +10,7 @@ pub mod dns;
 pub mod engine;
 pub mod enroll;
 mod fixture;
+pub mod handover;
 pub mod http2;
 mod input;
 pub mod manifest;
@@ -48,6 +49,7 @@ pub const TARGETS: &[Target] = &[
     target("hpack", http2::hpack, http2::hpack_seeds),
     target("engine_server", engine::server, engine::server_seeds),
     target("engine_client", engine::client, engine::client_seeds),
+    target("engine_state", handover::state, handover::state_seeds),
     target("request_head", engine::request_head, engine::request_head_seeds),
     target("authority", text::authority, text::authority_seeds),
     target("baggage", text::baggage, text::baggage_seeds),

@@ -1,12 +1,12 @@
 //! Manifests, from text to what agents receive.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mesh_controller::index::{Index, IndexSettings};
 use mesh_controller::manifest::{Format, documents};
 use mesh_controller::publish::Store;
-use mesh_controller::source::{FileContent, Scan};
+use mesh_controller::source::{FileContent, LastGood, Scan};
 use mesh_wire::{Resource, ResourceKind};
 
 use crate::input::texts;
@@ -24,6 +24,21 @@ pub fn json(data: &[u8]) {
     check(text, Format::Json, "a.json");
 }
 
+/// What a state directory would remember.
+#[derive(Default)]
+struct Memory(BTreeMap<PathBuf, Vec<String>>);
+
+impl LastGood for Memory {
+    fn read(&mut self, file: &Path) -> Vec<String> {
+        self.0.get(file).cloned().unwrap_or_default()
+    }
+
+    fn write(&mut self, file: &Path, objects: &[&str]) {
+        let objects = objects.iter().map(|object| (*object).to_owned()).collect();
+        self.0.insert(file.to_owned(), objects);
+    }
+}
+
 /// What is refused names its line; what is accepted reaches agents whole; what is taken away leaves nothing behind.
 fn check(text: &str, format: Format, file: &str) {
     let lines = text.lines().count() + 1;
@@ -34,8 +49,9 @@ fn check(text: &str, format: Format, file: &str) {
         }
     }
     let mut scan = Scan::default();
+    let mut memory = Memory::default();
     let files = BTreeMap::from([(PathBuf::from(file), FileContent::Text(text.to_owned()))]);
-    let changes = scan.update(files);
+    let changes = scan.update(files, &mut memory);
     for refusal in &scan.status().refused {
         assert!(!refusal.remedy.is_empty() && refusal.line <= lines, "{refusal:?}");
     }
@@ -54,7 +70,7 @@ fn check(text: &str, format: Format, file: &str) {
     drop((index.policy_status(), index.notes()));
     let store = Store::default();
     store.apply(&delta);
-    let changes = scan.update(BTreeMap::new());
+    let changes = scan.update(BTreeMap::new(), &mut memory);
     let gone = index.apply(changes);
     assert_eq!((index.workloads().count(), index.services().count()), (0, 0), "of {delta:?}");
     assert_eq!((index.policies().count(), index.pods().count()), (0, 0), "of {delta:?}");
