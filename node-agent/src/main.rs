@@ -8,6 +8,10 @@ use culvert_agent::agent;
 use culvert_agent::config::{Arguments, Command, Settings};
 use mesh_runtime::{FlowMeterConfig, LogConfig, Logging, Metrics};
 
+/// glibc keeps what a burst of pods and connections took; this one gives it back within seconds.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match start(arguments) {

@@ -297,6 +297,12 @@ impl Lab {
         self.folder.join("controller/admin.sock")
     }
 
+    /// The controller's process, while it runs.
+    #[must_use]
+    pub const fn controller(&self) -> Option<&Process> {
+        self.controller.as_ref()
+    }
+
     fn controller_root(&self) -> PathBuf {
         self.folder.join("root.pem")
     }

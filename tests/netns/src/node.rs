@@ -236,6 +236,12 @@ impl Node {
         self.agent.as_ref().map(Process::pid)
     }
 
+    /// The agent's process, while it runs.
+    #[must_use]
+    pub const fn agent(&self) -> Option<&Process> {
+        self.agent.as_ref()
+    }
+
     /// Runs `culvert <arguments>` against this node's agent.
     ///
     /// # Errors

@@ -125,6 +125,18 @@ impl Process {
         self.child.id()
     }
 
+    /// Its resident memory. KiB.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn rss_kib(&self) -> anyhow::Result<u64> {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+            .with_context(|| format!("{path} has no VmRSS"))
+    }
+
     /// Everything it has written so far.
     #[must_use]
     pub fn log(&self) -> String {

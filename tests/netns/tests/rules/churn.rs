@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use mesh_netns::manifest;
 use mesh_netns::peer::ports as peer;
+use mesh_netns::process::Process;
 use mesh_netns::servers;
 use mesh_netns::wait::until;
 
@@ -103,15 +104,35 @@ fn come_and_go(mesh: &Mesh) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// 2,000 pods come and go while a pod makes connections: none fails.
+/// The resident memory of the agents and the controller. KiB.
+fn memory(mesh: &Mesh) -> anyhow::Result<Vec<(&'static str, u64)>> {
+    let programs = [
+        ("agent a", mesh.lab.node("a").agent()),
+        ("agent b", mesh.lab.node("b").agent()),
+        ("controller", mesh.lab.controller()),
+    ];
+    let size = |(name, program): (&'static str, Option<&Process>)| -> anyhow::Result<_> {
+        Ok((name, program.with_context(|| format!("{name} does not run"))?.rss_kib()?))
+    };
+    programs.into_iter().map(size).collect()
+}
+
+/// 2,000 pods come and go while a pod makes connections: none fails, and the memory they took comes back.
 pub(crate) fn two_thousand_pods(mesh: &mut Mesh) -> anyhow::Result<()> {
     let url = format!("http://{}/", mesh.server());
     let node = manifest::node("c", &["192.168.77.3".parse()?], &[]);
     mesh.lab.apply(&node)?;
+    let before = memory(mesh)?;
     let traffic = Traffic::start(mesh, "client", "churn", &url)?;
     come_and_go(mesh)?;
     come_and_go(mesh)?;
     let made = traffic.finish_whole()?;
     ensure!(made > 50, "only {made} connections were made meanwhile");
+    let back = until("memory within 20 % of before", Duration::from_secs(30), || {
+        let now = memory(mesh)?;
+        let whole = before.iter().zip(&now).all(|((_, was), (_, is))| *is * 5 <= *was * 6);
+        Ok(whole.then_some(()))
+    });
+    back.with_context(|| format!("KiB before {before:?}, after {:?}", memory(mesh).ok()))?;
     mesh.lab.delete(&node)
 }
