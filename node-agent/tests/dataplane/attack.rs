@@ -23,6 +23,15 @@ fn handshakes_failed(node: &Node, reason: CloseReason) -> u64 {
     node.plane.stats().handshakes_failed.get(&reason).copied().unwrap_or(0)
 }
 
+/// Waits until exactly so many have; a peer sees its reset before the worker has counted it.
+fn wait_for_failed(node: &Node, reason: CloseReason, count: u64) {
+    let begun = Instant::now();
+    while handshakes_failed(node, reason) < count && begun.elapsed() < Duration::from_secs(5) {
+        thread::yield_now();
+    }
+    assert_eq!(handshakes_failed(node, reason), count, "{reason}");
+}
+
 /// New certificates for both ends, so that the next flow needs a new tunnel.
 fn renew(mesh: &Mesh) {
     for (node, name) in [(&mesh.client, "client"), (&mesh.server, "server")] {
@@ -97,10 +106,10 @@ fn a_silent_peer_is_given_up_long_before_a_slow_one() {
         let elapsed = ended_after(said);
         assert!(elapsed < Duration::from_millis(1_200), "{elapsed:?}");
     }
-    assert_eq!(handshakes_failed(&mesh.server, CloseReason::TimedOut), 2);
+    wait_for_failed(&mesh.server, CloseReason::TimedOut, 2);
     let elapsed = ended_after(&client_hello());
     assert!(elapsed > Duration::from_millis(1_200), "{elapsed:?}");
-    assert_eq!(handshakes_failed(&mesh.server, CloseReason::TlsFailure), 1);
+    wait_for_failed(&mesh.server, CloseReason::TlsFailure, 1);
 }
 
 /// The first flight of a real client, which then falls silent.
