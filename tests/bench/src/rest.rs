@@ -95,7 +95,7 @@ fn opened(client: &mut Process) -> anyhow::Result<Option<()>> {
 /// Lets pods of another node come and go, twice, and looks at the agents' memory before, in between and after.
 pub(crate) fn churn(topology: &Topology, pods: u16) -> anyhow::Result<Vec<Row>> {
     let lab = &topology.lab;
-    lab.apply(&manifest::node("c", &["192.168.77.3".parse()?]))?;
+    lab.apply(&manifest::node("c", &["192.168.77.3".parse()?], &["10.99.0.0/16"]))?;
     let known = |node: &str| -> anyhow::Result<usize> {
         let workloads = lab.node(node).culvert(&["config", "workloads", "-o", "json"])?;
         Ok(workloads.output()?.matches("\"name\": \"distant-").count())
