@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
 
-use crate::command::{command, run};
-use crate::run::target_dir;
+use crate::command::command;
+use crate::run::{build_all, target_dir};
 use guest::{Job, Outcome, Report};
 use image::Built;
 
@@ -100,8 +100,7 @@ pub(crate) fn run_suites(filter: Option<&str>) -> anyhow::Result<()> {
 
 /// Builds agent and controller, and the agent's CNI plugin beside them.
 fn programs() -> anyhow::Result<(Vec<PathBuf>, PathBuf)> {
-    let packages = ["--package", "culvert-agent", "--package", "mesh-controller"];
-    run(command("cargo", &["build", "--bins"]).args(packages))?;
+    build_all()?;
     let folder = target_dir()?.join("debug");
     let programs = ["culvert-agent", "culvert-controller"].map(|name| folder.join(name));
     Ok((programs.into(), folder.join("culvert-cni")))
@@ -110,7 +109,8 @@ fn programs() -> anyhow::Result<(Vec<PathBuf>, PathBuf)> {
 /// The test programs cargo builds for a package.
 fn test_programs(package: &str) -> anyhow::Result<Vec<PathBuf>> {
     let started = Instant::now();
-    let arguments = ["test", "--package", package, "--tests", "--no-run", "--message-format=json"];
+    // All of the workspace, for the reason that `build_all` gives.
+    let arguments = ["test", "--workspace", "--tests", "--no-run", "--message-format=json"];
     println!("→ cargo {}", arguments.join(" "));
     let output = command("cargo", &arguments).stderr(Stdio::inherit()).output()?;
     if !output.status.success() {
@@ -119,8 +119,11 @@ fn test_programs(package: &str) -> anyhow::Result<Vec<PathBuf>> {
     let mut programs = Vec::new();
     for line in String::from_utf8(output.stdout)?.lines() {
         let message: serde_json::Value = serde_json::from_str(line)?;
+        let id = message["package_id"].as_str().unwrap_or_default();
+        // Cargo leaves the name out where the folder has it.
+        let ours = id.contains(&format!("#{package}@")) || id.contains(&format!("/{package}#"));
         let integration = message["target"]["kind"][0].as_str() == Some("test");
-        if let (true, Some(path)) = (integration, message["executable"].as_str()) {
+        if let (true, Some(path)) = (ours && integration, message["executable"].as_str()) {
             programs.push(PathBuf::from(path));
         }
     }

@@ -41,8 +41,7 @@ pub(crate) fn test(filter: Option<&str>) -> anyhow::Result<()> {
     let started = Instant::now();
     setup::ensure()?;
     tidy::run()?;
-    // With the tests, so that dependencies are built once: features that only tests ask for make other units.
-    run(&mut command("cargo", &["build", "--workspace", "--bins", "--tests"]))?;
+    build_all()?;
     if filter.is_none() {
         cluster::prepare()?;
     }
@@ -79,6 +78,12 @@ pub(crate) fn ci() -> anyhow::Result<()> {
     ))?;
     run(command("cargo", &["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     test(None)
+}
+
+/// Programs and tests of the whole workspace at once: fewer packages, or no tests, ask dependencies for other features, and
+/// what is built for those is built again for the others.
+pub(crate) fn build_all() -> anyhow::Result<()> {
+    run(&mut command("cargo", &["build", "--workspace", "--bins", "--tests"]))
 }
 
 fn build_programs() -> anyhow::Result<()> {
