@@ -27,10 +27,13 @@ enum Transport {
     Tcp,
 }
 
+/// What was asked, as it came.
+type Asked = Arc<Mutex<Vec<(Transport, Vec<u8>)>>>;
+
 /// The pods' resolver, on the host outside the mesh.
 #[derive(Clone)]
 pub(crate) struct Resolver {
-    asked: Arc<Mutex<Vec<(Transport, Vec<u8>)>>>,
+    asked: Asked,
 }
 
 impl Resolver {

@@ -164,7 +164,8 @@ pub(crate) fn l7_only_allow(mesh: &mut Mesh) -> anyhow::Result<()> {
             && of_policy["notes"].to_string().contains("methods");
         Ok(told.then_some(()))
     });
-    noted.and(denied_at_server(mesh, &object, "client", None))
+    let denied = denied_at_server(mesh, &object, "client", None);
+    noted.and(denied)
 }
 
 /// The stranger is refused, the client is not.
