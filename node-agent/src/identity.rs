@@ -20,7 +20,7 @@ use tonic::transport::Channel;
 use crate::control::session::ControllerSession;
 use crate::dataplane::{IdentityDesk, Snapshot};
 use crate::enrolment::enroller::Enroller;
-use crate::enrolment::error::error_chain;
+use crate::error::error_chain;
 use crate::picture::Picture;
 
 /// Requests from workers waiting at most; a flow that waits asks again.

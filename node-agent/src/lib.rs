@@ -9,6 +9,7 @@ pub mod dataplane;
 mod dns;
 mod enrolment;
 mod entropy;
+mod error;
 mod health;
 mod identity;
 mod picture;

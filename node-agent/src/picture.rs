@@ -7,7 +7,7 @@ use mesh_model::SpiffeId;
 
 use crate::control::world::World;
 use crate::dataplane::{Changed, DataPlane, Shared, Snapshot};
-use crate::enrolment::error::error_chain;
+use crate::error::error_chain;
 
 /// Writes the snapshot that the workers read. Its two sources, the controller and the CA, take turns.
 pub(crate) struct Picture {

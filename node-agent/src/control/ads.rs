@@ -20,7 +20,7 @@ use super::saved::{GATHER, SavedWorld};
 use super::session::{ControllerSession, SessionError};
 use super::world::{Touched, World};
 use crate::dataplane::Changed;
-use crate::enrolment::error::error_chain;
+use crate::error::error_chain;
 use crate::picture::Picture;
 
 /// Hears the controller and makes what it says effective.

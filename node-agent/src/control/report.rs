@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 use super::backoff::Backoff;
 use super::session::ControllerSession;
 use crate::enrolment::enroller::Enroller;
-use crate::enrolment::error::error_chain;
+use crate::error::error_chain;
 
 /// Changes are gathered for so long: a node that starts enrols many pods at once.
 const GATHER: Duration = Duration::from_millis(50);

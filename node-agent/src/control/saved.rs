@@ -49,7 +49,7 @@ impl SavedWorld {
                     .increment(1);
                 let aside = state_file::set_aside(&self.path);
                 tracing::error!(
-                    error = %crate::enrolment::error::error_chain(&error), path = %self.path.display(), set_aside = aside.is_ok(),
+                    error = %crate::error::error_chain(&error), path = %self.path.display(), set_aside = aside.is_ok(),
                     "the saved state of the mesh cannot be used; waiting for the controller"
                 );
                 None

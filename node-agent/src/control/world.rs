@@ -13,7 +13,7 @@ use mesh_wire::{MeshConfig, PodConfig, RemovedResource, Resource, ResourceKind, 
 use crate::control::pods::{self, Denied, WantedPods};
 use crate::dataplane::Changed;
 use crate::enrolment::enroller::WantedPod;
-use crate::enrolment::error::error_chain;
+use crate::error::error_chain;
 
 /// The controller's words. Held by the one task that hears them.
 #[derive(Debug)]

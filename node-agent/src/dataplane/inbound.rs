@@ -25,7 +25,8 @@ use crate::dataplane::telemetry::{PeerHead, Story, response_head};
 use crate::dataplane::tls::CertificateStamp;
 use crate::dataplane::tunnels::ServerTunnel;
 use crate::dataplane::waiting::WaitFor;
-use crate::dataplane::worker::{CapturedConn, Chain, NodeWorker, Refusal, Waiting};
+use crate::dataplane::worker::{CapturedConn, NodeWorker, Refusal, Waiting};
+use crate::error::error_chain;
 
 /// A CONNECT that has not been answered.
 #[derive(Debug)]
@@ -107,7 +108,7 @@ impl NodeWorker {
             ),
             direction: Direction::InboundTunnel,
             reason,
-            detail: Some(Chain(error).to_string().into()),
+            detail: Some(error_chain(error).into()),
         });
     }
 

@@ -34,6 +34,7 @@ use crate::dataplane::telemetry::Story;
 use crate::dataplane::tls::TlsCache;
 use crate::dataplane::tunnels::Tunnels;
 use crate::dataplane::waiting::{WaitFor, WaitId, WaitingRoom};
+use crate::error::error_chain;
 
 /// What other threads ask of a worker.
 #[derive(Debug)]
@@ -469,7 +470,7 @@ pub(super) struct Refusal {
 impl Refusal {
     /// A refusal that `error` caused.
     pub(super) fn new(reason: CloseReason, error: &dyn std::error::Error) -> Self {
-        Self { reason, rule: None, detail: Some(Chain(error).to_string().into()) }
+        Self { reason, rule: None, detail: Some(error_chain(error).into()) }
     }
 }
 
@@ -567,7 +568,7 @@ impl Handler for NodeWorker {
             Attempt::Dial(dial) => {
                 let key = self.tunnels.dial_failed(dial);
                 let next_hop = key.map(|key| key.next_hop);
-                tracing::debug!(%reason, ?next_hop, error = %Chain(&error), "tunnel not dialled");
+                tracing::debug!(%reason, ?next_hop, error = %error_chain(&error), "tunnel not dialled");
             }
             Attempt::Accept { tag, peer, stamp: _ } => {
                 self.tunnel_refused(tag, peer, reason, &error)
@@ -645,20 +646,5 @@ impl Handler for NodeWorker {
             .into_iter()
             .flatten()
             .min()
-    }
-}
-
-/// An error with its sources, on one line.
-pub(super) struct Chain<'a>(pub(super) &'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(self.0, f)?;
-        let mut source = self.0.source();
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
     }
 }

@@ -16,10 +16,11 @@ use mesh_model::PodUid;
 use mesh_net::Netns;
 
 use super::attachment::PodAttachments;
-use super::error::{EnrollError, error_chain};
+use super::error::EnrollError;
 use super::namespace::{self, PodNamespace};
 use super::phases::{Entry, Phases};
 use super::record::{Record, RecordFile};
+use crate::error::error_chain;
 use crate::state_file;
 
 /// Settings of enrolment.

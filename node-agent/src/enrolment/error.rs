@@ -7,6 +7,7 @@ use mesh_enroll::Refusal;
 use super::attachment::AttachError;
 use super::enroller::MAX_PODS;
 use super::namespace::NamespaceError;
+use crate::error::error_chain;
 
 /// A pod could not be taken in or let go.
 #[derive(Debug, thiserror::Error)]
@@ -57,16 +58,4 @@ impl EnrollError {
         };
         Refusal { reason: error_chain(self), remedy: remedy.to_owned(), retryable }
     }
-}
-
-/// The text of an error and of everything behind it.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(behind) = source {
-        text.push_str(": ");
-        text.push_str(&behind.to_string());
-        source = behind.source();
-    }
-    text
 }

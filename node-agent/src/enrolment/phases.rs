@@ -20,9 +20,10 @@ use mesh_enroll::PodPhase;
 use mesh_net::Netns;
 
 use super::attachment::{AttachedPod, PodAttachments};
-use super::error::{EnrollError, error_chain};
+use super::error::EnrollError;
 use super::namespace::{self, NamespaceError, PodNamespace};
 use super::record::Record;
+use crate::error::error_chain;
 
 /// One pod, with what does not outlive the process.
 #[derive(Debug)]

@@ -7,9 +7,9 @@ use mesh_enroll::{PodName, PodPhase};
 use mesh_model::PodUid;
 
 use super::enroller::{Enroller, WantedPod};
-use super::error::error_chain;
 use super::phases::Entry;
 use super::search;
+use crate::error::error_chain;
 
 /// What [`Enroller::adopt`] found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

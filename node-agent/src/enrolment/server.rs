@@ -16,8 +16,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::enroller::{Enroller, WantedPod};
-use super::error::error_chain;
 use crate::control::pods::WantedPods;
+use crate::error::error_chain;
 
 /// Enrolment as the rest of the agent sees it.
 #[derive(Clone, Debug)]
