@@ -1,6 +1,7 @@
 //! What a process costs: CPU time, memory, wakeups.
 
 use anyhow::Context as _;
+use mesh_netns::process::rss_kib;
 use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
 
@@ -23,9 +24,7 @@ pub(crate) fn monotonic_ns() -> u64 {
 
 /// Resident memory of a process, MiB.
 pub(crate) fn rss_mib(pid: u32) -> anyhow::Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let kib = field(&status, "VmRSS:").with_context(|| format!("no VmRSS of process {pid}"))?;
-    Ok(kib / 1024.0)
+    Ok(rss_kib(pid)? as f64 / 1024.0)
 }
 
 /// How often the threads of a process have gone to sleep by themselves so far: once per wakeup.

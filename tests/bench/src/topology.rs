@@ -123,7 +123,7 @@ impl Topology {
 
     /// The agents' process ids, node a first.
     pub(crate) fn agents(&self) -> Vec<u32> {
-        ["a", "b"].iter().filter_map(|node| self.lab.node(node).agent_pid()).collect()
+        ["a", "b"].iter().filter_map(|node| Some(self.lab.node(node).agent()?.pid())).collect()
     }
 
     /// Starts the plain and the stock relay of one distance.

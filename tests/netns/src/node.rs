@@ -230,12 +230,6 @@ impl Node {
         self.agent.as_ref().context("the agent does not run")?.signal(signal)
     }
 
-    /// The agent's process id.
-    #[must_use]
-    pub fn agent_pid(&self) -> Option<u32> {
-        self.agent.as_ref().map(Process::pid)
-    }
-
     /// The agent's process, while it runs.
     #[must_use]
     pub const fn agent(&self) -> Option<&Process> {

@@ -130,11 +130,7 @@ impl Process {
     /// # Errors
     /// When it has ended.
     pub fn rss_kib(&self) -> anyhow::Result<u64> {
-        let path = format!("/proc/{}/status", self.pid());
-        let status = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-        line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
-            .with_context(|| format!("{path} has no VmRSS"))
+        rss_kib(self.pid())
     }
 
     /// Everything it has written so far.
@@ -202,4 +198,16 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Resident memory of a process. KiB.
+///
+/// # Errors
+/// When there is no such process.
+pub fn rss_kib(pid: u32) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+        .with_context(|| format!("{path} has no VmRSS"))
 }
