@@ -17,8 +17,9 @@ use tokio::sync::watch;
 
 use crate::index::{Delta, PodMode, PodSettings};
 
-/// Most names in the log. An agent that is further behind compares everything once.
-const MAX_LOG: usize = 16_384;
+/// Names the log holds at least. Beyond that it holds as many as there are resources: an agent that is further behind compares
+/// everything once, which costs no more than a longer log would, and thousands of resources that have gone leave nothing behind.
+const MIN_LOG: usize = 256;
 
 /// Kind and name of a resource.
 pub type Name = (ResourceKind, Arc<str>);
@@ -259,11 +260,13 @@ impl Inner {
     }
 
     fn note(&mut self, name: Name) {
-        if self.log.len() == MAX_LOG {
-            self.log.pop_front();
-        }
         self.log.push_back(name);
         self.end += 1;
+        let most = self.entries.len().max(MIN_LOG);
+        self.log.drain(..self.log.len().saturating_sub(most));
+        if self.log.capacity() / 4 > most {
+            self.log.shrink_to(most);
+        }
     }
 
     fn sees(&self, node: &str, name: &Name, audience: &Audience) -> bool {
