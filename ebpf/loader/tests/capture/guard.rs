@@ -401,9 +401,9 @@ fn ping(address: &str) -> bool {
     false
 }
 
-fn udp_arrives(lab: &Lab, bind: &str, capture: Option<&Capture>) -> bool {
+/// Whether a datagram arrives and its answer comes back, waited for as long as `moment`.
+fn udp_arrives(lab: &Lab, bind: &str, capture: Option<&Capture>, moment: Duration) -> bool {
     let server = lab.outside.inside(|| UdpSocket::bind(format!("{OUTSIDE_V4}:7000")).unwrap());
-    let moment = scaled(Duration::from_millis(300));
     server.set_read_timeout(Some(moment)).unwrap();
     lab.pod.inside(|| {
         let client = UdpSocket::bind(bind).unwrap();
@@ -424,7 +424,7 @@ fn udp_and_icmp_are_denied_where_the_settings_say_so() {
     let lab = Lab::new();
     let capture = lab.capture();
     let agent = lab.enroll(&capture, PodSettings::default());
-    assert!(udp_arrives(&lab, "0.0.0.0:0", None));
+    assert!(udp_arrives(&lab, "0.0.0.0:0", None, PATIENCE));
     lab.pod.inside(|| {
         assert!((0..5).any(|_| ping(OUTSIDE_V4)), "v4");
         assert!((0..5).any(|_| ping(OUTSIDE_V6)), "v6");
@@ -432,8 +432,9 @@ fn udp_and_icmp_are_denied_where_the_settings_say_so() {
     drop(agent);
     let settings = PodSettings { deny_udp: true, deny_icmp: true, ..PodSettings::default() };
     let _agent = lab.enroll(&capture, settings);
-    assert!(!udp_arrives(&lab, "0.0.0.0:0", None));
-    assert!(udp_arrives(&lab, &format!("{POD_V4}:0"), Some(&capture)), "the agent's own");
+    assert!(!udp_arrives(&lab, "0.0.0.0:0", None, scaled(Duration::from_millis(300))));
+    let own = format!("{POD_V4}:0");
+    assert!(udp_arrives(&lab, &own, Some(&capture), PATIENCE), "the agent's own");
     lab.pod.inside(|| {
         assert!(!ping(OUTSIDE_V4) && !ping(OUTSIDE_V6));
         let unconnected = UdpSocket::bind("0.0.0.0:0").unwrap();

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_ebpf::{
     Capture, CaptureConfig, GuardPreference, NetnsCookie, PodCapture, PodSettings, port,
@@ -27,9 +27,19 @@ pub(crate) const NOBODY_V4: &str = "198.51.100.7";
 /// How long to wait for what has to come. Costs nothing but when it does not.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A refusal that took longer would be a lost packet and its retry.
-pub(crate) fn at_once() -> Duration {
-    scaled(Duration::from_millis(100))
+/// Connections to `target` are refused, each of them, and at once: a lost packet and its retry would take a second.
+/// The middle one of several counts, so that a machine that is busy for a moment proves nothing.
+pub(crate) fn expect_refusals_at_once(target: SocketAddr) {
+    let mut took: Vec<Duration> = (0..9)
+        .map(|_| {
+            let start = Instant::now();
+            let result = dial(target);
+            assert!(refused(&result), "{target}: {result:?}");
+            start.elapsed()
+        })
+        .collect();
+    took.sort();
+    assert!(took[took.len() / 2] < scaled(Duration::from_millis(100)), "{target}: {took:?}");
 }
 
 /// A limit of time on a usual machine, on this one: an emulated machine is told by
