@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
@@ -182,7 +181,7 @@ impl Lab {
             curl.args(["-sf", "-m", "2", "--unix-socket"])
                 .arg(&socket)
                 .arg("http://controller/ready");
-            Ok(run(&mut curl, Duration::from_secs(5))?.success().then_some(()))
+            Ok(run(&mut curl, PATIENCE)?.success().then_some(()))
         });
         ready.with_context(|| format!("controller:\n{}", process.log_tail(30)))?;
         self.controller = Some(process);
@@ -320,7 +319,7 @@ impl Lab {
     pub fn culvert(&self, arguments: &[&str]) -> anyhow::Result<Finished> {
         let mut command = Command::new(self.bin_dir.join("culvert"));
         command.args(arguments).env("CULVERT_CONTROLLER_SOCKET", self.controller_socket());
-        run(&mut command, Duration::from_secs(30))
+        run(&mut command, PATIENCE)
     }
 
     /// Writes an object into the controller's directory, atomically.

@@ -16,6 +16,8 @@ pub mod pod;
 pub mod process;
 pub mod servers;
 pub mod sniff;
+pub mod traffic;
+pub mod trials;
 pub mod wait;
 
 pub use lab::{Lab, LabConfig};
@@ -23,3 +25,4 @@ pub use node::Node;
 pub use pod::{Pod, PodSpec};
 pub use process::{Finished, Process};
 pub use sniff::Sniffer;
+pub use traffic::Traffic;

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 
 use crate::process::{in_namespace, run};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs `ip <arguments>` in a namespace (`None`: where we are).
 ///

@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -190,7 +189,7 @@ impl Node {
             }
             let mut command = in_namespace(Some(&netns), "curl");
             command.args(["-sf", "-m", "2", "http://127.0.0.1:15021/healthz/ready"]);
-            Ok(run(&mut command, Duration::from_secs(5))?.success().then_some(()))
+            Ok(run(&mut command, PATIENCE)?.success().then_some(()))
         })
         .with_context(|| format!("agent of {}:\n{}", netns, self.agent_log(30)))
     }
@@ -243,7 +242,7 @@ impl Node {
     pub fn culvert(&self, arguments: &[&str]) -> anyhow::Result<Finished> {
         let mut command = in_namespace(Some(self.netns()), self.bin_dir.join("culvert"));
         command.args(arguments).env("CULVERT_RUN_DIR", self.run_dir());
-        run(&mut command, Duration::from_secs(30))
+        run(&mut command, PATIENCE)
     }
 
     /// The agent's metrics.
@@ -252,8 +251,8 @@ impl Node {
     /// When it does not answer.
     pub fn metrics(&self) -> anyhow::Result<String> {
         let mut command = in_namespace(Some(self.netns()), "curl");
-        command.args(["-sf", "-m", "5", "http://127.0.0.1:15020/metrics"]);
-        run(&mut command, Duration::from_secs(10))?.output()
+        command.args(["-sf", "-m", "20", "http://127.0.0.1:15020/metrics"]);
+        run(&mut command, PATIENCE)?.output()
     }
 }
 

@@ -29,8 +29,8 @@ pub mod ports {
     pub const WHO: u16 = 7008;
     /// Waits for the client's reset; how it ended is asked at [`ENDINGS`].
     pub const WATCH: u16 = 7009;
-    /// Tells how the last connection at [`WATCH`] ended.
+    /// Tells how the last connection at [`WATCH`] or [`SERVER_HALF_CLOSE`] ended.
     pub const ENDINGS: u16 = 7010;
-    /// Half-closes first, then reads what the client still sends and says how much.
+    /// Half-closes first, then reads what the client still sends; how much is asked at [`ENDINGS`].
     pub const SERVER_HALF_CLOSE: u16 = 7011;
 }

@@ -12,6 +12,7 @@ use libtest_mimic::{Arguments, Trial};
 use mesh_netns::peer::ports as peer;
 use mesh_netns::process::run;
 use mesh_netns::servers::{self, ports};
+use mesh_netns::wait::PATIENCE;
 use mesh_netns::{Lab, LabConfig, Pod, PodSpec, Process, manifest};
 
 /// Bytes of one direction of the bulk cell.
@@ -54,7 +55,7 @@ impl Cell {
     fn peer(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let program = self.mesh.lab.bin_dir().join("culvert-lab-peer");
         let mut command = self.command(&program.to_string_lossy(), arguments);
-        run(&mut command, Duration::from_secs(120))?.output()
+        run(&mut command, Duration::from_secs(400))?.output()
     }
 
     fn captured(&self) -> bool {
@@ -87,8 +88,8 @@ const CHECKS: &[(&str, Check)] = &[
         cell.peer(&["client-half-close", &cell.target(peer::ECHO).to_string()]).map(drop)
     }),
     ("server_half_close", |cell| {
-        let target = cell.target(peer::SERVER_HALF_CLOSE).to_string();
-        cell.peer(&["server-half-close", &target]).map(drop)
+        let (target, endings) = (cell.target(peer::SERVER_HALF_CLOSE), cell.target(peer::ENDINGS));
+        cell.peer(&["server-half-close", &target.to_string(), &endings.to_string()]).map(drop)
     }),
     ("server_reset", |cell| {
         cell.peer(&["server-reset", &cell.target(peer::RESET).to_string()]).map(drop)
@@ -98,7 +99,7 @@ const CHECKS: &[(&str, Check)] = &[
         cell.peer(&["client-reset", &watch.to_string(), &endings.to_string()]).map(drop)
     }),
     ("closed_port", |cell| {
-        cell.peer(&["closed", &cell.target(4444).to_string(), "2000"]).map(drop)
+        cell.peer(&["closed", &cell.target(4444).to_string(), "10000"]).map(drop)
     }),
     ("iperf", iperf),
     ("bulk_1_gib_each_way", |cell| {
@@ -142,8 +143,8 @@ fn http2(cell: &Cell) -> anyhow::Result<()> {
 
 fn http(cell: &Cell, port: u16, version: &str) -> anyhow::Result<()> {
     let url = format!("http://{}/", cell.target(port));
-    let mut curl = cell.command("curl", &["-sS", "-g", "-m", "10", version, &url]);
-    let body = run(&mut curl, Duration::from_secs(15))?.output()?;
+    let mut curl = cell.command("curl", &["-sS", "-g", "-m", "60", version, &url]);
+    let body = run(&mut curl, Duration::from_secs(70))?.output()?;
     let own = address(cell.client(), cell.ipv6);
     let wanted = format!("hello from {} to {own}\n", cell.server);
     ensure!(body == wanted, "nginx said {body:?}, wanted {wanted:?}");
@@ -156,9 +157,9 @@ fn redis(cell: &Cell) -> anyhow::Result<()> {
     let host = target.ip().to_string();
     let base = ["-h", &host, "-p", "6379"];
     let mut set = cell.command("redis-cli", &base);
-    run(set.args(["set", &key, "42"]), Duration::from_secs(10))?.output()?;
+    run(set.args(["set", &key, "42"]), PATIENCE)?.output()?;
     let mut get = cell.command("redis-cli", &base);
-    let value = run(get.args(["get", &key]), Duration::from_secs(10))?.output()?;
+    let value = run(get.args(["get", &key]), PATIENCE)?.output()?;
     ensure!(value.trim() == "42", "redis said {value:?}");
     Ok(())
 }
@@ -167,7 +168,7 @@ fn postgres(cell: &Cell) -> anyhow::Result<()> {
     let host = cell.target(ports::POSTGRES).ip().to_string();
     let query = "select sum(n) from generate_series(1, 100000) as n";
     let mut psql = cell.command("psql", &["-h", &host, "-U", "postgres", "-tAc", query]);
-    let sum = run(psql.env("PGCONNECT_TIMEOUT", "10"), Duration::from_secs(20))?.output()?;
+    let sum = run(psql.env("PGCONNECT_TIMEOUT", "40"), PATIENCE)?.output()?;
     ensure!(sum.trim() == "5000050000", "psql said {sum:?}");
     Ok(())
 }
@@ -175,7 +176,7 @@ fn postgres(cell: &Cell) -> anyhow::Result<()> {
 fn iperf(cell: &Cell) -> anyhow::Result<()> {
     let host = cell.target(ports::IPERF).ip().to_string();
     let mut iperf = cell.command("iperf3", &["-c", &host, "-t", "1", "-J", "--bidir"]);
-    let output = run(&mut iperf, Duration::from_secs(40))?.output()?;
+    let output = run(&mut iperf, Duration::from_secs(90))?.output()?;
     ensure!(!output.contains("\"error\""), "iperf3 said {output}");
     Ok(())
 }

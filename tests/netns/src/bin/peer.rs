@@ -21,15 +21,15 @@ enum Verb {
     Bulk { target: SocketAddr, bytes: u64 },
     /// The client half-closes first.
     ClientHalfClose { target: SocketAddr },
-    /// The server half-closes first.
-    ServerHalfClose { target: SocketAddr },
+    /// The server half-closes first; it is asked at `endings` what came after that.
+    ServerHalfClose { target: SocketAddr, endings: SocketAddr },
     /// The server speaks first.
     ServerFirst { target: SocketAddr },
     /// The server resets.
     ServerReset { target: SocketAddr },
     /// The client resets; the server is asked at `endings`.
     ClientReset { target: SocketAddr, endings: SocketAddr },
-    /// Nobody listens there.
+    /// Nobody listens there; prints how it ended, and after how many microseconds.
     Closed { target: SocketAddr, limit_ms: u64 },
     /// Which addresses the ends see.
     Who { target: SocketAddr },
@@ -51,12 +51,15 @@ fn main() -> anyhow::Result<()> {
         Verb::Serve => serve(),
         Verb::Bulk { target, bytes } => bulk::check(target, 0x5eed, bytes),
         Verb::ClientHalfClose { target } => shape::check_client_half_close(target),
-        Verb::ServerHalfClose { target } => shape::check_server_half_close(target),
+        Verb::ServerHalfClose { target, endings } => {
+            shape::check_server_half_close(target, endings)
+        }
         Verb::ServerFirst { target } => shape::check_server_first(target),
         Verb::ServerReset { target } => shape::check_server_reset(target),
         Verb::ClientReset { target, endings } => shape::check_client_reset(target, endings),
         Verb::Closed { target, limit_ms } => {
-            println!("{}", shape::check_closed(target, Duration::from_millis(limit_ms))?);
+            let (how, took) = shape::check_closed(target, Duration::from_millis(limit_ms))?;
+            println!("{how} {}", took.as_micros());
             Ok(())
         }
         Verb::Who { target } => {

@@ -36,8 +36,10 @@ pub fn serve(listen: impl Fn(u16) -> anyhow::Result<TcpListener>) -> anyhow::Res
         stream.write_all(text.as_bytes())?;
         Ok(())
     });
-    let watched = Arc::clone(&last_ending);
+    let (watched, half_closed) = (Arc::clone(&last_ending), Arc::clone(&last_ending));
     spawn(listen(ports::WATCH)?, move |mut stream| {
+        // The client may go on: the connection is there.
+        stream.write_all(b"+")?;
         let ending = match copy_until_end(&mut stream, false) {
             Ok(count) => format!("end {count}"),
             Err(error) if error.kind() == ErrorKind::ConnectionReset => "reset".to_owned(),
@@ -53,11 +55,13 @@ pub fn serve(listen: impl Fn(u16) -> anyhow::Result<TcpListener>) -> anyhow::Res
         stream.write_all(last.as_bytes())?;
         Ok(())
     });
-    spawn(listen(ports::SERVER_HALF_CLOSE)?, |mut stream| {
+    spawn(listen(ports::SERVER_HALF_CLOSE)?, move |mut stream| {
         stream.write_all(b"goodbye")?;
         stream.shutdown(Shutdown::Write)?;
         let count = copy_until_end(&mut stream, false)?;
-        eprintln!("after the half-close the client sent {count}");
+        if let Ok(mut last) = half_closed.lock() {
+            *last = format!("end {count} after goodbye");
+        }
         Ok(())
     });
     Ok(())
@@ -135,22 +139,22 @@ pub fn check_client_half_close(target: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The server half-closes; what the client sends after that must still be accepted.
+/// The server half-closes; what the client sends after that must still arrive, all of it (asked at `endings`).
 ///
 /// # Errors
-/// When the server's FIN does not arrive or sending fails after it.
-pub fn check_server_half_close(target: SocketAddr) -> anyhow::Result<()> {
+/// When the server's FIN does not arrive, or not every byte after it.
+pub fn check_server_half_close(target: SocketAddr, endings: SocketAddr) -> anyhow::Result<()> {
     let mut stream = connect(target)?;
     let mut greeting = Vec::new();
     stream.read_to_end(&mut greeting).context("waiting for the server's half-close")?;
     if greeting != b"goodbye" {
         bail!("the server said {greeting:?}");
     }
-    for _ in 0..20 {
-        stream.write_all(&[b'y'; 10_000]).context("sending after the server's half-close")?;
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    stream.shutdown(Shutdown::Write).context("half-closing after the server did")
+    // Another number than the last client's.
+    let sent = vec![b'y'; 200_000 + usize::try_from(std::process::id() % 10_000)?];
+    stream.write_all(&sent).context("sending after the server's half-close")?;
+    stream.shutdown(Shutdown::Write).context("half-closing after the server did")?;
+    wait_for_ending(endings, &format!("end {} after goodbye", sent.len()))
 }
 
 /// The server must be heard before the client says anything.
@@ -192,17 +196,22 @@ pub fn check_server_reset(target: SocketAddr) -> anyhow::Result<()> {
 /// When the server says otherwise (asked at `endings`).
 pub fn check_client_reset(target: SocketAddr, endings: SocketAddr) -> anyhow::Result<()> {
     // An orderly end first, so that an old "reset" cannot pass for the new one.
-    let mut first = connect(target)?;
+    let mut first = watched(target)?;
     first.write_all(b"abc")?;
     drop(first);
     wait_for_ending(endings, "end 3")?;
-    let mut second = connect(target)?;
+    let mut second = watched(target)?;
     second.write_all(b"x")?;
-    // The server must have the connection before it is reset.
-    std::thread::sleep(Duration::from_millis(100));
     reset(&second)?;
     drop(second);
     wait_for_ending(endings, "reset")
+}
+
+/// A connection that the server has.
+fn watched(target: SocketAddr) -> anyhow::Result<TcpStream> {
+    let mut stream = connect(target)?;
+    stream.read_exact(&mut [0]).context("waiting for the server to have the connection")?;
+    Ok(stream)
 }
 
 fn wait_for_ending(endings: SocketAddr, wanted: &str) -> anyhow::Result<()> {
@@ -213,18 +222,21 @@ fn wait_for_ending(endings: SocketAddr, wanted: &str) -> anyhow::Result<()> {
         if text == wanted {
             return Ok(());
         }
-        if started.elapsed() > Duration::from_secs(5) {
+        if started.elapsed() > LIMIT {
             bail!("the server saw {text:?}, not {wanted:?}");
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// A port nobody listens on: refused or reset, within `limit`, never a hang and never silence.
+/// A port nobody listens on: refused or reset, within `limit`, never a hang and never silence. Gives which, and how soon.
 ///
 /// # Errors
 /// When the connection lives, or ends too late.
-pub fn check_closed(target: SocketAddr, limit: Duration) -> anyhow::Result<String> {
+pub fn check_closed(
+    target: SocketAddr,
+    limit: Duration,
+) -> anyhow::Result<(&'static str, Duration)> {
     let started = Instant::now();
     let how = match TcpStream::connect_timeout(&target, LIMIT) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => "refused",
@@ -239,10 +251,11 @@ pub fn check_closed(target: SocketAddr, limit: Duration) -> anyhow::Result<Strin
             }
         }
     };
-    if started.elapsed() > limit {
-        bail!("{how} only after {:?}", started.elapsed());
+    let took = started.elapsed();
+    if took > limit {
+        bail!("{how} only after {took:?}");
     }
-    Ok(how.to_owned())
+    Ok((how, took))
 }
 
 /// The addresses both ends see: gives (`getpeername` here, our address there, its own address there).

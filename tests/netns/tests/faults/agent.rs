@@ -1,0 +1,122 @@
+//! The agent or the controller is not there, or comes back.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use mesh_netns::process::run;
+use mesh_netns::servers::ports;
+use mesh_netns::wait::PATIENCE;
+use mesh_netns::{PodSpec, Traffic};
+
+use crate::mesh::Mesh;
+use crate::watch::{Scope, Watch};
+
+/// How soon a refusal comes.
+const AT_ONCE: Duration = Duration::from_millis(100);
+
+/// With the agent dead a new connection is refused within 100 ms and nothing leaves in the clear.
+pub(crate) fn dead_refuses_and_nothing_leaks(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let watch = Watch::start(&mesh.lab, "dead")?;
+    mesh.lab.node_mut("a").kill_agent();
+    for target in
+        mesh.targets("server", ports::HTTP).iter().chain(&mesh.targets("mate", ports::HTTP))
+    {
+        let mut took = Vec::new();
+        for _ in 0..10 {
+            // A lost packet and its retry would take a second.
+            let said = mesh.peer("client", &["closed", &target.to_string(), "900"])?;
+            let (how, micros) = said.trim().split_once(' ').context("no time")?;
+            ensure!(how == "refused", "the connection to {target} was {how}");
+            took.push(Duration::from_micros(micros.parse()?));
+        }
+        // Of ten, so that a machine that is busy for a moment proves nothing.
+        took.sort();
+        ensure!(took[took.len() / 2] < AT_ONCE, "{target} was refused after {took:?}");
+    }
+    watch.finish()?.nothing_in_the_clear(&Scope::All)?;
+    // The same when the pod is the one that is called, from outside the mesh.
+    for target in mesh.targets("mate", ports::HTTP) {
+        let said = mesh.peer("stranger", &["closed", &target.to_string(), "900"])?;
+        ensure!(said.starts_with("refused "), "from outside {target} was {said}");
+    }
+    mesh.restart_agent("a")?;
+    mesh.wait_for("client")
+}
+
+/// Connections made again and again while the agent is killed and started: each is tunnelled or refused.
+pub(crate) fn restarts_under_traffic_never_leak(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let watch = Watch::start(&mesh.lab, "restarts")?;
+    let traffic = Traffic::start(mesh, "client", "restarts", &mesh.urls().join(" "))?;
+    for _ in 0..3 {
+        traffic.more(4, "hello from")?;
+        mesh.lab.node_mut("a").kill_agent();
+        traffic.more(8, "curl: ")?;
+        mesh.restart_agent("a")?;
+        mesh.wait_for("client")?;
+    }
+    traffic.more(4, "hello from")?;
+    traffic.finish()?;
+    let seen = watch.finish()?;
+    seen.nothing_in_the_clear(&Scope::All)?;
+    let (between, inside) = seen.tunnelled(mesh)?;
+    ensure!(between > 0 && inside > 0, "{between} and {inside} packets of tunnels");
+    Ok(())
+}
+
+/// A pod that starts while its node's agent is away fails to start, retryably.
+pub(crate) fn pod_does_not_start_without_one(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.lab.node_mut("a").kill_agent();
+    let refused = mesh.lab.run_pod("a", PodSpec::new("mesh", "early"));
+    let message = match refused {
+        Ok(_) => anyhow::bail!("the pod started in the clear"),
+        Err(error) => format!("{error:#}"),
+    };
+    ensure!(message.contains("\"code\": 11") || message.contains("\"code\":11"), "{message}");
+    mesh.restart_agent("a")?;
+    // From its first moment on.
+    let watch = Watch::start(&mesh.lab, "early")?;
+    mesh.lab.run_pod("a", PodSpec::new("mesh", "early"))?;
+    let traffic = Traffic::start(mesh, "early", "early", &mesh.urls().join(" "))?;
+    traffic.more(8, "hello from")?;
+    traffic.finish()?;
+    watch.finish()?.nothing_in_the_clear(&Scope::All)?;
+    mesh.lab.delete_pod("early")
+}
+
+/// The controller is away: traffic goes on, also new connections, and none in the clear.
+pub(crate) fn controller_away_changes_nothing(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let watch = Watch::start(&mesh.lab, "alone")?;
+    let traffic = Traffic::start(mesh, "client", "alone", &mesh.urls().join(" "))?;
+    mesh.lab.kill_controller();
+    traffic.more(20, "hello from")?;
+    mesh.lab.start_controller()?;
+    traffic.more(8, "hello from")?;
+    traffic.finish_whole()?;
+    watch.finish()?.nothing_in_the_clear(&Scope::All)
+}
+
+/// A process of a pod cannot bind the agent's ports, neither beside the agent nor while it is away.
+pub(crate) fn pod_cannot_take_its_ports(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const TAKE: &str = "import socket,sys\n\
+        for family, address in ((socket.AF_INET, '0.0.0.0'), (socket.AF_INET6, '::'), (socket.AF_INET, sys.argv[1])):\n\
+        \x20for port in (15001, 15006, 15008, 15053):\n\
+        \x20\x20for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):\n\
+        \x20\x20\x20thief = socket.socket(family, kind)\n\
+        \x20\x20\x20thief.setsockopt(socket.SOL_SOCKET, 15, 1)\n\
+        \x20\x20\x20try: thief.bind((address, port))\n\
+        \x20\x20\x20except PermissionError: continue\n\
+        \x20\x20\x20print('took', address, port, kind)\n\
+        print('tried all')";
+    let steal = |mesh: &Mesh| -> anyhow::Result<()> {
+        let client = mesh.pod("client");
+        let mut thief = client.command("python3");
+        let said = run(thief.args(["-c", TAKE, &client.ipv4.to_string()]), PATIENCE)?.output()?;
+        ensure!(said.trim() == "tried all", "{said}");
+        Ok(())
+    };
+    steal(mesh).context("beside the agent")?;
+    mesh.lab.node_mut("a").kill_agent();
+    steal(mesh).context("while the agent is away")?;
+    mesh.restart_agent("a")?;
+    mesh.wait_for("client")
+}

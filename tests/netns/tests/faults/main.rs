@@ -1,0 +1,38 @@
+//! What happens when things go wrong: nothing leaks, nothing established is lost, everything comes back.
+//!
+//! One lab; the trials run in order, each leaves the lab as it found it.
+#![allow(
+    clippy::print_stderr,
+    reason = "what a destructor cannot return is told where the trial's is"
+)]
+
+mod agent;
+mod enrolment;
+mod hostile;
+mod mesh;
+mod policy;
+mod watch;
+
+use mesh_netns::trials::{self, Named};
+
+use crate::mesh::Mesh;
+
+const FAULTS: &[Named<Mesh>] = &[
+    ("the_watch_sees_what_a_plain_pod_says", watch::sees_a_plain_pod),
+    ("dead_agent_refuses_and_nothing_leaks", agent::dead_refuses_and_nothing_leaks),
+    ("restarts_under_traffic_never_leak", agent::restarts_under_traffic_never_leak),
+    ("pod_does_not_start_without_an_agent", agent::pod_does_not_start_without_one),
+    ("controller_away_changes_nothing", agent::controller_away_changes_nothing),
+    ("pod_cannot_take_the_agents_ports", agent::pod_cannot_take_its_ports),
+    ("raw_packets_of_a_pod_do_not_leave", hostile::raw_packets_do_not_leave),
+    ("pod_that_undoes_its_own_network_does_not_leak", hostile::vandal_does_not_leak),
+    ("enrolling_and_unenrolling_under_traffic", enrolment::in_and_out_under_traffic),
+    ("denying_policy_cuts_live_connections", policy::denying_cuts_live_connections),
+];
+
+fn main() -> anyhow::Result<()> {
+    trials::run(Mesh::start, FAULTS, |mesh| {
+        let log = |node| mesh.lab.node(node).agent_log(20);
+        format!("--- a\n{}\n--- b\n{}", log("a"), log("b"))
+    })
+}
