@@ -9,7 +9,7 @@ use mesh_identity::csr;
 use mesh_model::{SpiffeId, ports};
 use mesh_netns::lab::CONTROLLER_IP;
 use mesh_netns::servers;
-use mesh_netns::wait::until;
+use mesh_netns::wait::{PATIENCE, until};
 use mesh_wire::certificate_request;
 use mesh_wire::pb::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 use mesh_wire::pb::mesh::JoinRequest;
@@ -66,7 +66,7 @@ pub(crate) fn certificates(mesh: &mut Mesh) -> anyhow::Result<()> {
         let line = log.line(&[&from])?;
         ensure!(line.contains(reason), "the reason is not {reason:?}: {line}");
     }
-    until("the refusals being counted", Duration::from_secs(5), || {
+    until("the refusals being counted", PATIENCE, || {
         let now = counted(&node.metrics()?);
         Ok((now - before >= f64::from(u32::try_from(number)?)).then_some(()))
     })?;
@@ -150,7 +150,7 @@ pub(crate) fn in_runtime_outside<T: Send>(
 ) -> anyhow::Result<T> {
     inside(mesh.lab.outside(), || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(15), work).await? })
+        runtime.block_on(async { tokio::time::timeout(PATIENCE, work).await? })
     })
 }
 
@@ -170,9 +170,7 @@ pub(crate) fn signing_and_tokens(mesh: &mut Mesh) -> anyhow::Result<()> {
     forged.push(last);
     let root = mesh.lab.controller_command(&["ca", "root"])?;
     // The shortest lifetime there is, in whole seconds of the clock that both ends share.
-    until("the short token's end", Duration::from_secs(5), || {
-        Ok((unix_seconds()? > issued + 1).then_some(()))
-    })?;
+    until("the short token's end", PATIENCE, || Ok((unix_seconds()? > issued + 1).then_some(())))?;
     let bad = [
         (joining.clone(), "replayed"),
         (short, "expired"),
@@ -216,7 +214,7 @@ pub(crate) fn signing_and_tokens(mesh: &mut Mesh) -> anyhow::Result<()> {
         Ok(())
     })?;
     let told = |what: &str, word: &str| {
-        until(&format!("{what} {word} in the controller's log"), Duration::from_secs(5), || {
+        until(&format!("{what} {word} in the controller's log"), PATIENCE, || {
             let log = mesh.controller_log()?;
             let reason = format!("reason=\"{word}\"");
             let mut new = log.get(skip..).unwrap_or_default().lines();

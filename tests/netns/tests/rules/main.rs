@@ -13,13 +13,11 @@ mod policy;
 mod pressure;
 mod tls;
 
-use std::sync::{Arc, Mutex};
+use mesh_netns::trials::{self, Named};
 
-use libtest_mimic::{Arguments, Trial};
+use crate::mesh::Mesh;
 
-use crate::mesh::{Mesh, Step};
-
-const STEPS: &[(&str, Step)] = &[
+const STEPS: &[Named<Mesh>] = &[
     ("policy::deny_by_principal", policy::deny_by_principal),
     ("policy::allow_that_does_not_match", policy::allow_that_does_not_match),
     ("policy::deny_by_namespace", policy::deny_by_namespace),
@@ -44,6 +42,8 @@ const STEPS: &[(&str, Step)] = &[
     ("dns::service_entry_is_reached_by_name", dns::service_entry_is_reached_by_name),
     ("dns::other_names_are_forwarded", dns::other_names_are_forwarded),
     ("manifests::refused_object_leaves_the_last_good_one", manifests::refused_object),
+    ("manifests::unreadable_policy_refuses_whom_it_selects", manifests::unreadable_policy),
+    ("manifests::last_good_policy_over_a_restart", manifests::last_good_policy_over_a_restart),
     ("churn::address_given_again", churn::address_given_again),
     ("churn::two_thousand_pods", churn::two_thousand_pods),
     ("authority::root_rotates_under_traffic", authority::root_rotates_under_traffic),
@@ -51,24 +51,8 @@ const STEPS: &[(&str, Step)] = &[
 ];
 
 fn main() -> anyhow::Result<()> {
-    let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
-    let mesh = if arguments.list { None } else { Some(Arc::new(Mutex::new(Mesh::start()?))) };
-    let trials = STEPS
-        .iter()
-        .map(|(name, step)| {
-            let mesh = mesh.clone();
-            Trial::test(*name, move || {
-                let mesh = mesh.ok_or("only listing")?;
-                let mut mesh = mesh.lock().map_err(|_poisoned| "an earlier trial panicked")?;
-                step(&mut mesh).map_err(|error| {
-                    let log = |node| mesh.lab.node(node).agent_log(12);
-                    format!("{error:#}\n--- a\n{}\n--- b\n{}", log("a"), log("b")).into()
-                })
-            })
-        })
-        .collect();
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    drop(mesh);
-    conclusion.exit();
+    trials::run(Mesh::start, STEPS, |mesh| {
+        let log = |node| mesh.lab.node(node).agent_log(12);
+        format!("--- a\n{}\n--- b\n{}", log("a"), log("b"))
+    })
 }

@@ -4,9 +4,8 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
-use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, ensure};
+use anyhow::{Context as _, anyhow};
 use mesh_netns::lab::OUTSIDE_IP;
 use mesh_netns::process::run;
 use mesh_netns::servers::{self, ports};
@@ -14,9 +13,6 @@ use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{Lab, LabConfig, PodSpec, Process, manifest};
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
-
-/// One trial.
-pub(crate) type Step = fn(&mut Mesh) -> anyhow::Result<()>;
 
 /// What puts a namespace into the mesh.
 pub(crate) const AMBIENT: (&str, &str) = ("culvert.dev/dataplane-mode", "ambient");
@@ -28,6 +24,12 @@ pub(crate) struct Mesh {
     pub(crate) lab: Lab,
     servers: Vec<Process>,
     pub(crate) resolver: crate::dns::Resolver,
+}
+
+impl AsRef<Lab> for Mesh {
+    fn as_ref(&self) -> &Lab {
+        &self.lab
+    }
 }
 
 impl Mesh {
@@ -72,10 +74,7 @@ impl Mesh {
     /// What a pod gets from a web server; `None` when it gets nothing.
     pub(crate) fn get(&self, pod: &str, host: &str) -> anyhow::Result<Option<String>> {
         let mut curl = self.lab.pod(pod).command("curl");
-        let done = run(
-            curl.args(["-sS", "-m", "5", &format!("http://{host}/")]),
-            Duration::from_secs(10),
-        )?;
+        let done = run(curl.args(["-sS", "-m", "20", &format!("http://{host}/")]), PATIENCE)?;
         Ok(done.success().then_some(done.stdout))
     }
 
@@ -120,7 +119,7 @@ impl LogFromNow {
 
     /// Waits for a line that holds every one of `parts`.
     pub(crate) fn line(&self, parts: &[&str]) -> anyhow::Result<String> {
-        until(&format!("a line with {parts:?}"), Duration::from_secs(5), || {
+        until(&format!("a line with {parts:?}"), PATIENCE, || {
             Ok(self.lines(parts)?.into_iter().next())
         })
     }
@@ -177,7 +176,7 @@ fn serve_outside(namespace: &str) -> anyhow::Result<()> {
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let answered = (|mut stream: std::net::TcpStream| {
-                stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+                stream.set_read_timeout(Some(PATIENCE))?;
                 let _request = stream.read(&mut [0; 4096])?;
                 stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nhello from outside\n")
             })(stream);
@@ -192,57 +191,6 @@ fn serve_outside(namespace: &str) -> anyhow::Result<()> {
 /// Where the web server outside the mesh is.
 pub(crate) fn outside_target() -> anyhow::Result<SocketAddr> {
     Ok(SocketAddr::new(OUTSIDE_IP.parse::<IpAddr>()?, OUTSIDE_PORT))
-}
-
-/// Connections made one after the other by a pod until the value is finished.
-pub(crate) struct Traffic {
-    process: Process,
-    stop: PathBuf,
-}
-
-/// What became of [`Traffic`].
-#[derive(Debug)]
-pub(crate) struct Counted {
-    pub(crate) made: u64,
-    pub(crate) failed: u64,
-    pub(crate) log: String,
-}
-
-impl Traffic {
-    /// Begins; `name` is not used twice.
-    pub(crate) fn start(mesh: &Mesh, pod: &str, name: &str, url: &str) -> anyhow::Result<Self> {
-        let pod = mesh.lab.pod(pod);
-        let stop = pod.folder().join(format!("{name}.stop"));
-        let line = format!(
-            "n=0; f=0; while [ ! -e {} ]; do curl -sS -m 5 {url} && n=$((n+1)) || f=$((f+1)); sleep 0.005; done; echo total $n $f",
-            stop.display()
-        );
-        let process = pod.start(name, pod.command("sh").args(["-c", &line]))?;
-        Ok(Self { process, stop })
-    }
-
-    /// Everything that was answered so far.
-    pub(crate) fn log(&self) -> String {
-        self.process.log()
-    }
-
-    /// Ends it after the present connection.
-    pub(crate) fn finish(mut self) -> anyhow::Result<Counted> {
-        File::create(&self.stop)?;
-        until("the traffic's end", PATIENCE, || Ok((!self.process.running()).then_some(())))?;
-        let log = self.process.log();
-        let total = log.lines().rev().find_map(|line| line.strip_prefix("total "));
-        let (made, failed) =
-            total.and_then(|total| total.split_once(' ')).context("the traffic counted nothing")?;
-        Ok(Counted { made: made.parse()?, failed: failed.trim().parse()?, log })
-    }
-
-    /// Ends it; nothing may have failed.
-    pub(crate) fn finish_whole(self) -> anyhow::Result<u64> {
-        let counted = self.finish()?;
-        ensure!(counted.failed == 0 && counted.made > 0, "traffic suffered: {counted:?}");
-        Ok(counted.made)
-    }
 }
 
 /// A namespace's object with further annotations.

