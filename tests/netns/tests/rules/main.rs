@@ -11,6 +11,7 @@ mod manifests;
 mod mesh;
 mod policy;
 mod pressure;
+mod routing;
 mod tls;
 
 use mesh_netns::trials::{self, Named};
@@ -31,6 +32,8 @@ const STEPS: &[Named<Mesh>] = &[
     ("policy::unknown_egress", policy::unknown_egress),
     ("policy::dry_run_is_noted_only", policy::dry_run_is_noted_only),
     ("policy::audit_is_noted_only", policy::audit_is_noted_only),
+    ("routing::addresses_of_a_service", routing::service_addresses),
+    ("routing::loopback_is_not_reached_from_outside", routing::loopback_only),
     ("identity::certificates", identity::certificates),
     ("identity::server_of_another_name", identity::server_of_another_name),
     ("identity::requests", identity::requests),
