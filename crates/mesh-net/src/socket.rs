@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use mio::net::{TcpListener, TcpStream};
+use nix::sys::socket::{SetSockOpt as _, sockopt};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
 use crate::netns::Netns;
@@ -132,7 +133,11 @@ pub fn connect_from_pod(
     options: ConnectOptions,
 ) -> io::Result<TcpStream> {
     netns.enter(|| {
-        let socket = prepare(target, label, options)?;
+        let socket = prepare(target, label)?;
+        options.keepalive.apply(&socket)?;
+        if let Some(timeout) = options.user_timeout {
+            socket.set_tcp_user_timeout(Some(timeout))?;
+        }
         start_connect(socket, target)
     })?
 }
@@ -152,12 +157,13 @@ pub enum AppSource<'a> {
     /// From the original client's address, on a port for which `taken` is false.
     ///
     /// `taken` must be true for the port of every captured plaintext connection of that client which lives in this
-    /// namespace: the same four-tuple would hang.
+    /// namespace: the same four-tuple would hang. Without such connections leave it out: the kernel then chooses the port
+    /// when it connects, by the whole four-tuple, which stays cheap when thousands of ports rest in TIME_WAIT.
     Original {
         /// The client's address.
         client: IpAddr,
         /// Ports of that client which are in use here.
-        taken: &'a dyn Fn(u16) -> bool,
+        taken: Option<&'a dyn Fn(u16) -> bool>,
     },
     /// From the pod's own address.
     Pod,
@@ -172,7 +178,7 @@ impl std::fmt::Debug for AppSource<'_> {
     }
 }
 
-/// Starts a connection to the pod's application.
+/// Starts a connection to the pod's application. No keepalive: both ends are in one kernel, where neither goes silently.
 ///
 /// Needs the pod's rule and route for [`ORIGINAL_SOURCE_MARK`] when the original source is kept: without
 /// `SO_BINDTODEVICE lo` the connection would be captured again.
@@ -184,12 +190,18 @@ pub fn connect_to_app(
     source: AppSource<'_>,
     target: SocketAddr,
     label: &dyn SocketLabel,
-    options: ConnectOptions,
 ) -> io::Result<TcpStream> {
     netns.enter(|| match source {
-        AppSource::Original { client, taken } if client != target.ip() => {
+        AppSource::Original { client, taken: None } if client != target.ip() => {
+            let socket = prepare(target, label)?;
+            become_client(&socket, client)?;
+            sockopt::IpBindAddressNoPort.set(&socket, &true)?;
+            socket.bind(&SocketAddr::new(client, 0).into())?;
+            start_connect(socket, target)
+        }
+        AppSource::Original { client, taken: Some(taken) } if client != target.ip() => {
             for _attempt in 0..SOURCE_PORT_ATTEMPTS {
-                let socket = prepare(target, label, options)?;
+                let socket = prepare(target, label)?;
                 let port = bind_as_client(&socket, client)?;
                 if taken(port) {
                     continue;
@@ -203,38 +215,35 @@ pub fn connect_to_app(
             Err(io::ErrorKind::AddrInUse.into())
         }
         AppSource::Original { .. } | AppSource::Pod => {
-            start_connect(prepare(target, label, options)?, target)
+            start_connect(prepare(target, label)?, target)
         }
     })?
 }
 
-fn prepare(
-    target: SocketAddr,
-    label: &dyn SocketLabel,
-    options: ConnectOptions,
-) -> io::Result<Socket> {
+fn prepare(target: SocketAddr, label: &dyn SocketLabel) -> io::Result<Socket> {
     let socket =
         Socket::new(Domain::for_address(target), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     label.label(socket.as_fd())?;
     socket.set_tcp_nodelay(true)?;
-    options.keepalive.apply(&socket)?;
-    if let Some(timeout) = options.user_timeout {
-        socket.set_tcp_user_timeout(Some(timeout))?;
-    }
     Ok(socket)
 }
 
-/// Binds to the client's address, which is not one of this namespace, and returns the port chosen.
-///
-/// The port is chosen at once, without `IP_BIND_ADDRESS_NO_PORT`, so that it can be compared with the captured ones.
-fn bind_as_client(socket: &Socket, client: IpAddr) -> io::Result<u16> {
+/// Lets the socket have the client's address, which is not one of this namespace.
+fn become_client(socket: &Socket, client: IpAddr) -> io::Result<()> {
     match client {
         IpAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
         IpAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
     }
     socket.set_mark(ORIGINAL_SOURCE_MARK)?;
+    socket.bind_device(Some(b"lo"))
+}
+
+/// Binds to the client's address and returns the port chosen.
+///
+/// The port is chosen at once, without `IP_BIND_ADDRESS_NO_PORT`, so that it can be compared with the captured ones.
+fn bind_as_client(socket: &Socket, client: IpAddr) -> io::Result<u16> {
+    become_client(socket, client)?;
     socket.set_reuse_address(true)?;
-    socket.bind_device(Some(b"lo"))?;
     socket.bind(&SocketAddr::new(client, 0).into())?;
     Ok(socket.local_addr()?.as_socket().map_or(0, |address| address.port()))
 }

@@ -10,7 +10,7 @@ use mesh_identity::PeerRejection;
 use mesh_model::{CloseReason, Direction, Flow, SpiffeId, ports};
 use mesh_net::driver::ops::{Answering, Ends, Incoming, ListenerTag, Ops};
 use mesh_net::handshake::HandshakeError;
-use mesh_net::socket::{self, AppSource, ConnectOptions};
+use mesh_net::socket::{self, AppSource};
 use mesh_resolve::{Authority, ResolvedFlow, Route, resolve_inbound};
 use mesh_telemetry::EarlyDenial;
 use mesh_tunnel::{ConnectHead, RequestId, Retire, SockId, TunnelId};
@@ -366,16 +366,17 @@ impl NodeWorker {
 
     /// Connects with the client's address as the setting wants it; a fallback is never silent.
     fn dial_app(&self, pod: &Pod, flow: &Flow, target: SocketAddr) -> io::Result<TcpStream> {
-        let options = ConnectOptions { keepalive: self.config.keepalive, user_timeout: None };
         let connect = |source: AppSource<'_>| {
-            socket::connect_to_app(&pod.sockets.netns, source, target, &self.label, options)
+            socket::connect_to_app(&pod.sockets.netns, source, target, &self.label)
         };
         let client = flow.client.ip();
         if self.config.original_source == OriginalSource::Off || target.ip().is_loopback() {
             return connect(AppSource::Pod);
         }
-        let taken = |port: u16| pod.is_port_taken(client, port);
-        match connect(AppSource::Original { client, taken: &taken }) {
+        let is_taken = |port: u16| pod.is_port_taken(client, port);
+        let taken: Option<&dyn Fn(u16) -> bool> =
+            if pod.has_plaintext_client(client) { Some(&is_taken) } else { None };
+        match connect(AppSource::Original { client, taken }) {
             Err(error)
                 if self.config.original_source == OriginalSource::Preferred
                     && error.kind() != io::ErrorKind::ConnectionRefused =>

@@ -107,6 +107,12 @@ impl Pod {
         PlaintextClient { pod: Arc::clone(self), client }
     }
 
+    /// True when `client` has any captured plaintext connection here.
+    pub(super) fn has_plaintext_client(&self, client: IpAddr) -> bool {
+        let clients = self.clients();
+        clients.range(SocketAddr::new(client, 0)..).next().is_some_and(|first| first.ip() == client)
+    }
+
     /// True when `client` has a captured plaintext connection from `port` here.
     pub(super) fn is_port_taken(&self, client: IpAddr, port: u16) -> bool {
         self.clients().contains(&SocketAddr::new(client, port))
@@ -195,6 +201,10 @@ mod tests {
         let guard = pod.plaintext_client(client);
         assert!(pod.is_port_taken(client.ip(), 4000));
         assert!(!pod.is_port_taken(client.ip(), 4001));
+        assert!(pod.has_plaintext_client(client.ip()));
+        for other in ["10.0.0.8", "10.0.0.10"] {
+            assert!(!pod.has_plaintext_client(other.parse().unwrap()));
+        }
         drop(guard);
         assert!(!pod.is_port_taken(client.ip(), 4000));
         assert_eq!(pod.plaintext_client_count(), 0);

@@ -73,28 +73,49 @@ fn the_application_sees_the_clients_address_in_both_families() {
         let (target, client): (SocketAddr, IpAddr) =
             (target.parse().unwrap(), client.parse().unwrap());
         let app = pod.netns().enter(|| std::net::TcpListener::bind(target)).unwrap().unwrap();
-        let source = AppSource::Original { client, taken: &|_| false };
-        let options = ConnectOptions::default();
-        let stream = connect_to_app(pod.netns(), source, target, &Unlabelled, options).unwrap();
-        let mut stream = finished(stream).unwrap();
-        let (mut accepted, peer) = app.accept().unwrap();
-        assert_eq!(peer.ip(), client);
-        stream.write_all(b"ping").unwrap();
-        accepted.read_exact(&mut [0; 4]).unwrap();
-        accepted.write_all(b"pong").unwrap();
-        stream.read_exact(&mut [0; 4]).unwrap();
+        // Both ways of choosing the port.
+        for taken in [None, Some(&(|_| false) as &dyn Fn(u16) -> bool)] {
+            let source = AppSource::Original { client, taken };
+            let stream = connect_to_app(pod.netns(), source, target, &Unlabelled).unwrap();
+            let mut stream = finished(stream).unwrap();
+            let (mut accepted, peer) = app.accept().unwrap();
+            assert_eq!(peer.ip(), client);
+            stream.write_all(b"ping").unwrap();
+            accepted.read_exact(&mut [0; 4]).unwrap();
+            accepted.write_all(b"pong").unwrap();
+            stream.read_exact(&mut [0; 4]).unwrap();
+        }
+    }
+}
+
+/// Each of these ports has rested in TIME_WAIT for less than a second when the next connection wants one.
+#[test]
+fn connections_that_come_and_go_find_a_port() {
+    let (pod, _client) = pods();
+    pod.sysctl("net.ipv4.ip_local_port_range=40000 40063");
+    let client = "10.9.0.2".parse().unwrap();
+    for target in ["10.9.0.1:81", "10.9.0.1:82", "10.9.0.1:83"] {
+        let target: SocketAddr = target.parse().unwrap();
+        let app = pod.netns().enter(|| std::net::TcpListener::bind(target)).unwrap().unwrap();
+        for _ in 0..48 {
+            let source = AppSource::Original { client, taken: None };
+            let stream = connect_to_app(pod.netns(), source, target, &Unlabelled).unwrap();
+            let stream = finished(stream).unwrap();
+            let (mut accepted, _peer) = app.accept().unwrap();
+            drop(stream);
+            assert_eq!(accepted.read(&mut [0; 1]).unwrap(), 0);
+        }
     }
 }
 
 #[test]
 fn a_closed_application_port_refuses_at_once() {
     let (pod, _client) = pods();
-    let source = AppSource::Original { client: "10.9.0.2".parse().unwrap(), taken: &|_| false };
+    let source = AppSource::Original { client: "10.9.0.2".parse().unwrap(), taken: None };
     let target = "10.9.0.1:9".parse().unwrap();
     let begun = Instant::now();
-    let error = connect_to_app(pod.netns(), source, target, &Unlabelled, ConnectOptions::default())
-        .and_then(finished)
-        .unwrap_err();
+    let error =
+        connect_to_app(pod.netns(), source, target, &Unlabelled).and_then(finished).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     assert!(begun.elapsed() < Duration::from_secs(1));
 }
@@ -104,15 +125,14 @@ fn ports_that_are_taken_are_not_used() {
     let (pod, _client) = pods();
     let client = "10.9.0.2".parse().unwrap();
     let target = "10.9.0.1:80".parse().unwrap();
-    let options = ConnectOptions::default();
     let asked = std::cell::Cell::new(0);
     // The first three choices are in use; the fourth is taken.
     let taken = |_port| asked.replace(asked.get() + 1) < 3;
-    let source = AppSource::Original { client, taken: &taken };
-    connect_to_app(pod.netns(), source, target, &Unlabelled, options).unwrap();
+    let source = AppSource::Original { client, taken: Some(&taken) };
+    connect_to_app(pod.netns(), source, target, &Unlabelled).unwrap();
     assert_eq!(asked.get(), 4);
-    let source = AppSource::Original { client, taken: &|_| true };
-    let error = connect_to_app(pod.netns(), source, target, &Unlabelled, options).unwrap_err();
+    let source = AppSource::Original { client, taken: Some(&|_| true) };
+    let error = connect_to_app(pod.netns(), source, target, &Unlabelled).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
 }
 
