@@ -236,14 +236,15 @@ impl Io for Sockets {
 }
 
 /// How the connect of `stream` went, so far.
+///
+/// A connected socket has a peer: one call for those that went well. What fails later is told by the calls to come.
 pub(super) fn connect_result(stream: &TcpStream) -> Poll<io::Result<()>> {
-    match stream.take_error() {
-        Ok(None) => {}
-        Ok(Some(error)) | Err(error) => return Poll::Ready(Err(error)),
-    }
     match stream.peer_addr() {
         Ok(_) => Poll::Ready(Ok(())),
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Pending,
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => match stream.take_error() {
+            Ok(None) => Poll::Pending,
+            Ok(Some(error)) | Err(error) => Poll::Ready(Err(error)),
+        },
         Err(error) => Poll::Ready(Err(error)),
     }
 }
