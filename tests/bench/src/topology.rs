@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::Context as _;
+use mesh_netns::process::run as run_program;
 use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{Lab, LabConfig, Pod, PodSpec, Process, manifest};
 
@@ -11,6 +12,9 @@ use crate::stock;
 const LOAD_PORT: u16 = 9000;
 const RELAY_SERVER_PORT: u16 = 9002;
 const STOCK_SERVER_PORT: u16 = 9003;
+/// Connections in TIME_WAIT that each pod keeps. The rows on new connections would otherwise measure, on every way, how a
+/// kernel searches for the last free port of 28,000 after the first seconds.
+const TIME_WAITS: u32 = 1024;
 /// Pods on each node when the rows on memory are taken, those that carry load included.
 pub(crate) const PODS: usize = 20;
 
@@ -90,6 +94,16 @@ impl Topology {
             for number in running..PODS {
                 lab.run_pod(node, PodSpec::new("mesh", &format!("q{node}{number}")))?;
             }
+        }
+        for pod in ["mc", "pc", "ms", "ps", "ml", "pl"] {
+            let pod = lab.pod(pod);
+            run_program(
+                pod.command("sysctl")
+                    .args(["-qw", &format!("net.ipv4.tcp_max_tw_buckets={TIME_WAITS}")]),
+                PATIENCE,
+            )?
+            .output()
+            .with_context(|| format!("bounding TIME_WAIT in {}", pod.spec.name))?;
         }
         let program = std::env::current_exe()?.to_string_lossy().into_owned();
         let mut topology = Self { lab, program, parts: Vec::new(), ways: Vec::new() };
