@@ -15,6 +15,7 @@ mod run;
 mod serve;
 mod stock;
 mod topology;
+mod ztunnel;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

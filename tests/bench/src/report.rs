@@ -5,10 +5,10 @@ use std::path::Path;
 use anyhow::Context as _;
 use serde_json::{Value, json};
 
-use crate::topology::{CULVERT, PLAIN, RELAY, STOCK};
+use crate::topology::{CULVERT, PLAIN, RELAY, STOCK, ZTUNNEL};
 
-/// The columns, in order.
-pub(crate) const COLUMNS: &[&str] = &[PLAIN, RELAY, STOCK, CULVERT];
+/// The columns, in order. That of ztunnel is empty unless one was given.
+pub(crate) const COLUMNS: &[&str] = &[PLAIN, RELAY, STOCK, ZTUNNEL, CULVERT];
 
 /// One row: what was measured, in which unit, whether more is better, and every way's rounds.
 #[derive(Clone, Debug)]
@@ -117,21 +117,20 @@ pub(crate) fn print(rows: &[Row]) {
     for row in rows {
         if row.group != group {
             group = row.group;
-            println!(
-                "\n{group:50} {:>14} {:>14} {:>14} {:>14}   {:20} of relay",
-                PLAIN, RELAY, STOCK, CULVERT, "culvert/stock"
-            );
+            let names: Vec<String> = COLUMNS.iter().map(|name| format!("{name:>14}")).collect();
+            println!("\n{group:50} {}   {:26} of relay", names.join(" "), "culvert/stock");
         }
         let cells: Vec<String> = COLUMNS
             .iter()
             .map(|column| {
-                row.median(column).map_or_else(
+                let cell = row.median(column).map_or_else(
                     || "-".to_owned(),
                     |value| match row.spread(column).filter(|_| row.values(column).len() > 1) {
                         Some(spread) => format!("{} ±{:.0}%", short(value), spread * 50.0),
                         None => short(value),
                     },
-                )
+                );
+                format!("{cell:>14}")
             })
             .collect();
         let against_stock = row.ratio(CULVERT, STOCK).map_or_else(
@@ -145,12 +144,9 @@ pub(crate) fn print(rows: &[Row]) {
             .ratio(CULVERT, RELAY)
             .map_or_else(|| "-".to_owned(), |ratio| format!("{:.2}", ratio.median));
         println!(
-            "{:50} {:>14} {:>14} {:>14} {:>14}   {against_stock:26} {against_relay}",
+            "{:50} {}   {against_stock:26} {against_relay}",
             format!("  {}, {}", row.name, row.unit),
-            cells[0],
-            cells[1],
-            cells[2],
-            cells[3],
+            cells.join(" "),
         );
     }
     println!(
@@ -180,6 +176,7 @@ fn json_of(row: &Row) -> Value {
         "group": row.group, "row": row.name, "unit": row.unit,
         "more_is_better": row.more_is_better, "ways": ways,
         "culvert_to_stock": row.ratio(CULVERT, STOCK).map(|ratio| ratio.median),
+        "culvert_to_ztunnel": row.ratio(CULVERT, ZTUNNEL).map(|ratio| ratio.median),
         "culvert_to_relay": row.ratio(CULVERT, RELAY).map(|ratio| ratio.median),
     })
 }

@@ -1,13 +1,14 @@
 //! Who runs where: two nodes, the pods that carry load, the relays between them.
 
 use std::net::SocketAddr;
+use std::path::Path;
 
 use anyhow::Context as _;
 use mesh_netns::process::run as run_program;
 use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{Lab, LabConfig, Pod, PodSpec, Process, manifest};
 
-use crate::stock;
+use crate::{stock, ztunnel};
 
 const LOAD_PORT: u16 = 9000;
 const RELAY_SERVER_PORT: u16 = 9002;
@@ -68,6 +69,7 @@ pub(crate) struct Way {
 pub(crate) const PLAIN: &str = "plain";
 pub(crate) const RELAY: &str = "relay";
 pub(crate) const STOCK: &str = "stock";
+pub(crate) const ZTUNNEL: &str = "ztunnel";
 pub(crate) const CULVERT: &str = "culvert";
 
 /// The running lab. Its parts end with it.
@@ -82,6 +84,7 @@ pub(crate) struct Topology {
 impl Topology {
     /// Builds everything and starts every server and relay.
     pub(crate) fn start() -> anyhow::Result<Self> {
+        let peer = ztunnel::binary()?;
         let mut lab =
             Lab::start(LabConfig { log: "warn".to_owned(), ..LabConfig::two_nodes("bch") })?;
         lab.apply(&manifest::namespace("mesh", &[("culvert.dev/dataplane-mode", "ambient")]))?;
@@ -89,6 +92,10 @@ impl Topology {
         for (node, pod) in [("a", "c"), ("a", "l"), ("b", "s")] {
             lab.run_pod(node, PodSpec::new("mesh", &format!("m{pod}")))?;
             lab.run_pod(node, PodSpec::new("plain", &format!("p{pod}")))?;
+        }
+        if peer.is_some() {
+            lab.run_pod("a", PodSpec::new("plain", "zc"))?;
+            lab.run_pod("b", PodSpec::new("plain", "zs"))?;
         }
         for (node, running) in [("a", 2), ("b", 1)] {
             for number in running..PODS {
@@ -115,6 +122,12 @@ impl Topology {
         for distance in [Distance::AcrossNodes, Distance::SameNode] {
             let ways = topology.connect(distance)?;
             topology.ways.push((distance, ways));
+        }
+        if let Some(binary) = peer {
+            let way = topology.start_ztunnel(&binary)?;
+            if let Some((_, ways)) = topology.ways.first_mut() {
+                ways.push(way);
+            }
         }
         Ok(topology)
     }
@@ -210,6 +223,31 @@ impl Topology {
                 relays: agents,
             },
         ])
+    }
+
+    /// Starts ztunnel in two pods of its own, on two nodes.
+    fn start_ztunnel(&mut self, binary: &Path) -> anyhow::Result<Way> {
+        self.part("zs", "load", &["serve".to_owned(), LOAD_PORT.to_string()])?;
+        let (client, server) = (self.lab.pod("zc"), self.lab.pod("zs"));
+        let workloads = self.lab.folder().join("ztunnel.yaml");
+        std::fs::write(&workloads, ztunnel::workloads([client, server]).to_string())?;
+        let target = SocketAddr::new(server.ipv4, LOAD_PORT);
+        let mut relays = Vec::new();
+        for pod in [client, server] {
+            let mut command = pod.command(&binary.to_string_lossy());
+            command.envs(ztunnel::environment(pod, &workloads.to_string_lossy()));
+            let mut process = pod.start("ztunnel", command.arg("proxy"))?;
+            until("ztunnel", PATIENCE, || {
+                if !process.running() {
+                    anyhow::bail!("ZTUNNEL ended at its start: {}", process.log_tail(20));
+                }
+                Ok(ztunnel::listens(process.pid()).then_some(()))
+            })?;
+            relays.push(process.pid());
+            self.parts.push(process);
+        }
+        ztunnel::redirect(client, target)?;
+        Ok(Way { name: ZTUNNEL, client: "zc", target, relays })
     }
 
     /// Starts one of this program's verbs in a pod and waits until it serves; gives its process id.
