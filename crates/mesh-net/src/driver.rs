@@ -112,12 +112,6 @@ impl WorkerConfig {
     }
 }
 
-/// Engines that make sense on this machine: the cores this process may use, by affinity and by cgroup quota.
-#[must_use]
-pub fn usable_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
 /// A running worker. Dropping it does not stop the worker; its handler does, by [`Ops::stop`].
 #[derive(Debug)]
 pub struct WorkerHandle<C> {

@@ -246,7 +246,7 @@ pub struct DataPlaneConfig {
 impl Default for DataPlaneConfig {
     fn default() -> Self {
         Self {
-            workers: mesh_net::driver::usable_cores(),
+            workers: mesh_runtime::usable_cores(),
             engine: EngineConfig::default(),
             limits: Limits::default(),
             original_source: OriginalSource::default(),
