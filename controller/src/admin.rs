@@ -18,6 +18,26 @@ use crate::explain::{Question, answer};
 use crate::index::PodSettings;
 use crate::mesh::SharedMesh;
 
+/// What probes and scrapers may see from outside: `/ready` and `/metrics`.
+#[must_use]
+pub fn status_routes(readiness: Readiness, metrics: Metrics) -> Routes {
+    Routes::new()
+        .get("/ready", move |_| {
+            let reply = ready(&readiness);
+            async move { reply }
+        })
+        .get("/metrics", move |_| {
+            let text = metrics.render();
+            async move { Reply::with(StatusCode::OK, metric::CONTENT_TYPE, text) }
+        })
+}
+
+fn ready(readiness: &Readiness) -> Reply {
+    let status =
+        if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    Reply::with(status, "text/plain; charset=utf-8", format!("{readiness}\n"))
+}
+
 /// The pages over `mesh`.
 #[must_use]
 pub fn routes(mesh: &SharedMesh, readiness: Readiness, metrics: Metrics, log: LogHandle) -> Routes {
@@ -25,10 +45,8 @@ pub fn routes(mesh: &SharedMesh, readiness: Readiness, metrics: Metrics, log: Lo
     let set_log = log.clone();
     Routes::new()
         .get("/ready", move |_| {
-            let text = readiness.to_string();
-            let status =
-                if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-            async move { Reply::with(status, "text/plain; charset=utf-8", format!("{text}\n")) }
+            let reply = ready(&readiness);
+            async move { reply }
         })
         .get("/metrics", move |_| {
             let text = metrics.render();

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::cluster::ObjectName;
+
 /// The controller of a Culvert mesh: reads manifests, tells agents about workloads and policies, signs certificates.
 #[derive(Debug, Parser)]
 #[command(name = "culvert-controller", version)]
@@ -29,6 +31,15 @@ pub enum Command {
     /// The certificate authority. A running controller picks changes up within two seconds.
     #[command(subcommand)]
     Ca(CaCommand),
+    /// Tell a DaemonSet's agents to undo what they did to their nodes, and wait until all have; before a chart is removed
+    Leave {
+        /// NAMESPACE/NAME of the DaemonSet
+        #[arg(long)]
+        daemonset: ObjectName,
+        /// How long all of them may take
+        #[arg(long, default_value = "2m", value_parser = parse_duration)]
+        timeout: Duration,
+    },
 }
 
 /// Settings of a running controller.
@@ -46,6 +57,9 @@ pub struct RunArgs {
     /// DNS name or IP address in the controller's own certificate; may repeat
     #[arg(long = "san", env = "CULVERT_SAN", value_delimiter = ',', default_value = "localhost")]
     pub sans: Vec<String>,
+    /// Where readiness and metrics are told to whoever reaches it; none unless given
+    #[arg(long, env = "CULVERT_STATUS_ADDRESS")]
+    pub status_address: Option<SocketAddr>,
     /// Loopback address of the admin server
     #[arg(long, env = "CULVERT_ADMIN", default_value = "127.0.0.1:15014")]
     pub admin: SocketAddr,
@@ -81,6 +95,18 @@ pub struct RunArgs {
         default_value = "kube-system"
     )]
     pub exclude_namespaces: Vec<String>,
+    /// NAMESPACE/NAME of the service account whose bound tokens prove a node's agent (source kubernetes only)
+    #[arg(long, env = "CULVERT_AGENT_ACCOUNT")]
+    pub agent_account: Option<ObjectName>,
+    /// Audience those tokens are made for
+    #[arg(long, env = "CULVERT_TOKEN_AUDIENCE", default_value = "culvert")]
+    pub token_audience: String,
+    /// NAMESPACE/NAME of the Secret that holds the authority, made when there is none (source kubernetes only)
+    #[arg(long, env = "CULVERT_CA_SECRET")]
+    pub ca_secret: Option<ObjectName>,
+    /// NAMESPACE/NAME of the ConfigMap in which agents find the roots (source kubernetes only)
+    #[arg(long, env = "CULVERT_ROOT_CONFIG_MAP")]
+    pub root_config_map: Option<ObjectName>,
     /// PEM file of certificate revocation lists, watched, added to the CA's own
     #[arg(long, env = "CULVERT_CRL_FILE")]
     pub crl_file: Option<PathBuf>,

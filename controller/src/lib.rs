@@ -14,6 +14,7 @@
 pub mod admin;
 pub mod ca;
 pub mod cli;
+pub mod cluster;
 pub mod explain;
 pub mod index;
 pub mod manifest;

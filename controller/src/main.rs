@@ -3,15 +3,17 @@
 use std::io;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use mesh_controller::ca::authority::Authority;
 use mesh_controller::ca::tokens::Tokens;
 use mesh_controller::cli::{CaCommand, Cli, Command, RunArgs, SourceCommand, TokenCommand};
+use mesh_controller::cluster::{self, ObjectName};
 use mesh_controller::run::Controller;
 use mesh_controller::source::directory::accept_empty;
+use mesh_controller::source::kubernetes::KubernetesSettings;
 use mesh_controller::state_dir::StateDir;
 use mesh_runtime::{Drain, FlowMeterConfig, LogConfig, Logging, Metrics};
 use mesh_telemetry::LogFormat;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
                 say("accepted: within seconds, or at its start, the controller deletes what an empty folder held")
             }),
         Command::Ca(command) => ca(command),
+        Command::Leave { daemonset, timeout } => leave(&daemonset, timeout),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -69,6 +72,16 @@ fn run(args: RunArgs) -> Result<()> {
     });
     runtime.shutdown_background();
     outcome
+}
+
+fn leave(daemonset: &ObjectName, timeout: Duration) -> Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("runtime")?;
+    runtime.block_on(async {
+        let client = KubernetesSettings::new(None).client().await?;
+        cluster::leave::leave(&client, daemonset, timeout).await
+    })?;
+    say("every agent has left its node")
 }
 
 fn ca(command: CaCommand) -> Result<()> {

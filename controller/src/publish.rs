@@ -74,7 +74,7 @@ impl AggregatedDiscoveryService for Discovery {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Responses>, Status> {
-        let caller = caller(&*self.authenticate, request.metadata())?;
+        let caller = caller(&*self.authenticate, request.metadata()).await?;
         let (send, receive) = mpsc::channel(1);
         let session = Session {
             mesh: Arc::clone(&self.mesh),

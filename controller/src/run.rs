@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
+use kube::Client;
 use mesh_authorize::UnknownEgress;
 use mesh_identity::tls::control_server;
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain, LogHandle, Metrics, Readiness};
@@ -31,6 +32,9 @@ use crate::ca::enrolment::Enrolments;
 use crate::ca::revocations::Revocations;
 use crate::ca::tokens::Tokens;
 use crate::cli::{Egress, RunArgs, Source};
+use crate::cluster::ca_secret::CaSecret;
+use crate::cluster::roots::RootConfigMap;
+use crate::cluster::token_review::TokenReviews;
 use crate::index::IndexSettings;
 use crate::mesh::{Mesh, SharedMesh, Trust};
 use crate::publish::Discovery;
@@ -42,6 +46,8 @@ use crate::state_dir::StateDir;
 const SERVER_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How often the authority's file is looked at.
 const CA_TICK: Duration = Duration::from_secs(1);
+/// How often what the cluster holds of the authority is looked at; a root's overlap is much longer.
+const CLUSTER_TICK: Duration = Duration::from_secs(5);
 /// TLS handshakes at once.
 const MAX_HANDSHAKES: usize = 1_024;
 /// Longest handshake.
@@ -62,6 +68,8 @@ pub struct Controller {
     discovery: Discovery,
     certificates: Certificates,
     enrolments: Enrolments,
+    secret: Option<CaSecret>,
+    roots: Option<RootConfigMap>,
     args: RunArgs,
 }
 
@@ -73,11 +81,20 @@ impl Controller {
     pub async fn start(args: RunArgs, drain: &Drain) -> Result<Self> {
         let files = StateDir::open(&args.state_dir)
             .with_context(|| format!("state directory {}", args.state_dir.display()))?;
+        let client = client(&args).await?;
+        let mut secret = match (&args.ca_secret, &client) {
+            (Some(name), Some(client)) => Some(CaSecret::new(client, name, files.clone())),
+            (Some(_), None) | (None, _) => None,
+        };
+        agree(&mut secret).await;
         let now = SystemTime::now();
         let authority = Arc::new(
             Authority::open(files.clone(), &args.trust_domain, now)
                 .context("certificate authority")?,
         );
+        // A new authority may have been made twice at once: only one is in the Secret.
+        agree(&mut secret).await;
+        authority.tick(now).context("certificate authority")?;
         let tokens = Arc::new(Tokens::open(files.clone()).context("join tokens")?);
         let mesh = Arc::new(Mesh::new(index_settings(&args)));
         let revocations = Revocations::open(args.crl_file.clone(), files.clone());
@@ -87,8 +104,19 @@ impl Controller {
         let listener = TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("listen on {}", args.listen))?;
-        start_source(&args, files, &mesh).await?;
-        let authenticate: Arc<dyn Authenticate> = Arc::clone(&tokens) as Arc<dyn Authenticate>;
+        start_source(&args, client.as_ref(), files, &mesh)?;
+        let own: Arc<dyn Authenticate> = Arc::clone(&tokens) as Arc<dyn Authenticate>;
+        let authenticate: Arc<dyn Authenticate> = match (&args.agent_account, &client) {
+            (Some(account), Some(client)) => {
+                let audience = args.token_audience.clone();
+                Arc::new(TokenReviews::new(client, account.clone(), audience, own))
+            }
+            (Some(_), None) | (None, _) => own,
+        };
+        let roots = match (&args.root_config_map, &client) {
+            (Some(name), Some(client)) => Some(RootConfigMap::new(client, name)),
+            (Some(_), None) | (None, _) => None,
+        };
         Ok(Self {
             discovery: Discovery::new(
                 Arc::clone(&mesh),
@@ -99,9 +127,11 @@ impl Controller {
             certificates: Certificates::new(
                 Arc::clone(&mesh),
                 Arc::clone(&authority),
-                authenticate,
+                Arc::clone(&authenticate),
             ),
-            enrolments: Enrolments::new(Arc::clone(&mesh), tokens),
+            enrolments: Enrolments::new(Arc::clone(&mesh), tokens, authenticate),
+            secret,
+            roots,
             mesh,
             authority,
             revocations,
@@ -137,6 +167,12 @@ impl Controller {
             mesh.synced().await;
             pending.done();
         });
+        if let Some(address) = self.args.status_address {
+            let routes = admin::status_routes(readiness.clone(), metrics.clone());
+            let tcp = AdminListener::tcp(address).await.context("status address")?;
+            let server = AdminServer::new(routes, AdminLimits::default());
+            tokio::spawn(server.serve(tcp, drain.clone()));
+        }
         let server = AdminServer::new(
             admin::routes(&self.mesh, readiness, metrics, log),
             AdminLimits::default(),
@@ -162,6 +198,8 @@ impl Controller {
             Arc::clone(&self.tls),
             self.args.clone(),
         ));
+        let in_cluster =
+            tokio::spawn(keep_cluster(Arc::clone(&self.authority), self.secret, self.roots));
         let (accepted, incoming) = mpsc::channel(64);
         let accepting = tokio::spawn(accept(self.listener, self.tls, accepted));
         let discovery = AggregatedDiscoveryServiceServer::new(self.discovery)
@@ -184,6 +222,7 @@ impl Controller {
         };
         accepting.abort();
         clockwork.abort();
+        in_cluster.abort();
         outcome
     }
 }
@@ -208,7 +247,66 @@ fn index_settings(args: &RunArgs) -> IndexSettings {
     }
 }
 
-async fn start_source(args: &RunArgs, state: StateDir, mesh: &SharedMesh) -> Result<()> {
+/// A client of the cluster that is the source; none with another source, which what needs a cluster is refused with.
+async fn client(args: &RunArgs) -> Result<Option<Client>> {
+    match &args.source {
+        Source::Kubernetes(kubeconfig) => {
+            let settings = KubernetesSettings::new(kubeconfig.clone());
+            settings.client().await.context("source kubernetes").map(Some)
+        }
+        Source::Directory(_) => {
+            for (flag, given) in [
+                ("--agent-account", args.agent_account.is_some()),
+                ("--ca-secret", args.ca_secret.is_some()),
+                ("--root-config-map", args.root_config_map.is_some()),
+            ] {
+                anyhow::ensure!(!given, "{flag} needs --source kubernetes");
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// Brings the authority's file and its Secret together, however long the API server is away: without the Secret nobody
+/// knows whether there is an authority already.
+async fn agree(secret: &mut Option<CaSecret>) {
+    let Some(secret) = secret else { return };
+    while let Err(error) = secret.sync().await {
+        warn!(error = %format!("{:#}", anyhow::Error::from(error)), "waiting for the authority's Secret");
+        tokio::time::sleep(CA_TICK).await;
+    }
+}
+
+/// Keeps what the cluster holds of the authority up to date.
+async fn keep_cluster(
+    authority: Arc<Authority>,
+    mut secret: Option<CaSecret>,
+    roots: Option<RootConfigMap>,
+) {
+    let mut ticks = tokio::time::interval(CLUSTER_TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if let Some(secret) = &mut secret
+            && let Err(error) = secret.sync().await
+        {
+            metrics::counter!("culvert_controller_ca_errors_total").increment(1);
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the authority's Secret is not current");
+        }
+        if let Some(roots) = &roots
+            && let Err(error) = roots.write(&authority.root_bundle_pem()).await
+        {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the ConfigMap of the roots is not current");
+        }
+    }
+}
+
+fn start_source(
+    args: &RunArgs,
+    client: Option<&Client>,
+    state: StateDir,
+    mesh: &SharedMesh,
+) -> Result<()> {
     let (send, mut events) = mpsc::channel(16);
     match &args.source {
         Source::Directory(root) => {
@@ -221,8 +319,8 @@ async fn start_source(args: &RunArgs, state: StateDir, mesh: &SharedMesh) -> Res
         }
         Source::Kubernetes(kubeconfig) => {
             let settings = KubernetesSettings::new(kubeconfig.clone());
-            let client = settings.client().await.context("source kubernetes")?;
-            kubernetes::watch(&client, &settings, send);
+            let client = client.context("source kubernetes has no client")?;
+            kubernetes::watch(client, &settings, send);
         }
     }
     let mesh = Arc::clone(mesh);

@@ -35,6 +35,12 @@ pub enum Unauthenticated {
         /// The same for people.
         detail: String,
     },
+    /// Whoever judges the token cannot be asked; the same token may be good a little later.
+    #[error("the token cannot be judged now: {detail}")]
+    Unavailable {
+        /// Why.
+        detail: String,
+    },
 }
 
 impl Unauthenticated {
@@ -45,34 +51,50 @@ impl Unauthenticated {
             Self::Missing => "missing",
             Self::NotBearer => "not_bearer",
             Self::Refused { word, .. } => word,
+            Self::Unavailable { .. } => "unavailable",
+        }
+    }
+
+    fn status(&self) -> Status {
+        let text = self.to_string();
+        match self {
+            Self::Missing | Self::NotBearer | Self::Refused { .. } => Status::unauthenticated(text),
+            Self::Unavailable { .. } => Status::unavailable(text),
         }
     }
 }
 
 /// Judges bearer tokens.
+#[tonic::async_trait]
 pub trait Authenticate: Send + Sync + 'static {
     /// The node that `bearer` proves.
     ///
     /// # Errors
     /// Why it proves none.
-    fn authenticate(&self, bearer: &str, now: SystemTime) -> Result<NodeCaller, Unauthenticated>;
+    async fn authenticate(
+        &self,
+        bearer: &str,
+        now: SystemTime,
+    ) -> Result<NodeCaller, Unauthenticated>;
 }
 
 /// The node that calls.
 ///
 /// # Errors
-/// `UNAUTHENTICATED`, with the reason; it is counted.
-pub fn caller(
+/// `UNAUTHENTICATED`, or `UNAVAILABLE` where the token cannot be judged, with the reason; it is counted.
+pub async fn caller(
     authenticate: &dyn Authenticate,
     metadata: &MetadataMap,
 ) -> Result<NodeCaller, Status> {
-    bearer(metadata)
-        .and_then(|bearer| authenticate.authenticate(bearer, SystemTime::now()))
-        .map_err(|error| {
-            metrics::counter!("culvert_controller_unauthenticated_total", "reason" => error.word())
-                .increment(1);
-            Status::unauthenticated(error.to_string())
-        })
+    let judged = match bearer(metadata) {
+        Ok(bearer) => authenticate.authenticate(bearer, SystemTime::now()).await,
+        Err(error) => Err(error),
+    };
+    judged.map_err(|error| {
+        metrics::counter!("culvert_controller_unauthenticated_total", "reason" => error.word())
+            .increment(1);
+        error.status()
+    })
 }
 
 fn bearer(metadata: &MetadataMap) -> Result<&str, Unauthenticated> {

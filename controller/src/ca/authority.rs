@@ -15,7 +15,8 @@ use zeroize::Zeroizing;
 
 use crate::state_dir::StateDir;
 
-const FILE: &str = "ca.json";
+/// The authority's file in the state directory.
+pub const FILE: &str = "ca.json";
 /// Lists are signed again this often. They are fresh for a day.
 const LIST_REFRESH: Duration = Duration::from_secs(6 * 3600);
 

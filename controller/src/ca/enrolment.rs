@@ -18,17 +18,28 @@ use crate::mesh::SharedMesh;
 const MAX_PODS: usize = 10_000;
 
 /// The enrolment service.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Enrolments {
     mesh: SharedMesh,
     tokens: Arc<Tokens>,
+    authenticate: Arc<dyn Authenticate>,
+}
+
+impl std::fmt::Debug for Enrolments {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Enrolments").finish_non_exhaustive()
+    }
 }
 
 impl Enrolments {
-    /// A service that judges `tokens`.
+    /// A service that exchanges and prolongs `tokens`, and hears the reports of whoever `authenticate` knows.
     #[must_use]
-    pub const fn new(mesh: SharedMesh, tokens: Arc<Tokens>) -> Self {
-        Self { mesh, tokens }
+    pub const fn new(
+        mesh: SharedMesh,
+        tokens: Arc<Tokens>,
+        authenticate: Arc<dyn Authenticate>,
+    ) -> Self {
+        Self { mesh, tokens, authenticate }
     }
 }
 
@@ -70,7 +81,8 @@ impl Enrolment for Enrolments {
     }
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<Session>, Status> {
-        let caller = caller(&*self.tokens as &dyn Authenticate, request.metadata())?;
+        // Only what this controller issued can be prolonged by it.
+        let caller = caller(&*self.tokens as &dyn Authenticate, request.metadata()).await?;
         let issued = self
             .tokens
             .renew(&caller.node, SystemTime::now())
@@ -82,7 +94,7 @@ impl Enrolment for Enrolments {
         &self,
         request: Request<ReportPodsRequest>,
     ) -> Result<Response<ReportPodsReply>, Status> {
-        let caller = caller(&*self.tokens as &dyn Authenticate, request.metadata())?;
+        let caller = caller(&*self.authenticate, request.metadata()).await?;
         let pods = request.into_inner().pods;
         if pods.len() > MAX_PODS {
             return Err(Status::invalid_argument(format!("more than {MAX_PODS} pods")));

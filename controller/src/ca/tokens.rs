@@ -153,8 +153,19 @@ impl Tokens {
     }
 }
 
+#[tonic::async_trait]
 impl Authenticate for Tokens {
-    fn authenticate(&self, bearer: &str, now: SystemTime) -> Result<NodeCaller, Unauthenticated> {
+    async fn authenticate(
+        &self,
+        bearer: &str,
+        now: SystemTime,
+    ) -> Result<NodeCaller, Unauthenticated> {
+        self.node_of(bearer, now)
+    }
+}
+
+impl Tokens {
+    fn node_of(&self, bearer: &str, now: SystemTime) -> Result<NodeCaller, Unauthenticated> {
         self.sessions
             .verify(bearer, now)
             .map(|node| NodeCaller { node: node.as_str().into(), valid_for: PROOF_LASTS })
@@ -192,9 +203,9 @@ mod tests {
         let session = tokens.join(&join, "n1", now).unwrap();
         let restarted = Tokens::open(files).unwrap();
         assert_eq!(restarted.join(&join, "n1", now).unwrap_err().word(), "replayed");
-        assert_eq!(&*restarted.authenticate(&session.token, now).unwrap().node, "n1");
-        assert!(restarted.authenticate(&join, now).is_err(), "a join token is no session");
+        assert_eq!(&*restarted.node_of(&session.token, now).unwrap().node, "n1");
+        assert!(restarted.node_of(&join, now).is_err(), "a join token is no session");
         let late = now + SESSION_TTL + Duration::from_secs(1);
-        assert_eq!(restarted.authenticate(&session.token, late).unwrap_err().word(), "expired");
+        assert_eq!(restarted.node_of(&session.token, late).unwrap_err().word(), "expired");
     }
 }
