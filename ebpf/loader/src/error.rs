@@ -15,7 +15,9 @@ pub enum CaptureError {
     },
     /// The directory is cgroup2, but not the machine's root: attached there, capture would cover
     /// this container only.
-    #[error("{path:?} is not the machine's cgroup root (inode {inode}, not 1)")]
+    #[error(
+        "{path:?} is not the machine's cgroup root (inode {inode}, not 1), nor seen to hold all of a node's processes"
+    )]
     NotCgroupRoot {
         /// The directory.
         path: PathBuf,
