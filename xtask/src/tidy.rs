@@ -20,6 +20,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("mesh-enroll", &["mesh-model"]),
     ("mesh-net", &["mesh-model", "mesh-authorize", "mesh-tunnel", "mesh-identity"]),
     ("mesh-runtime", &["mesh-telemetry"]),
+    ("culvert-cni", &["mesh-enroll"]),
     ("mesh-ebpf-abi", &[]),
     ("mesh-ebpf", &["mesh-ebpf-abi"]),
     (
