@@ -15,7 +15,7 @@ use mesh_ebpf::{Capture, FeatureReport, monotonic_now};
 use mesh_identity::TrustBundle;
 use mesh_resolve::{ResolveSettings, WorkloadIndex};
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain as DrainSignal};
-use mesh_runtime::{DrainTrigger, Logging, Metrics, Readiness};
+use mesh_runtime::{DrainTrigger, Logging, Metrics, Readiness, Reply, Routes};
 use mesh_wire::NodeIdentity;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Desk;
 use crate::capture::{Attachments, KernelGate};
+use crate::cni::CniPlugin;
 use crate::config::{ListenAddress, Settings};
 use crate::control::ads::{Control, Outlets, Standing};
 use crate::control::pods::WantedPods;
@@ -34,6 +35,7 @@ use crate::control::world::World;
 use crate::dataplane::{DataPlane, DataPlaneConfig, Shared, Snapshot};
 use crate::dns::DnsDesk;
 use crate::dns::lookup::PodResolver;
+use crate::enrolment::discover;
 use crate::enrolment::enroller::{Enroller, EnrollerConfig};
 use crate::enrolment::server::{Enrolment, listen};
 use crate::enrolment::{attachment::PodAttachments, namespace};
@@ -55,6 +57,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     let node = settings.node_name()?;
     let (trigger, drain) = DrainSignal::new();
     prepare_folders(&settings)?;
+    make_settings_writable().context("making kernel settings writable")?;
     let host_cookie = namespace::host_cookie().context("reading the node's network namespace")?;
     let boot_id = boot_id()?;
     mesh_net::socket::raise_descriptor_limit().context("raising the limit of descriptors")?;
@@ -146,10 +149,29 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
+    let plugin_pending = readiness.pending("cni plugin");
     serve_admin(&mut tasks, &settings, &desk, &drain).await?;
     let socket = listen(&settings.enrolment_socket()).context("opening the enrolment socket")?;
     tasks.spawn(enrolment.clone().serve(socket, stop.clone()));
     tasks.spawn(enrolment.clone().maintain(stop.clone()));
+    tasks.spawn(discover::run(
+        enrolment.clone(),
+        Arc::clone(&picture),
+        wanted.subscribe(),
+        stop.clone(),
+    ));
+    match settings.cni_folders() {
+        Some(folders) => {
+            let plugin = CniPlugin::new(
+                folders,
+                settings.cni_plugin.clone(),
+                &settings.enrolment_socket(),
+                &settings.cni_exclude_namespaces,
+            );
+            tasks.spawn(plugin.keep(plugin_pending, stop.clone()));
+        }
+        None => plugin_pending.done(),
+    }
     tasks.spawn(control.run(stop.clone()));
     tasks.spawn(report_pods(
         session.clone(),
@@ -192,6 +214,11 @@ pub fn uninstall(settings: &Settings) -> anyhow::Result<()> {
     if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
         anyhow::bail!("an agent runs at {}: stop it first", socket.display());
     }
+    make_settings_writable().context("making kernel settings writable")?;
+    // First, so that no pod that starts meanwhile waits for an agent.
+    if let Some(folders) = settings.cni_folders() {
+        crate::cni::remove(&folders).context("removing the CNI plugin")?;
+    }
     let capture = Capture::load_or_adopt(&settings.capture()).context("opening what is pinned")?;
     let config = EnrollerConfig {
         file: settings.state_dir.join("enrolled.json"),
@@ -204,9 +231,72 @@ pub fn uninstall(settings: &Settings) -> anyhow::Result<()> {
         .remove_all();
     capture.detach_all().context("detaching from the kernel")?;
     if left.is_empty() {
-        return Ok(());
+        return forget(settings);
     }
     anyhow::bail!("detached, but not everything could be restored: {}", left.join("; "))
+}
+
+/// Removes what the agent kept on disk, and the folder of the pins. The other folders stay: they may be mounts.
+fn forget(settings: &Settings) -> anyhow::Result<()> {
+    match std::fs::remove_dir(&settings.bpffs) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).context(format!("removing {}", settings.bpffs.display()));
+        }
+        _removed_or_absent => {}
+    }
+    for folder in [&settings.state_dir, &settings.run_dir] {
+        let entries = match std::fs::read_dir(folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).context(format!("reading {}", folder.display())),
+        };
+        for entry in entries {
+            let path = entry?.path();
+            let removed = if path.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
+            removed.with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Tells that it is ready, and nothing else, until told to end.
+///
+/// # Errors
+/// When the address of readiness cannot be used.
+pub async fn stay(settings: &Settings) -> anyhow::Result<()> {
+    let (trigger, drain) = DrainSignal::new();
+    tokio::spawn(await_signals(trigger));
+    if let ListenAddress(Some(address)) = settings.ready_address {
+        let left = |_request| async { Reply::text("the node has left the mesh\n") };
+        let routes = Routes::new().get("/healthz/ready", left);
+        let listener = AdminListener::tcp(address).await?;
+        tokio::spawn(
+            AdminServer::new(routes, AdminLimits::default()).serve(listener, drain.clone()),
+        );
+    }
+    drain.begun().await;
+    Ok(())
+}
+
+/// In a container `/proc/sys` is read-only; settings of pods have to be written. Only this mount namespace is changed.
+fn make_settings_writable() -> io::Result<()> {
+    use nix::mount::{MsFlags, mount};
+    use nix::sys::statvfs::{FsFlags, statvfs};
+    const SETTINGS: &str = "/proc/sys";
+    if !statvfs(SETTINGS)?.flags().contains(FsFlags::ST_RDONLY) {
+        return Ok(());
+    }
+    let none = None::<&str>;
+    let flags = MsFlags::MS_BIND
+        | MsFlags::MS_REMOUNT
+        | MsFlags::MS_NOSUID
+        | MsFlags::MS_NODEV
+        | MsFlags::MS_NOEXEC;
+    Ok(mount(none, SETTINGS, none, flags, none)?)
 }
 
 /// Attachments of a program that serves nothing: detaching is done for all pods at once afterwards.

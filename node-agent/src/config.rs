@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use mesh_ebpf::GuardPreference;
 use mesh_telemetry::LogFormat;
 
+use crate::cni::CniFolders;
 use crate::control::pods::Denied;
 use crate::control::session::{ControllerConfig, Credential};
 
@@ -31,7 +32,11 @@ pub enum Command {
     Run,
     /// Takes every pod out of the mesh, restores routes and kernel settings, and detaches everything from the kernel.
     /// Traffic of this node's pods goes direct and in the clear afterwards. Stop the agent first.
-    Uninstall,
+    Uninstall {
+        /// Afterwards, be ready and do nothing until told to end: for a DaemonSet, which would start it again.
+        #[arg(long)]
+        stay: bool,
+    },
 }
 
 /// The settings, as written.
@@ -93,6 +98,23 @@ pub struct Settings {
     /// The form of log lines.
     #[arg(long, env = "CULVERT_LOG_FORMAT", value_enum, default_value = "text", global = true)]
     pub log_format: LogForm,
+    /// Folder of the node's CNI configuration lists, to chain the plugin to the first of them; default: leave CNI alone.
+    #[arg(long, env = "CULVERT_CNI_CONF_DIR", global = true)]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Folder of the node's CNI plugins.
+    #[arg(long, env = "CULVERT_CNI_BIN_DIR", default_value = "/opt/cni/bin", global = true)]
+    pub cni_bin_dir: PathBuf,
+    /// The plugin to install there.
+    #[arg(long, env = "CULVERT_CNI_PLUGIN", default_value = "/usr/local/bin/culvert-cni")]
+    pub cni_plugin: PathBuf,
+    /// Namespace whose pods never wait for the agent; what the mesh itself needs to start has to be among them. May repeat.
+    #[arg(
+        long = "cni-exclude-namespace",
+        env = "CULVERT_CNI_EXCLUDE_NAMESPACES",
+        value_delimiter = ',',
+        default_values = mesh_enroll::cni::config::DEFAULT_EXCLUDED
+    )]
+    pub cni_exclude_namespaces: Vec<String>,
     /// Engines of the data path, each on a thread of its own; default: usable cores.
     #[arg(long, env = "CULVERT_WORKERS")]
     pub workers: Option<usize>,
@@ -221,6 +243,13 @@ impl Settings {
     #[must_use]
     pub const fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)
+    }
+
+    /// Where the CNI plugin goes; none when CNI is left alone.
+    pub(crate) fn cni_folders(&self) -> Option<CniFolders> {
+        let configurations = self.cni_conf_dir.clone()?;
+        let kept = self.state_dir.join("cni");
+        Some(CniFolders { configurations, programs: self.cni_bin_dir.clone(), kept })
     }
 
     /// Where capture lives.

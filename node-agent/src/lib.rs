@@ -3,6 +3,7 @@
 mod admin;
 pub mod agent;
 mod capture;
+mod cni;
 pub mod config;
 mod control;
 pub mod dataplane;

@@ -27,7 +27,11 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
     let settings = arguments.settings;
     let logging = logging(&settings)?;
     match arguments.command {
-        Some(Command::Uninstall) => agent::uninstall(&settings),
+        Some(Command::Uninstall { stay: false }) => agent::uninstall(&settings),
+        Some(Command::Uninstall { stay: true }) => {
+            agent::uninstall(&settings)?;
+            runtime()?.block_on(agent::stay(&settings))
+        }
         Some(Command::Run) | None => run(settings, logging),
     }
 }
@@ -44,15 +48,18 @@ fn run(settings: Settings, logging: Logging) -> anyhow::Result<()> {
         .clone()
         .install_default()
         .map_err(|_another| anyhow::anyhow!("another TLS provider was installed before"))?;
-    // The byte path has threads of its own; this runtime serves the controller, DNS, enrolment and the admin interface.
+    runtime()?.block_on(agent::run(settings, logging, metrics))
+}
+
+/// The byte path has threads of its own; this runtime serves the controller, DNS, enrolment and the admin interface.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(16)
         .thread_name("culvert-control")
         .enable_all()
         .build()
-        .context("starting the runtime")?
-        .block_on(agent::run(settings, logging, metrics))
+        .context("starting the runtime")
 }
 
 fn logging(settings: &Settings) -> anyhow::Result<Logging> {

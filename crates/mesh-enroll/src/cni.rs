@@ -4,6 +4,7 @@
 //! pod start only when the agent has captured it or has said that the pod is none of the mesh's.
 
 pub mod config;
+pub mod conflist;
 pub mod environment;
 pub mod error;
 pub mod plan;

@@ -70,7 +70,8 @@ pub(crate) fn wanted(
         probe_ports: config.probe_ports.clone(),
     };
     let service_account = config.service_account.to_string();
-    Ok((name, WantedPod { captured, service_account, settings }))
+    let uid = config.pod_uid.to_string();
+    Ok((name, WantedPod { captured, uid, service_account, settings }))
 }
 
 /// The names of a filter's fields, for errors: ports included and excluded, CIDRs included and excluded.

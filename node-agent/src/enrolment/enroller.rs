@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_ebpf::PodSettings;
-use mesh_enroll::{ContainerId, Enroll, EnrollReply, EnrolledPod, PodPhase, PodSelector, Refusal};
+use mesh_enroll::{
+    ContainerId, Enroll, EnrollReply, EnrolledPod, PodName, PodPhase, PodSelector, Refusal,
+};
 use mesh_model::PodUid;
 use mesh_net::Netns;
 
@@ -41,6 +43,8 @@ pub(crate) struct EnrollerConfig {
 pub(crate) struct WantedPod {
     /// Whether it is the mesh's.
     pub(crate) captured: bool,
+    /// Kubernetes' uid of it; empty when unknown.
+    pub(crate) uid: String,
     /// Its service account; empty when unknown.
     pub(crate) service_account: String,
     /// What is captured of it.
@@ -199,6 +203,20 @@ impl Enroller {
         }
         self.write_or_warn(&pods);
         outcome
+    }
+
+    /// Those that are to be captured and of which nothing is known.
+    pub(crate) fn missing(
+        &self,
+        wanted: &BTreeMap<PodName, WantedPod>,
+    ) -> BTreeMap<PodName, WantedPod> {
+        let pods = self.lock();
+        let known: BTreeSet<&PodName> = pods.values().map(|entry| &entry.record.pod.name).collect();
+        let is_missing = |(name, pod): &(&PodName, &WantedPod)| {
+            pod.captured && !pod.uid.is_empty() && !known.contains(*name)
+        };
+        let missing = wanted.iter().filter(is_missing);
+        missing.map(|(name, pod)| (name.clone(), pod.clone())).collect()
     }
 
     /// Every pod that is known, by namespace and name.

@@ -1,6 +1,6 @@
 //! Finds out which network namespaces still exist on the machine.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -12,14 +12,7 @@ const MOUNTED: [&str; 2] = ["/run/netns", "/var/run/netns"];
 /// The cookies of all namespaces that have a name or a process. Reads `/proc` once; for start-up only.
 pub(crate) fn cookies_on_this_machine() -> BTreeSet<u64> {
     let mounted = MOUNTED.iter().flat_map(|folder| entries(Path::new(folder)));
-    let of_processes = entries(Path::new("/proc"))
-        .into_iter()
-        .filter(|path| {
-            path.file_name()
-                .and_then(|name| name.to_str())
-                .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
-        })
-        .map(|process| process.join("ns/net"));
+    let of_processes = processes().map(|process| process.join("ns/net"));
     let mut inodes = BTreeSet::new();
     mounted
         .chain(of_processes)
@@ -29,6 +22,26 @@ pub(crate) fn cookies_on_this_machine() -> BTreeSet<u64> {
         })
         .filter_map(|path| Netns::open(&path).ok())
         .map(|netns| netns.cookie())
+        .collect()
+}
+
+/// The folder of every process.
+pub(super) fn processes() -> impl Iterator<Item = PathBuf> {
+    entries(Path::new("/proc")).into_iter().filter(|path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+    })
+}
+
+/// Where namespaces are mounted, by device and inode.
+pub(super) fn mounted() -> BTreeMap<(u64, u64), PathBuf> {
+    let paths = MOUNTED.iter().flat_map(|folder| entries(Path::new(folder)));
+    paths
+        .filter_map(|path| {
+            let found = std::fs::metadata(&path).ok()?;
+            Some(((found.dev(), found.ino()), path))
+        })
         .collect()
 }
 

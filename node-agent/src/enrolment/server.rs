@@ -1,5 +1,6 @@
 //! The agent's Unix socket: one request per connection, from root only.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -43,6 +44,18 @@ impl Enrolment {
     /// Enrolment over an enroller and what the controller wants.
     pub(crate) fn new(enroller: Arc<Enroller>, wanted: watch::Receiver<Arc<WantedPods>>) -> Self {
         Self { enroller, wanted, changed: watch::Sender::new(0) }
+    }
+
+    /// Pods that are to be captured and that nobody has told of.
+    pub(crate) fn missing(&self, wanted: &WantedPods) -> BTreeMap<PodName, WantedPod> {
+        self.enroller.missing(&wanted.pods)
+    }
+
+    /// Takes in a pod that was found running. Blocks.
+    pub(crate) fn enroll_found(&self, request: &Enroll, wanted: &WantedPod) -> EnrollReply {
+        let reply = self.enroller.enroll(request, wanted);
+        self.announce();
+        reply
     }
 
     /// Changes when the list of pods may have.

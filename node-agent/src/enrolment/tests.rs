@@ -174,6 +174,7 @@ fn request(name: &str, container: &str, netns: &TestNetns, ips: &[&str]) -> Enro
 
 fn wanted() -> WantedPod {
     WantedPod {
+        uid: String::new(),
         captured: true,
         service_account: "cart".to_owned(),
         settings: PodSettings::default(),

@@ -1,10 +1,12 @@
 //! The enrolment protocol and the CNI plugin's inputs.
 
+use mesh_enroll::cni::conflist::{chain, unchain};
 use mesh_enroll::cni::{AskError, Ending, Environment, Plan, conclude, plan};
 use mesh_enroll::{
     EnrollReply, EnrollRequest, FrameError, MAX_FRAME_BYTES, PodPhase, Refusal, encode, read_reply,
     read_request,
 };
+use serde_json::Value;
 
 use crate::input::{Input, long, texts};
 
@@ -76,6 +78,42 @@ pub(crate) fn reply_seeds() -> Vec<Vec<u8>> {
         r#"{"reply":"refused","reason":"no","remedy":"yes","retryable":true}"#,
         r#"{"reply":"pods","pods":[{"pod":{"uid":"u-1","namespace":"shop","name":"cart","service_account":""},"netns":"/run/netns/c","ips":["10.0.0.1"],"container_id":"c","phase":"enrolled","detail":""}]}"#,
     ])
+}
+
+/// A configuration list of another tool: chaining to it and back changes nothing of it, and chaining twice is once.
+pub fn conflist(data: &[u8]) {
+    let settings = serde_json::Map::from_iter([("agentSocket".to_owned(), "/s".into())]);
+    let Ok(chained) = chain(data, &settings) else {
+        assert!(unchain(data).is_err(), "both read alike");
+        return;
+    };
+    let Some(chained) = chained else { return };
+    assert!(matches!(chain(&chained, &settings), Ok(None)), "done already");
+    let back = unchain(&chained).expect("what was written is read").expect("it holds the plugin");
+    let plain = unchain(data).expect("it was read before").unwrap_or_else(|| data.to_vec());
+    let parse = |text: &[u8]| serde_json::from_slice::<Value>(text).expect("it was read before");
+    let (back, plain) = (parse(&back), parse(&plain));
+    // A fraction may be read as its neighbour: reading is not exact to the last bit.
+    assert!(back == plain || has_fraction(&plain), "{back} is not {plain}");
+}
+
+fn has_fraction(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => number.is_f64(),
+        Value::Array(values) => values.iter().any(has_fraction),
+        Value::Object(members) => members.values().any(has_fraction),
+        Value::Null | Value::Bool(_) | Value::String(_) => false,
+    }
+}
+
+pub(crate) fn conflist_seeds() -> Vec<Vec<u8>> {
+    let lists = [
+        r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"ptp"},{"type":"portmap"}]}"#,
+        r#"{"plugins":[{"type":"culvert-cni"},{"type":"ptp"},{"type":"culvert-cni","agentSocket":"/s"}]}"#,
+        r#"{"plugins":[]}"#,
+        r#"{"type":"bridge"}"#,
+    ];
+    lists.map(|list| list.as_bytes().to_vec()).into()
 }
 
 /// An invocation by a runtime: five variables and standard input. The result of the plugins before goes through as it

@@ -67,6 +67,7 @@ pub const TARGETS: &[Target] = &[
     target("enrol_request", enroll::request, enroll::request_seeds),
     target("enrol_reply", enroll::reply, enroll::reply_seeds),
     target("cni", enroll::cni, enroll::cni_seeds),
+    target("cni_conflist", enroll::conflist, enroll::conflist_seeds),
     target("manifest_yaml", manifest::yaml, manifest::yaml_seeds),
     target("manifest_json", manifest::json, manifest::json_seeds),
     target("token", token::token, token::token_seeds),
