@@ -8,6 +8,7 @@ mod addresses;
 mod cgroup;
 mod control_plane;
 mod credentials;
+mod go;
 mod images;
 mod layout;
 mod machine;

@@ -75,10 +75,13 @@ const CLUSTER_PACKAGES: &[Package] = &[
     package("iptables", "kubelet marks packets with it", "/usr/sbin/iptables"),
     package("conntrack", "kube-proxy ends stale connections with it", "/usr/sbin/conntrack"),
     package("openssl", "certificates of the test cluster", "/usr/bin/openssl"),
+    package("python3", "unpacks a fetched Go", "/usr/bin/python3"),
     package("busybox-static", "what tests run in pods", "/bin/busybox|/usr/bin/busybox"),
     package("iproute2", "network of the test cluster", "/usr/sbin/ip|/sbin/ip|/bin/ip"),
     package("util-linux", "unshare and nsenter", "/usr/bin/nsenter"),
-    package("curl", "asks whether the API server is ready", "/usr/bin/curl"),
+    package("curl", "asks whether the API server is ready, and is a real client", "/usr/bin/curl"),
+    package("nginx-light", "a real server in pods", "/usr/sbin/nginx"),
+    package("tcpdump", "the sniffer between the nodes", "/usr/bin/tcpdump|/usr/sbin/tcpdump"),
 ];
 
 /// Installs what is missing. Needs root only when something is.

@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 
-use crate::command::{cache, command, output_of, root, run};
+use super::go;
+use crate::command::{cache, command, root, run};
 use crate::oci::sha256;
 
 /// One Go module of `tests/cluster`. Each has its own because their Kubernetes libraries differ.
@@ -53,6 +54,14 @@ pub(super) const ETCD: ToolSet = ToolSet {
 pub(super) const COREDNS: ToolSet =
     ToolSet { name: "coredns", packages: &[(".", "coredns")], stamps: &[], takes: "three minutes" };
 
+/// Installs the chart; no cluster needs it to run.
+pub(super) const HELM: ToolSet = ToolSet {
+    name: "helm",
+    packages: &[("helm.sh/helm/v3/cmd/helm", "helm")],
+    stamps: &[],
+    takes: "two minutes",
+};
+
 /// What stands for a pod: holds its namespaces and reaps its orphans.
 pub(super) const PAUSE: ToolSet =
     ToolSet { name: "pause", packages: &[(".", "pause")], stamps: &[], takes: "a moment" };
@@ -63,6 +72,7 @@ pub(super) struct Tools {
     kubernetes: PathBuf,
     etcd: PathBuf,
     coredns: PathBuf,
+    helm: PathBuf,
     pause: PathBuf,
 }
 
@@ -71,6 +81,7 @@ impl Tools {
         Ok(Self {
             etcd: ETCD.build()?,
             coredns: COREDNS.build()?,
+            helm: HELM.build()?,
             pause: PAUSE.build()?,
             kubernetes: KUBERNETES.build()?,
         })
@@ -79,7 +90,8 @@ impl Tools {
     /// `PATH` with the cluster's own programs first.
     pub(super) fn path(&self) -> String {
         let machine = std::env::var("PATH").unwrap_or_default();
-        let own = [&self.kubernetes, &self.etcd].map(|folder| folder.display().to_string());
+        let own =
+            [&self.kubernetes, &self.etcd, &self.helm].map(|folder| folder.display().to_string());
         format!("{}:{machine}:/usr/sbin:/sbin:/usr/bin:/bin", own.join(":"))
     }
 
@@ -135,12 +147,11 @@ impl ToolSet {
     }
 
     fn compile(&self, module: &Path, into: &Path) -> anyhow::Result<()> {
-        if output_of(&mut command("go", &["version"])).is_err() {
-            bail!("the test cluster is built with Go: install Go 1.25 or newer, put it on PATH");
-        }
+        let go = go::program(&folder())?;
+        let go = go.to_string_lossy();
         for (package, program) in self.packages {
             // Nice: a build of this size would starve whatever else the machine does.
-            let mut build = command("nice", &["-n", "15", "go", "build", "-trimpath"]);
+            let mut build = command("nice", &["-n", "15", &go, "build", "-trimpath"]);
             build.args(["-ldflags", &self.flags(), "-o"]).arg(into.join(program)).arg(package);
             run(build.env("CGO_ENABLED", "0").current_dir(module))?;
         }
