@@ -4,6 +4,7 @@
 mod cluster;
 mod command;
 mod fuzz;
+mod image;
 mod kernels;
 mod oci;
 mod run;
@@ -54,6 +55,8 @@ enum Verb {
     /// Starts and ends real Kubernetes clusters on this machine; needs root.
     #[command(subcommand)]
     Cluster(cluster::Verb),
+    /// Writes the programs as OCI images, in one archive.
+    Image(image::Options),
     /// Builds the eBPF object alone.
     Ebpf,
     /// Checks what the compiler cannot: crate edges, file sizes, stray paths.
@@ -74,6 +77,7 @@ fn main() -> anyhow::Result<()> {
         }
         Verb::Fuzz(options) => fuzz::fuzz(&options),
         Verb::Cluster(verb) => cluster::run(verb),
+        Verb::Image(options) => image::image(&options),
         Verb::Ebpf => run::ebpf(),
         Verb::Tidy => tidy::run(),
         Verb::Ci => run::ci(),

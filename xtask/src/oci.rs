@@ -4,6 +4,7 @@
 //! Layers are uncompressed, so a layer's digest is its `diff_id`; nothing in an archive depends on
 //! time or machine, so that equal input gives equal bytes.
 
+pub(crate) mod runtime;
 mod tar;
 
 use std::collections::{BTreeMap, BTreeSet};
