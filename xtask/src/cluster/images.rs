@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail};
 use super::layout::Layout;
 use super::tools::Tools;
 use crate::command::{command, output_of};
-use crate::oci::{self, Image};
+use crate::oci::{self, Image, runtime};
 
 /// What containerd starts each pod with.
 pub(super) const PAUSE_IMAGE: &str = "registry.k8s.io/pause:3.10";
@@ -16,6 +16,9 @@ pub(super) const PAUSE_IMAGE: &str = "registry.k8s.io/pause:3.10";
 const COREDNS_IMAGE: &str = "registry.k8s.io/coredns/coredns:v1.14.3";
 /// A shell and the usual tools: what tests run in pods.
 const SHELL_IMAGE: &str = "culvert.test/shell:1";
+/// A real server and a real client of HTTP.
+const NGINX_IMAGE: &str = "culvert.test/nginx:1";
+const CURL_IMAGE: &str = "culvert.test/curl:1";
 
 /// Writes the archive that nodes import while the API server starts.
 pub(super) fn write(layout: &Layout, tools: &Tools) -> anyhow::Result<()> {
@@ -29,8 +32,51 @@ pub(super) fn write(layout: &Layout, tools: &Tools) -> anyhow::Result<()> {
         program(PAUSE_IMAGE, "/pause", tools.pause()),
         program(COREDNS_IMAGE, "/coredns", tools.coredns()),
         shell()?,
+        real(NGINX_IMAGE, "/usr/sbin/nginx", &["-c", "/etc/nginx/nginx.conf"], NGINX)?,
+        real(CURL_IMAGE, "/usr/bin/curl", &[], CURL)?,
     ];
     oci::write(&layout.images(), &images)
+}
+
+/// A text file of an image: path and content.
+type Text = (&'static str, &'static str);
+
+/// Serves one line with the pod's name and the client's address.
+const NGINX: &[Text] = &[
+    ("/etc/passwd", "root:x:0:0::/:/bin/sh\n"),
+    ("/etc/group", "root:x:0:\n"),
+    (
+        "/etc/nginx/nginx.conf",
+        "user root; worker_processes 1; daemon off; pid /tmp/pid; error_log stderr;
+events {}
+http {
+    access_log /dev/stdout;
+    client_body_temp_path /tmp/body; proxy_temp_path /tmp/proxy; fastcgi_temp_path /tmp/fastcgi;
+    uwsgi_temp_path /tmp/uwsgi; scgi_temp_path /tmp/scgi;
+    server { listen 8080; listen [::]:8080; return 200 \"hello from $hostname to $remote_addr\\n\"; }
+}
+",
+    ),
+];
+const CURL: &[Text] = &[("/etc/passwd", "root:x:0:0::/:/bin/sh\n")];
+
+/// A program of this machine with its libraries, and busybox to wait and look around with.
+fn real(name: &str, program: &str, arguments: &[&str], texts: &[Text]) -> anyhow::Result<Image> {
+    let source = PathBuf::from(program);
+    if !source.exists() {
+        bail!("no {program}: cargo xtask setup");
+    }
+    let mut image = shell()?;
+    name.clone_into(&mut image.name);
+    image.entrypoint =
+        [program].into_iter().chain(arguments.iter().copied()).map(str::to_owned).collect();
+    image.files.extend(runtime::libraries(&source)?);
+    image.files.insert(program.to_owned(), source);
+    image.texts = texts.iter().map(|(path, text)| ((*path).into(), (*text).into())).collect();
+    for folder in ["/var/log/nginx", "/var/lib/nginx"] {
+        image.folders.insert(folder.to_owned());
+    }
+    Ok(image)
 }
 
 /// Debian's static busybox, a link per tool.

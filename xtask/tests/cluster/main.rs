@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, reason = "a test shows how long a cluster took")]
 
+mod chart;
 mod source;
 mod support;
 
