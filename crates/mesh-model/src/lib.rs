@@ -9,6 +9,7 @@ pub mod address;
 pub mod close;
 pub mod flow;
 pub mod identity;
+pub mod request_path;
 pub mod service;
 pub mod workload;
 
@@ -18,6 +19,9 @@ pub use address::{
 pub use close::{CloseReason, Fault};
 pub use flow::{Direction, Flow, FlowId, PodUid, Reporter, Revision};
 pub use identity::{InvalidSpiffeId, SpiffeId};
+pub use request_path::{
+    EmptySegments, EncodedSlashes, InvalidPath, MAX_PATH_BYTES, PathNormalization, RequestPath,
+};
 pub use service::{
     GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode,
     NamespacedHostname, Scope, Service, ServicePort, Visibility, WeightedWaypoint,
