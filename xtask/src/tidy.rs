@@ -11,6 +11,7 @@ use crate::command::{command, root};
 const EDGES: &[(&str, &[&str])] = &[
     ("mesh-model", &[]),
     ("mesh-resolve", &["mesh-model"]),
+    ("mesh-route", &["mesh-model"]),
     ("mesh-authorize", &["mesh-model", "mesh-resolve"]),
     ("mesh-tunnel", &["mesh-model", "mesh-authorize"]),
     ("mesh-identity", &["mesh-model"]),

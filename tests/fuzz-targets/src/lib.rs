@@ -19,6 +19,7 @@ pub mod packet;
 pub mod policy;
 mod random;
 pub mod resolve;
+pub mod route;
 pub mod text;
 pub mod tls;
 pub mod token;
@@ -80,4 +81,6 @@ pub const TARGETS: &[Target] = &[
     target("packet", packet::packet, packet::packet_seeds),
     target("policy", policy::policy, policy::policy_seeds),
     target("resolve", resolve::resolve, resolve::resolve_seeds),
+    target("request_path", route::request_path, route::request_path_seeds),
+    target("route_table", route::route_table, route::route_table_seeds),
 ];
