@@ -326,7 +326,7 @@ mod tests {
     fn a_command_may_follow_the_flags_or_precede_them() {
         let flags = ["culvert-agent", "--bpffs", "/b", "uninstall"];
         let arguments = Arguments::parse_from(flags);
-        assert!(matches!(arguments.command, Some(Command::Uninstall)));
+        assert!(matches!(arguments.command, Some(Command::Uninstall { .. })));
         assert_eq!(arguments.settings.bpffs, PathBuf::from("/b"));
         let flags = ["culvert-agent", "uninstall", "--bpffs", "/b"];
         assert_eq!(Arguments::parse_from(flags).settings.bpffs, PathBuf::from("/b"));
