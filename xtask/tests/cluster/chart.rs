@@ -96,7 +96,7 @@ fn a_rewritten_network(mesh: &Mesh) {
         mesh.cluster.try_exec(&["--node", "1", "sh", "-c", &script.replace("LIST", list)])
     };
     assert!(on_node("cat LIST").unwrap().contains("culvert-cni"));
-    on_node("cp /var/lib/culvert/cni/10-cluster.conflist LIST.new && mv LIST.new LIST").unwrap();
+    on_node("cat /var/lib/culvert/cni/10-cluster.conflist > LIST.new && mv LIST.new LIST").unwrap();
     eventually("the plugin to be back", || {
         let text = on_node("cat LIST")?;
         if text.contains("culvert-cni") { Ok(()) } else { Err(text) }
