@@ -156,7 +156,10 @@ fn args(directory: &Path) -> RunArgs {
     ];
     match Cli::try_parse_from(line).unwrap().command {
         Command::Run(args) => *args,
-        other @ (Command::Token(_) | Command::Source(_) | Command::Ca(_)) => panic!("{other:?}"),
+        other @ (Command::Token(_)
+        | Command::Source(_)
+        | Command::Ca(_)
+        | Command::Leave { .. }) => panic!("{other:?}"),
     }
 }
 
