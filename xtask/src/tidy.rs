@@ -18,6 +18,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("mesh-telemetry", &["mesh-model"]),
     ("mesh-wire", &["mesh-model", "mesh-resolve", "mesh-authorize"]),
     ("mesh-dns", &["mesh-model", "mesh-resolve"]),
+    ("mesh-direct", &[]),
     ("mesh-enroll", &["mesh-model"]),
     ("mesh-net", &["mesh-model", "mesh-authorize", "mesh-tunnel", "mesh-identity"]),
     ("mesh-runtime", &["mesh-telemetry"]),

@@ -1,0 +1,283 @@
+//! A node's kernel, its pods, a policy that changes, an agent that comes and goes, and faults, from a
+//! seed. After every step: no verdict in force that the policy of now does not grant, and no
+//! connection of a denied pair lives longer than a second.
+#![expect(clippy::cast_possible_truncation, reason = "numbers of pods and connections, all small")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_direct::{Bounds, Command, Flow, Input, Judgement, Ledger, Pair, Pod, Refused};
+
+const SEEDS: u64 = 100_000;
+const STEPS: usize = 60;
+const PODS: u64 = 3;
+const STEP: Duration = Duration::from_millis(100);
+/// What the mesh promises of a policy that denies.
+const CUT_WITHIN: Duration = Duration::from_secs(1);
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    fn one_in(&mut self, bound: u64) -> bool {
+        self.below(bound) == 0
+    }
+}
+
+/// What the kernel holds; it knows no policy.
+#[derive(Default)]
+struct Kernel {
+    verdicts: BTreeSet<Pair>,
+    lease: Duration,
+    open: BTreeSet<(Pair, Flow)>,
+    /// What the agent has not read yet.
+    events: Vec<Input>,
+}
+
+/// What is true: who is enrolled, who has which address, what the policy says.
+struct World {
+    judgements: BTreeMap<(u64, u64), Judgement>,
+    /// The pod at each address; a successor is another pod.
+    at: Vec<Pod>,
+    next_pod: u64,
+    /// When the pair was denied or its pod replaced, for the second it may take.
+    denied_since: BTreeMap<Pair, Duration>,
+}
+
+impl World {
+    fn judge(&self, pair: &Pair) -> Judgement {
+        let place = |pod: Pod| self.at.iter().position(|at| *at == pod);
+        let (Some(client), Some(server)) = (place(pair.client), place(pair.server)) else {
+            return Judgement::Deny;
+        };
+        let key = (client as u64, server as u64);
+        self.judgements.get(&key).copied().unwrap_or(Judgement::Deny)
+    }
+
+    fn pair(&self, client: u64, server: u64) -> Pair {
+        let address = |place: u64| std::net::IpAddr::from([10, 0, 0, place as u8]);
+        Pair {
+            client: self.at[client as usize],
+            client_address: address(client),
+            server: self.at[server as usize],
+            target: SocketAddr::new(address(server), 80),
+        }
+    }
+}
+
+struct Node {
+    dice: Dice,
+    now: Duration,
+    world: World,
+    kernel: Kernel,
+    agent: Option<Ledger>,
+    faulty: bool,
+    next_port: u16,
+    /// Since when the agent has been there and nothing was refused.
+    well_since: Duration,
+}
+
+impl Node {
+    fn new(seed: u64) -> Self {
+        let world = World {
+            judgements: BTreeMap::new(),
+            at: (0..PODS).map(Pod).collect(),
+            next_pod: PODS,
+            denied_since: BTreeMap::new(),
+        };
+        Self {
+            dice: Dice(seed),
+            now: Duration::from_secs(100),
+            world,
+            kernel: Kernel::default(),
+            agent: Some(Ledger::new(Bounds { verdicts: 4, ..Bounds::default() })),
+            faulty: false,
+            next_port: 1024,
+            well_since: Duration::ZERO,
+        }
+    }
+
+    fn tell(&mut self, input: Input) {
+        let Some(ledger) = &mut self.agent else { return };
+        ledger.handle(input, self.now, |pair| self.world.judge(pair));
+        while let Some(command) = ledger.poll_command() {
+            if self.faulty && self.dice.one_in(2) {
+                ledger.refused(Refused(command), self.now);
+                continue;
+            }
+            match command {
+                Command::Permit(pair) => {
+                    self.kernel.verdicts.insert(pair);
+                }
+                Command::Revoke(pair) => {
+                    self.kernel.verdicts.remove(&pair);
+                }
+                Command::Cut(pair, flow) => {
+                    if self.kernel.open.remove(&(pair, flow)) {
+                        self.kernel.events.push(Input::Closed(pair, flow));
+                    }
+                }
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        let (client, server) = (self.dice.below(PODS), self.dice.below(PODS));
+        let pair = self.world.pair(client, server);
+        match self.dice.below(10) {
+            0 | 1 => {
+                let judgement = match self.dice.below(4) {
+                    0 => Judgement::Deny,
+                    1 => Judgement::Hold,
+                    _ => Judgement::Grant,
+                };
+                self.world.judgements.insert((client, server), judgement);
+                self.tell(Input::Changed);
+                if self.dice.one_in(2) {
+                    self.connect(pair);
+                }
+            }
+            // A pod goes, and its address is another one's at once.
+            2 => {
+                self.world.at[client as usize] = Pod(self.world.next_pod);
+                self.world.next_pod += 1;
+                self.tell(Input::Changed);
+            }
+            3 | 4 => self.connect(pair),
+            5 => self.connect(self.world.pair(server, client)),
+            6 => {
+                let nth = self.dice.below(self.kernel.open.len().max(1) as u64) as usize;
+                if let Some((pair, flow)) = self.kernel.open.iter().nth(nth).copied() {
+                    self.kernel.open.remove(&(pair, flow));
+                    self.kernel.events.push(Input::Closed(pair, flow));
+                }
+            }
+            7 => self.read_events(),
+            8 if self.dice.one_in(3) => self.restart(),
+            8 => self.faulty = !self.faulty && self.dice.one_in(2),
+            _ => self.now += STEP * 5,
+        }
+        self.now += STEP;
+        // The shell's own turn.
+        if self.dice.one_in(4) || !self.faulty {
+            self.read_events();
+            self.tell(Input::Tick);
+        }
+        if let Some(lease) = self.agent.as_ref().and_then(|ledger| ledger.lease(self.now)) {
+            self.kernel.lease = lease;
+        }
+        if self.faulty || self.agent.is_none() {
+            self.well_since = self.now;
+        }
+        self.check();
+    }
+
+    /// The kernel's rule: by a verdict in force, between those who have the addresses now.
+    fn connect(&mut self, pair: Pair) {
+        // One that the agent took before there was a verdict is offered late.
+        let late = self.dice.one_in(4);
+        if !late && self.kernel.verdicts.contains(&pair) && self.now < self.kernel.lease {
+            let flow = Flow(SocketAddr::new(pair.client_address, self.next_port));
+            self.next_port += 1;
+            self.kernel.open.insert((pair, flow));
+            self.kernel.events.push(Input::Opened(pair, flow));
+        } else if self.agent.is_some() && self.world.judge(&pair) != Judgement::Deny {
+            self.tell(Input::Offered(pair));
+        }
+    }
+
+    fn read_events(&mut self) {
+        if self.agent.is_none() {
+            return;
+        }
+        // What is cut on the way closes, and is heard of in the second round.
+        for _ in 0..2 {
+            for event in std::mem::take(&mut self.kernel.events) {
+                self.tell(event);
+            }
+        }
+    }
+
+    fn restart(&mut self) {
+        if self.agent.take().is_some() {
+            return;
+        }
+        self.agent = Some(Ledger::new(Bounds { verdicts: 4, ..Bounds::default() }));
+        // Verdicts and connections are there before anything else is heard.
+        self.kernel.events.clear();
+        for pair in self.kernel.verdicts.clone() {
+            self.tell(Input::Adopted(pair));
+        }
+        for (pair, flow) in self.kernel.open.clone() {
+            self.tell(Input::Opened(pair, flow));
+        }
+    }
+
+    fn check(&mut self) {
+        let stuck = self.agent.as_ref().is_some_and(|ledger| ledger.lease(self.now).is_none());
+        for pair in &self.kernel.verdicts {
+            let granted = self.world.judge(pair) == Judgement::Grant;
+            // With no agent, or one that the kernel refuses, it ends with its lease.
+            let lapses = self.agent.is_none() || stuck;
+            assert!(granted || lapses, "a verdict that nobody grants: {pair:?}");
+        }
+        if let Some(ledger) = self.agent.as_ref().filter(|ledger| ledger.next_try().is_none()) {
+            let believed: BTreeSet<Pair> = ledger.permitted().copied().collect();
+            assert_eq!(believed, self.kernel.verdicts, "ledger and kernel differ");
+        }
+        let longest = self.now + Bounds::default().lease;
+        assert!(self.kernel.lease <= longest, "the lease outlives its keeper");
+        let denied = |pair: &Pair| self.world.judge(pair) == Judgement::Deny;
+        let open: BTreeSet<Pair> = self.kernel.open.iter().map(|(pair, _)| *pair).collect();
+        self.world.denied_since = open
+            .into_iter()
+            .filter(denied)
+            .map(|pair| (pair, *self.world.denied_since.get(&pair).unwrap_or(&self.now)))
+            .collect();
+        for (pair, since) in &self.world.denied_since {
+            let since = (*since).max(self.well_since);
+            assert!(self.now - since <= CUT_WITHIN, "a denied connection lives: {pair:?}");
+        }
+    }
+}
+
+#[test]
+fn no_seed_leaves_a_verdict_that_the_policy_does_not_grant() {
+    for seed in 0..SEEDS {
+        let outcome = std::panic::catch_unwind(|| {
+            let mut node = Node::new(seed);
+            for _ in 0..STEPS {
+                node.step();
+            }
+            node.kernel.verdicts.len() + node.kernel.open.len()
+        });
+        assert!(outcome.is_ok(), "seed {seed}");
+    }
+}
+
+#[test]
+fn the_simulation_reaches_what_it_judges() {
+    let (mut verdicts, mut open) = (0, 0);
+    for seed in 0..100 {
+        let mut node = Node::new(seed);
+        for _ in 0..STEPS {
+            node.step();
+            verdicts = verdicts.max(node.kernel.verdicts.len());
+            open = open.max(node.kernel.open.len());
+        }
+    }
+    assert!(verdicts >= 2 && open >= 2, "{verdicts} verdicts, {open} connections at most");
+}
