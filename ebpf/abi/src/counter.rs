@@ -82,6 +82,14 @@ counters! {
     GuardIcmp = "guard_dropped_icmp",
     /// Dropped by the guard: an interface that no pod is registered for.
     GuardInterface = "guard_dropped_unknown_interface",
+    /// Outbound TCP connections that went straight to another pod of the node.
+    DirectDialled = "direct_dialled",
+    /// Those of them that the other pod's side let in.
+    DirectAdmitted = "direct_admitted",
+    /// Direct connections whose verdict was taken back before their SYN left; the guard drops it.
+    DirectRevoked = "direct_refused_revoked",
+    /// Events of direct connections that found no room in the queue for the agent.
+    DirectEventsLost = "direct_events_lost",
 }
 
 #[cfg(test)]

@@ -48,6 +48,10 @@ pub enum FlowOrigin {
     /// The agent's connection to the application under its client's address. It lives inside the
     /// pod; the guard never sees it, `sk_lookup` tells it by this entry from one made by others.
     Delivery = 5,
+    /// A connection that went straight to another pod of the node by a verdict, at its client.
+    Direct = 6,
+    /// The same at its server.
+    DirectAccepted = 7,
 }
 
 /// A permitted flow with an open socket.
@@ -90,6 +94,16 @@ pub enum Remains {
     /// A connection that arrived and went where it should: to the agent, or past it because the
     /// pod's settings say so. Once it is accepted it may be answered.
     Admitted = 4,
+    /// One that arrived from another pod of the node, by a verdict, and went to the application.
+    Direct = 5,
+}
+
+impl Remains {
+    /// Whether such a connection went where it should. `remains` is a [`Remains`] as stored.
+    #[inline(always)]
+    pub const fn is_admitted(remains: u8) -> bool {
+        remains == Self::Admitted as u8 || remains == Self::Direct as u8
+    }
 }
 
 /// Whether a segment may leave on a tuple without open socket. `remains` is a [`Remains`] as stored.
@@ -104,7 +118,7 @@ pub const fn permits_after_close(remains: u8, flags: TcpFlags, empty: bool) -> b
     if remains == Remains::Closed as u8 {
         return !flags.has(TcpFlags::SYN);
     }
-    (remains == Remains::Arrived as u8 || remains == Remains::Admitted as u8)
+    (remains == Remains::Arrived as u8 || Remains::is_admitted(remains))
         && flags.has(TcpFlags::SYN)
         && flags.has(TcpFlags::ACK)
 }
@@ -176,6 +190,8 @@ mod tests {
         check(Remains::Admitted, SYN | ACK, true, true);
         check(Remains::Admitted, SYN | ACK, false, false);
         check(Remains::Admitted, ACK, true, false);
+        check(Remains::Direct, SYN | ACK, true, true);
+        check(Remains::Direct, ACK, true, false);
     }
 
     #[test]
@@ -185,6 +201,7 @@ mod tests {
         };
         check(Remains::Arrived, false);
         check(Remains::Admitted, true);
+        check(Remains::Direct, true);
         check(Remains::Closed, true);
         check(Remains::Stray, true);
     }

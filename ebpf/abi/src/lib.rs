@@ -9,6 +9,7 @@
 
 mod address;
 mod counter;
+mod direct;
 mod flow;
 mod map;
 mod packet;
@@ -16,6 +17,7 @@ mod pod;
 
 pub use address::{Address, Endpoint, Port};
 pub use counter::Counter;
+pub use direct::{DirectEvent, DirectEventKind, DirectKey, payload_acknowledged, tcp_state};
 pub use flow::{
     ClientKey, FlowKey, FlowOrigin, FlowState, Remains, admits_payload, permits_after_close,
 };
@@ -28,7 +30,7 @@ pub use pod::{
 /// Version of everything in the pinned maps. Pins live in a directory of this number, so that a
 /// build with other shapes never reads them. Raise it with any change to a key, a value, or to what
 /// a field means.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// The agent's listeners inside a pod's network namespace.
 pub mod port {

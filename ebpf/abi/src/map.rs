@@ -1,8 +1,8 @@
 //! The pinned maps: names, shapes, bounds, and what happens at the bound.
 
 use crate::{
-    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, ListenerKey, NetworkKey, Pod,
-    PortKey, SocketNote,
+    Address, ClientKey, Counter, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey,
+    NetworkKey, Pod, PortKey, SocketNote,
 };
 
 /// Kind of a map, with the kernel's number for it (`enum bpf_map_type`).
@@ -11,6 +11,8 @@ use crate::{
 pub enum MapKind {
     /// `BPF_MAP_TYPE_HASH`
     Hash = 1,
+    /// `BPF_MAP_TYPE_ARRAY`
+    Array = 2,
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`
     PerCpuArray = 6,
     /// `BPF_MAP_TYPE_LRU_HASH`
@@ -19,6 +21,8 @@ pub enum MapKind {
     LpmTrie = 11,
     /// `BPF_MAP_TYPE_SOCKHASH`
     SockHash = 18,
+    /// `BPF_MAP_TYPE_QUEUE`
+    Queue = 22,
     /// `BPF_MAP_TYPE_SK_STORAGE`
     SocketStorage = 24,
 }
@@ -76,6 +80,14 @@ pub mod maps {
     /// Tuples without open socket on which answers may leave. Full: the oldest goes, and with it a
     /// connection that was not accepted yet.
     pub const REMAINS: MapSpec = spec::<FlowKey, u8>("REMAINS", MapKind::LruHash, 65_536);
+    /// Pairs of pods that may talk without the agent → revision of the picture the verdict was taken
+    /// on. Full: the pair goes on through the agent.
+    pub const DIRECT: MapSpec = spec::<DirectKey, u64>("DIRECT", MapKind::Hash, 65_536);
+    /// One element: until when verdicts in `DIRECT` are in force, nanoseconds of the monotonic clock.
+    pub const DIRECT_LEASE: MapSpec = spec::<u32, u64>("DIRECT_LEASE", MapKind::Array, 1);
+    /// What happened to direct connections. Full: counted, and the event is lost.
+    pub const DIRECT_EVENTS: MapSpec =
+        spec::<(), DirectEvent>("DIRECT_EVENTS", MapKind::Queue, 32_768);
     /// The agent's sockets (by its own hand, through their descriptors).
     pub const LABELS: MapSpec = spec::<u32, u32>("LABELS", MapKind::SocketStorage, 0);
     /// Notes on the sockets of pods.
@@ -88,7 +100,7 @@ pub mod maps {
     const _: () = assert!(Counter::ALL.len() <= COUNTER_SLOTS as usize);
 
     /// All of them.
-    pub const ALL: [MapSpec; 14] = [
+    pub const ALL: [MapSpec; 17] = [
         PODS,
         ADDRESSES,
         GUARDS,
@@ -100,6 +112,9 @@ pub mod maps {
         RESOLVERS,
         FLOWS,
         REMAINS,
+        DIRECT,
+        DIRECT_LEASE,
+        DIRECT_EVENTS,
         LABELS,
         NOTES,
         COUNTERS,

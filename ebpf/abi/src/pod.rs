@@ -191,6 +191,10 @@ pub enum Verdict {
     Captured = 1,
     /// It passes, and its flow is to be registered with the guard.
     Passed = 2,
+    /// It goes straight to another pod of the node.
+    Direct = 3,
+    /// It came straight from another pod of the node.
+    DirectAccepted = 4,
 }
 
 /// A note on a socket of a pod (socket storage).
@@ -217,6 +221,18 @@ impl SocketNote {
     #[inline(always)]
     pub const fn captured(&self) -> bool {
         self.verdict == Verdict::Captured as u32
+    }
+
+    /// Whether it goes straight to another pod of the node.
+    #[inline(always)]
+    pub const fn direct(&self) -> bool {
+        self.verdict == Verdict::Direct as u32
+    }
+
+    /// Whether it came straight from another pod of the node.
+    #[inline(always)]
+    pub const fn direct_accepted(&self) -> bool {
+        self.verdict == Verdict::DirectAccepted as u32
     }
 
     /// Whether its flow is to be registered with the guard.

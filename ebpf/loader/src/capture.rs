@@ -12,13 +12,16 @@ use std::time::Duration;
 
 use mesh_ebpf_abi::{Address, ClientKey, Counter, LAYOUT, Port, maps as shapes, port};
 
+use crate::direct::{self, DirectEvent, DirectFlow, DirectPair};
 use crate::guard::{self, Guards};
 use crate::maps::{self, Maps};
 use crate::object::{self, CGROUP_HOOKS, CgroupHook, Programs};
 use crate::pins::Pins;
 use crate::pods::{self, Parts, Pods};
 use crate::sys::{self, LinkOrder, LinkTarget};
-use crate::{CaptureConfig, CaptureError, CgroupOrder, FeatureReport, PodCapture, cgroup, netns};
+use crate::{
+    CaptureConfig, CaptureError, CgroupOrder, FeatureReport, PodCapture, cgroup, destroy, netns,
+};
 
 /// The kernel's name for a network namespace: unique on a machine until its next boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -209,6 +212,60 @@ impl Capture {
     pub fn verify_guards(&self) -> Result<usize, CaptureError> {
         let _pods = self.pods();
         pods::verify_guards(self.parts())
+    }
+
+    /// Lets a pair of enrolled pods talk without the agent, while verdicts are
+    /// [in force](Self::keep_direct_until). Call it only after the full policy allowed the pair;
+    /// `revision` is that of the picture it was taken on. Fails with [`CaptureError::Full`] at 65,536.
+    pub fn permit_direct(&self, pair: &DirectPair, revision: u64) -> Result<(), CaptureError> {
+        direct::permit(&self.maps, pair, revision)
+    }
+
+    /// Takes a verdict back: no further connection of the pair opens. Those that are open go on, see
+    /// [`cut_direct`](Self::cut_direct). Whether there was one.
+    pub fn revoke_direct(&self, pair: &DirectPair) -> Result<bool, CaptureError> {
+        direct::revoke(&self.maps, pair)
+    }
+
+    /// The verdicts that are there, an earlier process's too, with their revisions.
+    pub fn direct_pairs(&self) -> Result<Vec<(DirectPair, u64)>, CaptureError> {
+        direct::pairs(&self.maps)
+    }
+
+    /// Until when verdicts are in force, by [`monotonic_now`](crate::monotonic_now). To be renewed
+    /// all the time, so that they end with the agent that would take them back.
+    pub fn keep_direct_until(&self, until: Duration) -> Result<(), CaptureError> {
+        direct::keep_until(&self.maps, until)
+    }
+
+    /// What happened to direct connections, oldest first, at most `limit` events. What finds no room
+    /// in the queue of 32,768 is counted by the kernel side (`direct_events_lost`).
+    pub fn direct_events(&self, limit: usize) -> Result<Vec<DirectEvent>, CaptureError> {
+        direct::events(&self.maps, limit)
+    }
+
+    /// The direct connections that are open, with their clients' namespaces. Walks the flow table.
+    pub fn direct_flows(&self) -> Result<Vec<(DirectFlow, NetnsCookie)>, CaptureError> {
+        direct::flows(&self.maps)
+    }
+
+    /// Ends a direct connection: the guards let nothing of it pass any more, and its sockets in
+    /// these namespaces are destroyed; their owners see `ECONNABORTED`.
+    pub fn cut_direct(
+        &self,
+        flow: &DirectFlow,
+        client: Option<BorrowedFd<'_>>,
+        server: Option<BorrowedFd<'_>>,
+    ) -> Result<(), CaptureError> {
+        direct::cut(&self.maps, flow, client, server)
+    }
+
+    /// Whether the kernel can destroy sockets, without which the direct path must not be used. The
+    /// error names what it lacks.
+    pub fn check_direct() -> Result<(), CaptureError> {
+        netns::inside_new(destroy::probe).and_then(|probed| probed).map_err(CaptureError::kernel(
+            "ending sockets by sock_diag (tcp_diag, CONFIG_INET_DIAG_DESTROY)",
+        ))
     }
 
     /// Layouts of other builds that are still pinned and capturing beside this one.

@@ -6,6 +6,8 @@
 mod capture;
 mod cgroup;
 mod config;
+mod destroy;
+mod direct;
 mod error;
 mod established;
 mod features;
@@ -24,6 +26,7 @@ pub use config::{
     CaptureConfig, GuardPreference, MAX_ADDRESSES, MAX_NETWORKS, MAX_PORTS, PodCapture,
     PodSettings, Selection,
 };
+pub use direct::{DirectClose, DirectEvent, DirectFlow, DirectOutcome, DirectPair};
 pub use error::CaptureError;
 pub use mesh_ebpf_abi::{DELIVERY_MARK, port};
 

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, LAYOUT, ListenerKey, MapSpec,
-    NetworkKey, Pod, PortKey, maps,
+    Address, ClientKey, Counter, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, LAYOUT,
+    ListenerKey, MapSpec, NetworkKey, Pod, PortKey, maps,
 };
 
 use crate::CaptureError;
@@ -91,6 +91,9 @@ pub(crate) struct Maps {
     pub(crate) flows: Map<FlowKey, FlowState>,
     pub(crate) remains: Map<FlowKey, u8>,
     pub(crate) labels: Map<u32, u32>,
+    pub(crate) direct: Map<DirectKey, u64>,
+    pub(crate) direct_lease: Map<u32, u64>,
+    direct_events: OwnedFd,
     counters: OwnedFd,
 }
 
@@ -110,8 +113,17 @@ impl Maps {
             flows: Map::open(directory, maps::FLOWS)?,
             remains: Map::open(directory, maps::REMAINS)?,
             labels: Map::open(directory, maps::LABELS)?,
+            direct: Map::open(directory, maps::DIRECT)?,
+            direct_lease: Map::open(directory, maps::DIRECT_LEASE)?,
+            direct_events: open_checked(directory, maps::DIRECT_EVENTS)?,
             counters: open_checked(directory, maps::COUNTERS)?,
         })
+    }
+
+    /// The oldest event of a direct connection, which leaves the queue.
+    pub(crate) fn next_direct_event(&self) -> Result<Option<DirectEvent>, CaptureError> {
+        sys::queue_pop(self.direct_events.as_fd())
+            .map_err(CaptureError::kernel("reading events of direct connections"))
     }
 
     /// The sum of a counter over all CPUs.

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
-    Address, ClientKey, Endpoint, FlowKey, FlowState, ListenerKey, NetworkKey, Pod, PortKey,
-    SocketNote,
+    Address, ClientKey, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey,
+    NetworkKey, Pod, PortKey, SocketNote,
 };
 
 /// Plain bytes: any bit pattern is a value, and there is no padding.
@@ -32,6 +32,8 @@ plain!(
     u64,
     Address,
     ClientKey,
+    DirectEvent,
+    DirectKey,
     Endpoint,
     FlowKey,
     FlowState,
@@ -50,6 +52,7 @@ const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
@@ -157,6 +160,18 @@ pub(crate) fn map_delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<b
     match bpf(BPF_MAP_DELETE_ELEM, &mut element(map, key, std::ptr::null_mut::<u8>(), 0)) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes the oldest element out of a queue.
+pub(crate) fn queue_pop<V: Plain>(queue: BorrowedFd<'_>) -> io::Result<Option<V>> {
+    let mut value = MaybeUninit::<V>::uninit();
+    let key = std::ptr::null::<()>();
+    match bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut element(queue, key, value.as_mut_ptr(), 0)) {
+        // SAFETY: the kernel wrote the whole value, and any bytes are one.
+        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -374,10 +389,17 @@ pub(crate) fn interface_name(index: u32) -> io::Result<String> {
 
 /// A route netlink socket of the calling thread's network namespace.
 pub(crate) fn route_socket() -> io::Result<OwnedFd> {
+    netlink_socket(libc::NETLINK_ROUTE)
+}
+
+/// A sock_diag netlink socket of the calling thread's network namespace.
+pub(crate) fn diag_socket() -> io::Result<OwnedFd> {
+    netlink_socket(libc::NETLINK_SOCK_DIAG)
+}
+
+fn netlink_socket(family: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
-    let fd = unsafe {
-        libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE)
-    };
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, family) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -8,6 +8,7 @@ use mesh_ebpf_abi::{
     Address, ClientKey, Counter, Endpoint, Pod, PodFlags, Port, Verdict, port, protocol,
 };
 
+use crate::direct::may_dial;
 use crate::flows::register_datagrams;
 use crate::maps::{RESOLVERS, count, is_own, pod};
 use crate::rules::selects_outbound;
@@ -72,6 +73,13 @@ fn connect_tcp(call: &Call<'_>, cookie: u64, pod: &Pod, target: Endpoint) -> i32
     let Some(agent) = address_of_family(pod, &target.address) else {
         return refuse_family();
     };
+    if listener == port::OUTBOUND
+        && may_dial(call, cookie, &agent, &target)
+        && call.annotate(Verdict::Direct, target)
+    {
+        count(Counter::DirectDialled);
+        return PROCEED;
+    }
     if !call.annotate(Verdict::Captured, target) {
         count(Counter::OutboundNoMemory);
         return REFUSE;

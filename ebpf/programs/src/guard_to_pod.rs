@@ -65,7 +65,7 @@ fn receive(cookie: u64, packet: &Packet) -> i32 {
             return shoot(Counter::GuardUnadmitted);
         }
         // Of a retransmission nobody is asked again.
-        if remains != Remains::Admitted as u8 {
+        if !Remains::is_admitted(remains) {
             note(&key, Remains::Arrived, BPF_ANY);
         }
         return NEXT;

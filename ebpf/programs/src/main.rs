@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | bind.rs | cgroup/bind4, bind6 | keep the agent's ports in the pod for the agent |
 //! | connect.rs | cgroup/connect4, connect6 | send outbound TCP and DNS to the agent |
+//! | direct.rs | connect, sk_lookup, sock_ops | two pods of the node that may talk without the agent |
 //! | sendmsg.rs | cgroup/sendmsg4, sendmsg6 | the same for unconnected DNS sockets |
 //! | recvmsg.rs | cgroup/recvmsg4, recvmsg6 | DNS answers come from whom was asked |
 //! | getpeername.rs | cgroup/getpeername4, getpeername6 | so does everything else |
@@ -19,6 +20,7 @@
 
 mod bind;
 mod connect;
+mod direct;
 mod flows;
 mod getpeername;
 mod guard_from_pod;

@@ -3,10 +3,10 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SockHash};
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, Endpoint, FlowKey, FlowState, ListenerKey, NetworkRule, Pod,
-    PortKey, SocketNote, maps,
+    Address, ClientKey, Counter, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey,
+    NetworkRule, Pod, PortKey, SocketNote, maps,
 };
 
 #[map]
@@ -41,6 +41,14 @@ pub static FLOWS: HashMap<FlowKey, FlowState> =
 pub static REMAINS: LruHashMap<FlowKey, u8> =
     LruHashMap::with_max_entries(maps::REMAINS.max_entries, 0);
 #[map]
+pub static DIRECT: HashMap<DirectKey, u64> =
+    HashMap::with_max_entries(maps::DIRECT.max_entries, BPF_F_NO_PREALLOC);
+#[map]
+pub static DIRECT_LEASE: Array<u64> = Array::with_max_entries(maps::DIRECT_LEASE.max_entries, 0);
+#[map]
+pub static DIRECT_EVENTS: Queue<DirectEvent> =
+    Queue::with_max_entries(maps::DIRECT_EVENTS.max_entries, 0);
+#[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(maps::COUNTER_SLOTS, 0);
 #[btf_map]
 pub static LABELS: SkStorage<u32> = SkStorage::new();
@@ -65,9 +73,15 @@ pub fn pod<'a>(netns_cookie: u64) -> Option<&'a Pod> {
     unsafe { PODS.get(netns_cookie) }
 }
 
+/// Whose address it is.
+#[inline(always)]
+pub fn owner(address: &Address) -> Option<u64> {
+    // SAFETY: as in `pod`; the value is one aligned word, copied at once.
+    unsafe { ADDRESSES.get(address) }.copied()
+}
+
 /// Whether an address belongs to the pod.
 #[inline(always)]
 pub fn is_own(netns_cookie: u64, address: &Address) -> bool {
-    // SAFETY: as in `pod`; the value is one aligned word.
-    unsafe { ADDRESSES.get(address) }.is_some_and(|owner| *owner == netns_cookie)
+    owner(address).is_some_and(|owner| owner == netns_cookie)
 }

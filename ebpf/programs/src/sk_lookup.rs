@@ -16,7 +16,8 @@ use mesh_ebpf_abi::{
     port, protocol,
 };
 
-use crate::maps::{ADDRESSES, FLOWS, LISTENERS, NODE_ADDRESSES, REMAINS, count, is_own, pod};
+use crate::direct;
+use crate::maps::{FLOWS, LISTENERS, NODE_ADDRESSES, REMAINS, count, is_own, owner, pod};
 use crate::rules::{has_port, selects_inbound};
 
 const PASS: u32 = 1;
@@ -43,12 +44,12 @@ pub fn steer_inbound(ctx: SkLookupContext) -> u32 {
     };
     // Not yet or no longer enrolled: the link goes up before the entry and down after it.
     let Some(pod) = pod(cookie) else {
-        admit(&lookup, true);
+        admit_unseen(&lookup);
         return PASS;
     };
     let flags = PodFlags(pod.flags);
     if flags.has(PodFlags::OBSERVE) {
-        admit(&lookup, true);
+        admit_unseen(&lookup);
         return PASS;
     }
     let number = lookup.port.get();
@@ -76,18 +77,23 @@ fn judge(ctx: &SkLookupContext, cookie: u64, pod: &Pod, lookup: &Lookup) -> u32 
         && unsafe { NODE_ADDRESSES.get(lookup.remote) }.is_some()
     {
         count(Counter::InboundProbe);
-        admit(lookup, false);
+        admit(lookup, Remains::Admitted);
         return PASS;
     } else if PodFlags(pod.flags).has(PodFlags::INBOUND)
         && selects_inbound(pod, &lookup.remote, lookup.port)
     {
+        if direct::may_enter(&lookup.client_flow()) {
+            admit(lookup, Remains::Direct);
+            count(Counter::DirectAdmitted);
+            return PASS;
+        }
         Port::new(port::INBOUND)
     } else if port::is_agents(number) {
         count(Counter::InboundAgentPort);
         return DROP;
     } else {
         count(Counter::InboundExcluded);
-        admit(lookup, false);
+        admit(lookup, Remains::Admitted);
         return PASS;
     };
     let verdict = steer(ctx, cookie, pod, lookup, listener);
@@ -95,7 +101,7 @@ fn judge(ctx: &SkLookupContext, cookie: u64, pod: &Pod, lookup: &Lookup) -> u32 
         if number != port::TUNNEL {
             count(Counter::InboundCaptured);
         }
-        admit(lookup, false);
+        admit(lookup, Remains::Admitted);
     }
     verdict
 }
@@ -128,44 +134,37 @@ fn slot_of(lookup: &Lookup, slots: u32) -> u16 {
     (client.wrapping_mul(0x9e37_79b1) >> 16).checked_rem(slots).unwrap_or(0) as u16
 }
 
-/// Lets the connection be answered once it is accepted, provided that its SYN was seen by the guard:
-/// a pod can make up a SYN over its loopback, but not on its interface's other side. `unseen`: the
-/// guard does not look yet.
+/// Lets the connection be answered once it is accepted, while the guard does not look yet.
 #[inline(always)]
-fn admit(lookup: &Lookup, unseen: bool) {
+fn admit_unseen(lookup: &Lookup) {
+    REMAINS.insert(lookup.flow(), Remains::Admitted as u8, 0).ok();
+}
+
+/// Lets the connection be answered once it is accepted, provided that its SYN was seen by the guard:
+/// a pod can make up a SYN over its loopback, but not on its interface's other side.
+#[inline(always)]
+fn admit(lookup: &Lookup, admitted: Remains) {
     let key = lookup.flow();
-    if unseen {
-        REMAINS.insert(key, Remains::Admitted as u8, 0).ok();
-        return;
-    }
-    // SAFETY: the value is one byte.
-    let arrived = unsafe { REMAINS.get(key) }
-        .is_some_and(|found| *found == Remains::Arrived as u8 || *found == Remains::Stray as u8);
-    if arrived {
+    // SAFETY: the value is one byte, copied at once.
+    let found = unsafe { REMAINS.get(key) }.copied().unwrap_or(0);
+    // What was admitted before and never accepted may go elsewhere now.
+    if found == Remains::Arrived as u8
+        || found == Remains::Stray as u8
+        || (Remains::is_admitted(found) && found != admitted as u8)
+    {
         // It was evicted meanwhile, and the client's next SYN comes here again.
-        REMAINS.insert(key, Remains::Admitted as u8, u64::from(BPF_EXIST)).ok();
+        REMAINS.insert(key, admitted as u8, u64::from(BPF_EXIST)).ok();
     }
 }
 
 /// Whether it is the agent's connection to the application, under its client's address.
 #[inline(always)]
 fn is_delivery(cookie: u64, lookup: &Lookup) -> bool {
-    let key = FlowKey::new(
-        protocol::TCP,
-        (lookup.remote, lookup.remote_port),
-        (lookup.local, lookup.port),
-    );
+    let key = lookup.client_flow();
     // SAFETY: two aligned words of an element that is replaced, never written into.
     unsafe { FLOWS.get(key) }.is_some_and(|flow| {
         flow.origin == FlowOrigin::Delivery as u32 && flow.netns_cookie == cookie
     })
-}
-
-/// Whose address it is.
-#[inline(always)]
-fn owner(address: &Address) -> Option<u64> {
-    // SAFETY: the value is one aligned word, copied at once.
-    unsafe { ADDRESSES.get(address) }.copied()
 }
 
 struct Lookup {
@@ -218,5 +217,11 @@ impl Lookup {
     #[inline(always)]
     fn flow(&self) -> FlowKey {
         FlowKey::new(protocol::TCP, (self.local, self.port), (self.remote, self.remote_port))
+    }
+
+    /// As the client knows it.
+    #[inline(always)]
+    fn client_flow(&self) -> FlowKey {
+        FlowKey::new(protocol::TCP, (self.remote, self.remote_port), (self.local, self.port))
     }
 }

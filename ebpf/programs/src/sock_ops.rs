@@ -13,17 +13,17 @@ use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, DELIVERY_MARK, FlowKey, FlowOrigin, PodFlags, Port, Remains,
-    SocketNote, protocol,
+    Address, ClientKey, Counter, DELIVERY_MARK, DirectEventKind, FlowKey, FlowOrigin, PodFlags,
+    Port, Remains, SocketNote, payload_acknowledged, protocol, tcp_state,
 };
 
 use crate::connect::stays_inside;
+use crate::direct;
 use crate::flows::register;
 use crate::maps::{FLOWS, ORIGINALS, REMAINS, count, is_own, pod};
 use crate::sock_addr::{is_labelled, note};
 
 const AF_INET: u32 = 2;
-const TCP_CLOSE: u32 = 7;
 /// The only value a sock_ops program may return here.
 const DONE: u32 = 1;
 
@@ -51,8 +51,10 @@ pub fn track_sockets(ctx: SockOpsContext) -> u32 {
         connecting(&ctx, cookie, &key, socket);
     } else if event == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
         accepted(&ctx, cookie, flags, &key, socket);
-    } else if ctx.arg(1) == TCP_CLOSE {
-        closed(cookie, &key, socket);
+    } else if ctx.arg(1) == tcp_state::CLOSE {
+        closed(&ctx, cookie, &key, socket);
+    } else if ctx.arg(1) == tcp_state::ESTABLISHED && note(socket).is_some_and(SocketNote::direct) {
+        direct::report(&key, DirectEventKind::Opened, 0, false);
     }
     DONE
 }
@@ -70,6 +72,15 @@ fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf
             count(Counter::OrigDstLost);
         }
         watch_state(ctx);
+        return;
+    }
+    if note.is_some_and(SocketNote::direct) && !labelled {
+        if direct::is_granted(key) {
+            register(cookie, key, FlowOrigin::Direct);
+            watch_state(ctx);
+        } else {
+            count(Counter::DirectRevoked);
+        }
         return;
     }
     if stays_inside(cookie, &key.remote) {
@@ -106,29 +117,57 @@ fn accepted(
     if stays_inside(cookie, &key.remote) || mark == DELIVERY_MARK {
         return;
     }
+    // SAFETY: the value is one byte, copied at once.
+    let remains = unsafe { REMAINS.get(key) }.copied().unwrap_or(0);
     // While the pod is observed its guard does not see what arrives.
-    // SAFETY: the value is one byte.
-    let admitted = flags.has(PodFlags::OBSERVE)
-        || unsafe { REMAINS.get(key) }.is_some_and(|found| *found == Remains::Admitted as u8);
-    if !admitted {
+    if !flags.has(PodFlags::OBSERVE) && !Remains::is_admitted(remains) {
         count(Counter::InboundUnadmitted);
         return;
     }
-    register(cookie, key, FlowOrigin::Inbound);
+    if remains == Remains::Direct as u8 {
+        register(cookie, key, FlowOrigin::DirectAccepted);
+        direct::mark_accepted(socket);
+    } else {
+        register(cookie, key, FlowOrigin::Inbound);
+    }
     watch_state(ctx);
 }
 
 #[inline(always)]
-fn closed(cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
-    if note(socket).is_some_and(SocketNote::captured) {
+fn closed(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf_sock) {
+    let note = note(socket);
+    if note.is_some_and(SocketNote::captured) {
         let client = ClientKey::new(cookie, (key.local, key.local_port), key.remote_port);
         ORIGINALS.remove(client).ok();
+    } else if note.is_some_and(SocketNote::direct) {
+        direct_closed(ctx, key, true);
+    } else if note.is_some_and(SocketNote::direct_accepted) {
+        direct_closed(ctx, key, false);
     }
     let delivered = !is_own(cookie, &key.local);
     if FLOWS.remove(key).is_ok() && !delivered {
         // In an LRU map an insertion fails only under memory pressure, and then the peer's last
         // segments go unanswered.
         REMAINS.insert(key, Remains::Closed as u8, 0).ok();
+    }
+}
+
+/// Tells the agent how a direct connection ended at this side.
+#[inline(always)]
+fn direct_closed(ctx: &SockOpsContext, key: &FlowKey, is_client: bool) {
+    // SAFETY: the context is the one the kernel passed; the verifier checks offset and width.
+    let (acknowledged, all) = unsafe {
+        let next = read_volatile(addr_of!((*ctx.ops).snd_nxt));
+        let open = read_volatile(addr_of!((*ctx.ops).snd_una));
+        (read_volatile(addr_of!((*ctx.ops).bytes_acked)), next == open)
+    };
+    let (sent, orderly) = payload_acknowledged(is_client, ctx.arg(0), all, acknowledged);
+    if is_client {
+        direct::report(key, DirectEventKind::ClientClosed, sent, orderly);
+    } else {
+        let of_client =
+            FlowKey::new(protocol::TCP, (key.remote, key.remote_port), (key.local, key.local_port));
+        direct::report(&of_client, DirectEventKind::ServerClosed, sent, orderly);
     }
 }
 

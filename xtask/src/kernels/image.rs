@@ -11,10 +11,11 @@ use super::Kernel;
 use super::package::{Files, cache};
 use crate::command::run;
 
-/// What the jobs need beyond what is built in: pods and their bridge, the clsact guard, what a hostile
-/// pod redirects and rewrites with, a disk. The guest loads the same.
+/// What the jobs need beyond what is built in: pods and their bridge, the end of sockets by force, the
+/// clsact guard, what a hostile pod redirects and rewrites with, a disk. The guest loads the same.
 const MODULES: &[&str] = &[
     "veth",
+    "tcp_diag",
     "bridge",
     "sch_ingress",
     "cls_bpf",

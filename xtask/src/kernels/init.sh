@@ -5,7 +5,7 @@ export PATH=/usr/bin:/sbin:/bin HOME=/root RUST_BACKTRACE=1
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 mount -t tmpfs run /run; mount -t tmpfs tmp /tmp; mkdir -p /run/netns
 mount -t cgroup2 cgroup /sys/fs/cgroup
-for module in veth bridge sch_ingress cls_bpf act_mirred nft_chain_nat nft_nat virtio_pci virtio_blk; do
+for module in veth tcp_diag bridge sch_ingress cls_bpf act_mirred nft_chain_nat nft_nat virtio_pci virtio_blk; do
     modprobe "$module" || echo "cannot load $module"
 done
 ip link set lo up

@@ -104,7 +104,7 @@ fn a_pinned_map_of_another_shape_is_refused() {
     let lab = Lab::new();
     drop(lab.capture());
     // The layout's number stays, the shape does not: one map in another's place.
-    let maps = lab.bpffs.join("culvert/v2/maps");
+    let maps = lab.bpffs.join("culvert/v3/maps");
     run(&format!("cd {} && mv PODS OTHER && mv ADDRESSES PODS", maps.display()));
     let error = Capture::load_or_adopt(&lab.config()).unwrap_err();
     assert!(matches!(error, CaptureError::IncompatiblePin { map: "PODS", .. }), "{error}");
@@ -132,7 +132,7 @@ fn the_guard_comes_back_when_it_was_removed() {
         if capture.features().guard == GuardAttachment::Clsact {
             run("tc qdisc del dev vpod clsact");
         } else {
-            let pod = lab.bpffs.join(format!("culvert/v2/pods/{}", agent.cookie));
+            let pod = lab.bpffs.join(format!("culvert/v3/pods/{}", agent.cookie));
             run(&format!("rm {}/guard_*", pod.display()));
         }
         assert_eq!(capture.verify_guards().unwrap(), 1);

@@ -87,7 +87,7 @@ fn a_failed_enrolment_leaves_nothing_behind() {
     let refuse = |pod: &mesh_ebpf::PodCapture| {
         let error = capture.enroll(pod, 1).unwrap_err();
         assert!(capture.enrolled().unwrap().is_empty());
-        let pods = lab.bpffs.join("culvert/v2/pods");
+        let pods = lab.bpffs.join("culvert/v3/pods");
         assert_eq!(std::fs::read_dir(pods).unwrap().count(), 0);
         lab.pod.inside(|| assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), "outside"));
         error

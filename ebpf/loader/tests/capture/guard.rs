@@ -120,8 +120,9 @@ impl Sniffer {
         // UDP passes, and bridge and veth keep the order: what was before it has arrived when it
         // has. One of each family, since a packet may wait for its neighbour to be resolved.
         for (any, target) in [("0.0.0.0:0", OUTSIDE_V4), ("[::]:0", OUTSIDE_V6)] {
-            let target = at(target, 9);
-            let fence = lab.outside.inside(|| UdpSocket::bind(target).unwrap());
+            // A port of its own: a program that is just being started holds the last one a moment longer.
+            let fence = lab.outside.inside(|| UdpSocket::bind(at(target, 0)).unwrap());
+            let target = fence.local_addr().unwrap();
             fence.set_read_timeout(Some(PATIENCE)).unwrap();
             lab.pod.inside(|| UdpSocket::bind(any).unwrap().send_to(b"fence", target).unwrap());
             fence.recv(&mut [0; 8]).unwrap();

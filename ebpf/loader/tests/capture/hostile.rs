@@ -327,6 +327,35 @@ fn what_a_pod_could_not_answer_does_not_come_in() {
     });
 }
 
+/// More SYNs than there is room for tuples without socket: what is open has its entry elsewhere.
+#[test]
+fn a_flood_of_syns_evicts_no_open_connection() {
+    const SYNS: u16 = 35_000;
+    let lab = Lab::new();
+    let capture = lab.capture();
+    let _agent = lab.enroll(&capture, PodSettings::default());
+    let mut open = lab.outside.inside(|| TcpStream::connect(at(POD_V4, 8080)).unwrap());
+    assert_eq!(read_line(&open).unwrap(), format!("inbound {POD_V4}:8080"));
+    lab.outside.inside(|| {
+        let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)));
+        let raw = raw.unwrap();
+        for target in [80, 81] {
+            for source in 0..SYNS {
+                let mut syn = segment(target, 2, &[]);
+                syn[..2].copy_from_slice(&source.to_be_bytes());
+                let packet = from_outside(6, 0, &syn);
+                while let Err(error) = raw.send_to(&packet, &at(POD_V4, 0).into()) {
+                    assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS));
+                }
+            }
+        }
+    });
+    open.write_all(b"still here\n").unwrap();
+    assert_eq!(read_line(&open).unwrap(), "still here");
+    let counters = capture.counters().unwrap();
+    assert_eq!((counters["flow_table_full"], counters["guard_dropped_no_flow"]), (0, 0));
+}
+
 /// An IPv4 packet from the outside to the pod.
 fn from_outside(protocol: u8, fragment: u16, payload: &[u8]) -> Vec<u8> {
     let octets = |address: &str| match ip(address) {

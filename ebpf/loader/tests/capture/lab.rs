@@ -173,9 +173,25 @@ impl Lab {
     /// An agent in the pod: greets outbound connections with where they were going, inbound ones with
     /// the address they came to.
     pub(crate) fn agent(&self, capture: &Arc<Capture>) -> Agent {
-        let cookie = Capture::netns_cookie(&self.pod.path).unwrap();
-        let inbound = self.agent_listener(capture, port::INBOUND);
-        let outbound = self.agent_listener(capture, port::OUTBOUND);
+        Self::agent_of(&self.pod, capture)
+    }
+
+    /// Makes a second pod of `outside`.
+    pub(crate) fn enroll_outside(&self, capture: &Arc<Capture>, settings: PodSettings) -> Agent {
+        let agent = Self::agent_of(&self.outside, capture);
+        let pod = PodCapture {
+            netns: self.outside.path.clone(),
+            addresses: vec![ip(OUTSIDE_V4), ip(OUTSIDE_V6)],
+            settings,
+        };
+        assert_eq!(capture.enroll(&pod, 1).unwrap(), agent.cookie);
+        agent
+    }
+
+    fn agent_of(pod: &Namespace, capture: &Arc<Capture>) -> Agent {
+        let cookie = Capture::netns_cookie(&pod.path).unwrap();
+        let inbound = Self::agent_listener_of(pod, capture, port::INBOUND);
+        let outbound = Self::agent_listener_of(pod, capture, port::OUTBOUND);
         greet(&inbound, |stream, _| format!("inbound {}", canonical(stream.local_addr().unwrap())));
         let capture = Arc::clone(capture);
         greet(&outbound, move |_, client| {
@@ -189,8 +205,12 @@ impl Lab {
 
     /// The only listener of the agent on this port.
     pub(crate) fn agent_listener(&self, capture: &Capture, port: u16) -> Socket {
-        let cookie = Capture::netns_cookie(&self.pod.path).unwrap();
-        let listener = self.pod.inside(|| agent_listener(capture, port));
+        Self::agent_listener_of(&self.pod, capture, port)
+    }
+
+    fn agent_listener_of(pod: &Namespace, capture: &Capture, port: u16) -> Socket {
+        let cookie = Capture::netns_cookie(&pod.path).unwrap();
+        let listener = pod.inside(|| agent_listener(capture, port));
         capture.set_listener(cookie, port, 0, listener.as_fd()).unwrap();
         listener
     }

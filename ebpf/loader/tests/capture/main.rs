@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a failing call of the lab is a failed test")]
 
 mod adoption;
+mod direct;
 mod dns;
 mod enrolment;
 mod guard;

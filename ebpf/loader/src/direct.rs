@@ -1,0 +1,179 @@
+//! The direct path between pods of this node, as the agent drives it: verdicts, what became of the
+//! connections made by them, and their end by force.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use mesh_ebpf_abi::{
+    DirectEvent as RawEvent, DirectEventKind, DirectKey, FlowKey, FlowOrigin, Port, protocol,
+};
+
+use crate::capture::NetnsCookie;
+use crate::maps::Maps;
+use crate::{CaptureError, destroy, netns};
+
+/// Two pods of the node that may talk without the agent, at one port of the second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DirectPair {
+    /// The client's namespace.
+    pub client: NetnsCookie,
+    /// The server's namespace.
+    pub server: NetnsCookie,
+    /// The client's address.
+    pub client_address: IpAddr,
+    /// The server's address and port.
+    pub target: SocketAddr,
+}
+
+/// A direct connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DirectFlow {
+    /// The client's address and port.
+    pub client: SocketAddr,
+    /// The server's address and port.
+    pub target: SocketAddr,
+}
+
+/// What happened to a direct connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DirectOutcome {
+    /// The client's handshake is done.
+    Opened,
+    /// The client's socket closed; without `Opened` before it the server refused.
+    ClientClosed(DirectClose),
+    /// The server's socket closed.
+    ServerClosed(DirectClose),
+}
+
+/// How one side's socket closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectClose {
+    /// Octets of payload that this side sent and the other one acknowledged.
+    pub sent_octets: u64,
+    /// The other side had acknowledged this one's end; `false` after a reset.
+    pub orderly: bool,
+}
+
+/// One event of a direct connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectEvent {
+    /// Which.
+    pub flow: DirectFlow,
+    /// Who the client's address belonged to; none when to nobody any more.
+    pub client: Option<NetnsCookie>,
+    /// Who the server's address belonged to; none when to nobody any more.
+    pub server: Option<NetnsCookie>,
+    /// When, by [`monotonic_now`](crate::monotonic_now).
+    pub at: Duration,
+    /// What.
+    pub outcome: DirectOutcome,
+}
+
+pub(crate) fn permit(maps: &Maps, pair: &DirectPair, revision: u64) -> Result<(), CaptureError> {
+    maps.direct.insert(&key(pair), &revision)
+}
+
+pub(crate) fn revoke(maps: &Maps, pair: &DirectPair) -> Result<bool, CaptureError> {
+    maps.direct.remove(&key(pair))
+}
+
+pub(crate) fn pairs(maps: &Maps) -> Result<Vec<(DirectPair, u64)>, CaptureError> {
+    let elements = maps.direct.elements()?;
+    Ok(elements.into_iter().map(|(key, revision)| (pair(&key), revision)).collect())
+}
+
+pub(crate) fn keep_until(maps: &Maps, until: Duration) -> Result<(), CaptureError> {
+    let until = u64::try_from(until.as_nanos()).unwrap_or(u64::MAX);
+    maps.direct_lease.insert(&0, &until)
+}
+
+/// At most `limit` events, oldest first.
+pub(crate) fn events(maps: &Maps, limit: usize) -> Result<Vec<DirectEvent>, CaptureError> {
+    let mut events = Vec::new();
+    while events.len() < limit {
+        let Some(raw) = maps.next_direct_event()? else { break };
+        events.extend(event(&raw));
+    }
+    Ok(events)
+}
+
+/// The connections that are open, as their clients' guards know them.
+pub(crate) fn flows(maps: &Maps) -> Result<Vec<(DirectFlow, NetnsCookie)>, CaptureError> {
+    let flows = maps.flows.elements()?.into_iter();
+    Ok(flows
+        .filter(|(_, state)| state.origin == FlowOrigin::Direct as u32)
+        .map(|(key, state)| (flow(&key), NetnsCookie(state.netns_cookie)))
+        .collect())
+}
+
+/// Takes both guards' entries away, then ends the sockets.
+pub(crate) fn cut(
+    maps: &Maps,
+    flow: &DirectFlow,
+    client: Option<BorrowedFd<'_>>,
+    server: Option<BorrowedFd<'_>>,
+) -> Result<(), CaptureError> {
+    let ends = [flow_key(flow.client, flow.target), flow_key(flow.target, flow.client)];
+    for end in &ends {
+        maps.flows.remove(end)?;
+    }
+    for (end, namespace) in ends.iter().zip([client, server]) {
+        let Some(namespace) = namespace else { continue };
+        netns::inside(namespace, || destroy::destroy(end))
+            .and_then(|destroyed| destroyed)
+            .map_err(CaptureError::kernel("ending a socket of a pod"))?;
+    }
+    Ok(())
+}
+
+fn key(pair: &DirectPair) -> DirectKey {
+    DirectKey::new(
+        (pair.client.0, pair.client_address.into()),
+        (pair.server.0, pair.target.ip().into()),
+        Port::new(pair.target.port()),
+    )
+}
+
+const fn pair(key: &DirectKey) -> DirectPair {
+    DirectPair {
+        client: NetnsCookie(key.client_cookie),
+        server: NetnsCookie(key.server_cookie),
+        client_address: key.client.ip(),
+        target: SocketAddr::new(key.server.ip(), key.port.get()),
+    }
+}
+
+fn flow_key(local: SocketAddr, remote: SocketAddr) -> FlowKey {
+    let end = |end: SocketAddr| (end.ip().into(), Port::new(end.port()));
+    FlowKey::new(protocol::TCP, end(local), end(remote))
+}
+
+const fn flow(key: &FlowKey) -> DirectFlow {
+    DirectFlow {
+        client: SocketAddr::new(key.local.ip(), key.local_port.get()),
+        target: SocketAddr::new(key.remote.ip(), key.remote_port.get()),
+    }
+}
+
+/// None for an event of a kind that this build does not know.
+fn event(raw: &RawEvent) -> Option<DirectEvent> {
+    let close = DirectClose { sent_octets: raw.sent_octets, orderly: raw.orderly != 0 };
+    let outcome = if raw.kind == DirectEventKind::Opened as u32 {
+        DirectOutcome::Opened
+    } else if raw.kind == DirectEventKind::ClientClosed as u32 {
+        DirectOutcome::ClientClosed(close)
+    } else if raw.kind == DirectEventKind::ServerClosed as u32 {
+        DirectOutcome::ServerClosed(close)
+    } else {
+        return None;
+    };
+    let known = |cookie| (cookie != 0).then_some(NetnsCookie(cookie));
+    Some(DirectEvent {
+        flow: flow(&raw.flow),
+        client: known(raw.client_cookie),
+        server: known(raw.server_cookie),
+        at: Duration::from_nanos(raw.at_ns),
+        outcome,
+    })
+}
