@@ -42,6 +42,12 @@ impl CsrKey {
         Self { pkcs8 }
     }
 
+    /// The key as PKCS#8, for a successor process: from memory to memory.
+    #[must_use]
+    pub fn to_pkcs8(&self) -> Zeroizing<Vec<u8>> {
+        self.pkcs8.clone()
+    }
+
     /// The key as rustls takes it; rustls wipes nothing, so this is called once per certificate.
     pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {
         PrivatePkcs8KeyDer::from(self.pkcs8.to_vec()).into()

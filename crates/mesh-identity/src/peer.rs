@@ -198,6 +198,18 @@ impl PeerCertificate {
         self.not_after
     }
 
+    /// The chain, leaf first.
+    #[must_use]
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
+    }
+
+    /// The side of TLS that showed it.
+    #[must_use]
+    pub const fn side(&self) -> Side {
+        self.side
+    }
+
     /// SHA-256 of each certificate, leaf first.
     pub fn fingerprints(&self) -> impl Iterator<Item = [u8; 32]> {
         self.chain.iter().map(|der| {

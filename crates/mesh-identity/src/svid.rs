@@ -124,6 +124,26 @@ impl IssuedAnswer {
 }
 
 impl Svid {
+    /// A certificate that this process's predecessor had checked when it was issued: `chain`, leaf first, and its key.
+    ///
+    /// # Errors
+    /// When the leaf is no workload's, or certifies another key.
+    pub fn handed_over(
+        chain: Vec<CertificateDer<'static>>,
+        key: CsrKey,
+    ) -> Result<Self, InvalidAnswer> {
+        let leaf = chain.first().ok_or(InvalidAnswer::TooShort { elements: 0 })?;
+        let id = spiffe_id(&parse(leaf).map_err(InvalidAnswer::Unusable)?)
+            .map_err(InvalidAnswer::Unusable)?;
+        Self::new(&id, key, chain)
+    }
+
+    /// The key, for a successor process.
+    #[must_use]
+    pub const fn key(&self) -> &CsrKey {
+        &self.key
+    }
+
     fn new(
         id: &SpiffeId,
         key: CsrKey,

@@ -4,13 +4,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_model::{Direction, Flow, Revision, Service, SpiffeId, Workload, WorkloadUid};
+use serde::{Deserialize, Serialize};
 
 use crate::authority::Authority;
 
 /// A flow of which the index said where it goes; proof that it was resolved.
 ///
-/// Made by [`resolve`](crate::resolve), [`resolve_inbound`](crate::resolve_inbound) and
-/// [`PendingDns::complete`](crate::PendingDns::complete) only.
+/// Made by [`resolve`](crate::resolve), [`resolve_inbound`](crate::resolve_inbound),
+/// [`PendingDns::complete`](crate::PendingDns::complete) and, for flows of a predecessor, [`handed_over`](Self::handed_over).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ResolvedFlow {
@@ -29,6 +30,18 @@ pub struct ResolvedFlow {
 }
 
 impl ResolvedFlow {
+    /// A flow that this agent's predecessor resolved and opened. It opens nothing: a live flow is only judged again.
+    #[must_use]
+    pub const fn handed_over(
+        flow: Flow,
+        local: Arc<Workload>,
+        peer: Option<Arc<Workload>>,
+        service: Option<Arc<Service>>,
+        route: Route,
+    ) -> Self {
+        Self { flow, local, peer, service, route, revision: Revision(0) }
+    }
+
     /// Who dialled, as far as known.
     #[must_use]
     pub fn source(&self) -> Option<&Arc<Workload>> {
@@ -49,7 +62,7 @@ impl ResolvedFlow {
 }
 
 /// Where a flow goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Route {
     /// Outbound, to the endpoint's agent.
     Tunnel(TunnelRoute),
@@ -102,7 +115,7 @@ impl Route {
 }
 
 /// A stream in a tunnel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunnelRoute {
     /// The tunnel's far end, its HBONE port.
     pub next_hop: SocketAddr,
@@ -115,7 +128,7 @@ pub struct TunnelRoute {
 }
 
 /// The waypoint that an inbound flow must have come through.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RequiredWaypoint {
     /// Names of the waypoints bound, `namespace/hostname` or `network/address`; sorted, never empty.
     pub names: Vec<Arc<str>>,

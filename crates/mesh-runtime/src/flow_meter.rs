@@ -14,6 +14,7 @@ use mesh_telemetry::{
     EarlyDenial, FlowBytes, FlowFacts, FlowPath, FlowRecord, LabelSet, PolicyRef,
 };
 use metrics::{counter, gauge};
+use serde::{Deserialize, Serialize};
 
 /// Bounds of the traffic counters.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +56,16 @@ pub struct FlowMeter {
     series: Mutex<HashMap<FlowFacts, Kept>>,
 }
 
+/// The counters of one pair, on their way to a successor process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WrittenSeries {
+    facts: FlowFacts,
+    opened: u64,
+    received: u64,
+    sent: u64,
+    closed: BTreeMap<String, u64>,
+}
+
 /// A flow that is counted as open until [`FlowMeter::closed`] takes it back.
 #[derive(Debug)]
 #[must_use = "hand it back to `FlowMeter::closed`, or the flow counts as open for ever"]
@@ -89,6 +100,51 @@ impl FlowMeter {
         gauge!(metric::TCP_SOCKETS_OPEN.name, "reporter" => facts.reporter.as_str()).increment(1.0);
         gauge!(metric::FLOWS_OPEN.name, "path" => path.as_str()).increment(1.0);
         OpenFlow { facts, path, series, counted: FlowBytes::default() }
+    }
+
+    /// Counts a flow as open that a predecessor has counted as opened, and `counted` of its bytes.
+    pub fn taken_over(&self, facts: FlowFacts, path: FlowPath, counted: FlowBytes) -> OpenFlow {
+        let series = self.series_of(&facts);
+        gauge!(metric::TCP_SOCKETS_OPEN.name, "reporter" => facts.reporter.as_str()).increment(1.0);
+        gauge!(metric::FLOWS_OPEN.name, "path" => path.as_str()).increment(1.0);
+        OpenFlow { facts, path, series, counted }
+    }
+
+    /// All series, for a successor.
+    #[must_use]
+    pub fn written(&self) -> Vec<WrittenSeries> {
+        let write = |(facts, kept): (&FlowFacts, &Kept)| WrittenSeries {
+            facts: facts.clone(),
+            opened: kept.series.opened.load(Ordering::Relaxed),
+            received: kept.series.received.load(Ordering::Relaxed),
+            sent: kept.series.sent.load(Ordering::Relaxed),
+            closed: lock(&kept.series.closed)
+                .iter()
+                .map(|(flags, count)| ((*flags).to_owned(), *count))
+                .collect(),
+        };
+        lock(&self.series).iter().map(write).collect()
+    }
+
+    /// Goes on counting where a predecessor stopped. `known` gives the response flags that there are; closed flows with
+    /// others are left out.
+    pub fn take_over(
+        &self,
+        written: Vec<WrittenSeries>,
+        known: impl Fn(&str) -> Option<&'static str>,
+    ) {
+        for WrittenSeries { facts, opened, received, sent, closed } in written {
+            let series = self.series_of(&facts);
+            series.opened.fetch_add(opened, Ordering::Relaxed);
+            series.received.fetch_add(received, Ordering::Relaxed);
+            series.sent.fetch_add(sent, Ordering::Relaxed);
+            let mut counts = lock(&series.closed);
+            for (flags, count) in closed {
+                if let Some(flags) = known(&flags) {
+                    *counts.entry(flags).or_default() += count;
+                }
+            }
+        }
     }
 
     /// Counts a flow as closed, and as failed and denied where its reason says so.

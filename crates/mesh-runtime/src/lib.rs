@@ -17,7 +17,7 @@ pub use admin::{AdminLimits, AdminListener, AdminServer, BindError, Reply, Reque
 pub use cpu::usable_cores;
 pub use drain::{Drain, DrainTrigger};
 pub use file::{FileError, read_bounded, write_atomic};
-pub use flow_meter::{FlowMeter, FlowMeterConfig, OpenFlow};
+pub use flow_meter::{FlowMeter, FlowMeterConfig, OpenFlow, WrittenSeries};
 pub use log::{AccessLog, LogConfig, LogError, LogHandle, Logging};
-pub use metric::Metrics;
+pub use metric::{Metrics, WrittenMetrics};
 pub use readiness::{Pending, Readiness};

@@ -1,6 +1,8 @@
 //! Metrics: the process's recorder, the traffic counters, one rendering of both.
 
-use std::sync::Arc;
+mod carried;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use mesh_telemetry::metric::{self, MetricKind};
@@ -8,10 +10,12 @@ use metrics::{SetRecorderError, counter, gauge};
 use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
+use serde::{Deserialize, Serialize};
 
-use crate::flow_meter::{FlowMeter, FlowMeterConfig};
+use crate::flow_meter::{FlowMeter, FlowMeterConfig, WrittenSeries};
 use crate::log::LogHandle;
 use crate::process;
+use carried::Carried;
 
 /// Content type of a rendering. Source: Prometheus text exposition format 0.0.4.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -33,6 +37,15 @@ pub struct Metrics {
     prometheus: PrometheusHandle,
     flows: Arc<FlowMeter>,
     log: Option<LogHandle>,
+    carried: Arc<Mutex<Carried>>,
+}
+
+/// Counters on their way to a successor process.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct WrittenMetrics {
+    traffic: Vec<WrittenSeries>,
+    /// Prometheus text.
+    others: String,
 }
 
 impl Metrics {
@@ -63,7 +76,8 @@ impl Metrics {
             }
         }
         gauge!(metric::BUILD.name, "component" => component, "tag" => version).set(1.0);
-        Ok(Self { prometheus, flows: Arc::new(FlowMeter::new(flows)), log })
+        let flows = Arc::new(FlowMeter::new(flows));
+        Ok(Self { prometheus, flows, log, carried: Arc::default() })
     }
 
     /// The counters of traffic.
@@ -75,14 +89,40 @@ impl Metrics {
     /// All metrics as text of [`CONTENT_TYPE`].
     #[must_use]
     pub fn render(&self) -> String {
+        let mut text = self.flows.render(Instant::now());
+        text.push_str(&process::render());
+        text.push_str(&self.render_recorder());
+        text
+    }
+
+    /// All counters, for a successor; what is counted afterwards is lost.
+    #[must_use]
+    pub fn written(&self) -> WrittenMetrics {
+        WrittenMetrics { traffic: self.flows.written(), others: self.render_recorder() }
+    }
+
+    /// Goes on counting where a predecessor stopped. `flags` gives the response flags that there are; counters for which
+    /// `elsewhere` is true are kept by somebody else over the processes' lives.
+    pub fn take_over(
+        &self,
+        written: WrittenMetrics,
+        flags: impl Fn(&str) -> Option<&'static str>,
+        elsewhere: impl Fn(&str) -> bool,
+    ) {
+        self.flows.take_over(written.traffic, flags);
+        *self.carried() = Carried::parse(&written.others, elsewhere);
+    }
+
+    fn render_recorder(&self) -> String {
         if let Some(log) = &self.log {
             counter!(metric::LOG_LINES_DROPPED.name).absolute(log.dropped_lines());
         }
         self.prometheus.run_upkeep();
-        let mut text = self.flows.render(Instant::now());
-        text.push_str(&process::render());
-        text.push_str(&self.prometheus.render());
-        text
+        self.carried().add_to(&self.prometheus.render())
+    }
+
+    fn carried(&self) -> MutexGuard<'_, Carried> {
+        self.carried.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,7 +4,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use mesh_model::{Reporter, Service, SpiffeId, Workload};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::baggage::Baggage;
 
@@ -74,7 +74,7 @@ impl LabelSet {
 }
 
 /// What metrics and logs say about one workload. Empty text where something is unknown.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WorkloadLabels {
     /// Pod name, for the access log.
     pub pod: Arc<str>,
@@ -129,7 +129,7 @@ impl From<&Baggage> for WorkloadLabels {
 }
 
 /// What metrics and logs say about the service that was meant.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ServiceLabels {
     /// Host name.
     pub hostname: Arc<str>,
@@ -153,7 +153,7 @@ impl From<&Service> for ServiceLabels {
 ///
 /// What the index knows about the source goes before its baggage; a waypoint takes the destination workload's place on
 /// the source side, while the service stays the one that was meant.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FlowFacts {
     /// The side that reports.
     pub reporter: Reporter,

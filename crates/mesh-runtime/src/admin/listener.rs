@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -93,6 +94,37 @@ impl AdminListener {
         let listener = UnixListener::bind(path).map_err(failed)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
         Ok(Self::Unix(listener))
+    }
+
+    /// A Unix socket that a predecessor opened by [`unix`](Self::unix).
+    ///
+    /// # Errors
+    /// When the descriptor cannot be watched.
+    pub fn unix_handed_over(fd: OwnedFd) -> io::Result<Self> {
+        UnixListener::from_std(fd.into()).map(Self::Unix)
+    }
+
+    /// A TCP listener that a predecessor opened by [`tcp`](Self::tcp).
+    ///
+    /// # Errors
+    /// When the descriptor cannot be watched.
+    pub fn tcp_handed_over(fd: OwnedFd) -> io::Result<Self> {
+        let listener = TcpListener::from_std(fd.into())?;
+        let is_loopback = listener.local_addr()?.ip().is_loopback();
+        Ok(if is_loopback { Self::Loopback(listener) } else { Self::Network(listener) })
+    }
+
+    /// Another descriptor of the same listener.
+    ///
+    /// # Errors
+    /// For want of descriptors.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Loopback(listener) | Self::Network(listener) => {
+                listener.as_fd().try_clone_to_owned()
+            }
+            Self::Unix(listener) => listener.as_fd().try_clone_to_owned(),
+        }
     }
 
     /// The TCP address listened on; `None` for a Unix socket.
