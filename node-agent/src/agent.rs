@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use imbl::OrdMap;
 use mesh_authorize::PolicySet;
 use mesh_ebpf::{Capture, FeatureReport, monotonic_now};
-use mesh_identity::TrustBundle;
+use mesh_identity::{Svid, TrustBundle};
+use mesh_model::CloseReason;
 use mesh_resolve::{ResolveSettings, WorkloadIndex};
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain as DrainSignal};
 use mesh_runtime::{DrainTrigger, Logging, Metrics, Readiness, Reply, Routes};
@@ -32,13 +32,18 @@ use crate::control::report::report_pods;
 use crate::control::saved::SavedWorld;
 use crate::control::session::ControllerSession;
 use crate::control::world::World;
-use crate::dataplane::{DataPlane, DataPlaneConfig, Shared, Snapshot};
+use crate::dataplane::{DataPlane, DataPlaneConfig, FlowSink, Shared, Snapshot};
 use crate::dns::DnsDesk;
 use crate::dns::lookup::PodResolver;
-use crate::enrolment::discover;
+use crate::enrolment::desk::EnrolmentDesk;
 use crate::enrolment::enroller::{Enroller, EnrollerConfig};
-use crate::enrolment::server::{Enrolment, listen};
+use crate::enrolment::server::Enrolment;
 use crate::enrolment::{attachment::PodAttachments, namespace};
+use crate::error::error_chain;
+use crate::handover::Place;
+use crate::handover::doors::{Door, Doors};
+use crate::handover::predecessor::{Ended, Predecessor};
+use crate::handover::successor::Successor;
 use crate::health;
 use crate::identity::{IdentityRequests, Rotation};
 use crate::picture::Picture;
@@ -66,6 +71,12 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     let (pods_pending, control_pending) =
         (readiness.pending("enrolled pods"), readiness.pending("controller"));
 
+    let place = Place {
+        node: node.clone(),
+        state_dir: settings.state_dir.clone(),
+        bpffs: settings.bpffs.clone(),
+    };
+    let mut running = find_running(&settings, &place).await?;
     let capture = Arc::new(load_capture(&settings)?);
     let gate = Arc::new(KernelGate::new(Arc::clone(&capture)));
     let runtime = Handle::current();
@@ -78,15 +89,18 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     let (requests, identity_inbox) = IdentityRequests::new();
     let (reports, telemetry) = FlowReports::start(Arc::clone(metrics.flows()), logging.access())
         .context("starting telemetry")?;
+    let reports = Arc::new(reports);
+    let certificates = running.as_mut().map(Successor::certificates).unwrap_or_default();
     let shared = Arc::new(Shared {
-        snapshot: ArcSwap::from_pointee(empty_picture()),
-        flows: Arc::new(reports),
+        snapshot: ArcSwap::from_pointee(first_picture(certificates)),
+        flows: Arc::clone(&reports) as Arc<dyn FlowSink>,
         identities: Arc::new(requests),
         resolver: Arc::new(PodResolver::new(Arc::clone(&dns), runtime.clone())),
     });
     dns.answer_from(Arc::clone(&shared));
     let config = DataPlaneConfig {
         workers: settings.workers.unwrap_or_else(mesh_runtime::usable_cores).max(1),
+        inherited_workers: running.as_ref().map_or(0, Successor::engines),
         ..DataPlaneConfig::default()
     };
     let gate_for_workers: Arc<KernelGate> = Arc::clone(&gate);
@@ -113,6 +127,14 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         },
     );
     control.restore();
+    // Before the controller speaks, so that nothing it says is missed.
+    let wanted_pods = wanted.subscribe();
+    let stop = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(control.run(stop.clone()));
+    if running.is_some() {
+        hear_controller(standing.subscribe()).await;
+    }
 
     let attachments: Arc<dyn PodAttachments> = Arc::new(Attachments::new(
         Arc::clone(&gate),
@@ -132,7 +154,10 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         )
         .context("reading the list of enrolled pods")?,
     );
-    let enrolment = Enrolment::new(Arc::clone(&enroller), wanted.subscribe());
+    let enrolment = Enrolment::new(Arc::clone(&enroller), wanted_pods);
+    if let Some(running) = &running {
+        take_over(running, &data_plane, &dns, &gate, &runtime)?;
+    }
     adopt(&enroller, &wanted.borrow().clone(), &capture).await?;
     pods_pending.done();
 
@@ -147,19 +172,35 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         metrics,
         log: logging.handle(),
     };
-    let stop = CancellationToken::new();
-    let mut tasks = JoinSet::new();
     let plugin_pending = readiness.pending("cni plugin");
-    serve_admin(&mut tasks, &settings, &desk, &drain).await?;
-    let socket = listen(&settings.enrolment_socket()).context("opening the enrolment socket")?;
-    tasks.spawn(enrolment.clone().serve(socket, stop.clone()));
-    tasks.spawn(enrolment.clone().maintain(stop.clone()));
-    tasks.spawn(discover::run(
+    let mut doors = succeed(running, &desk.metrics);
+    doors.complete(&settings).await?;
+    let (close_doors, doors_closed) = DrainSignal::new();
+    let mut served = JoinSet::new();
+    serve_admin(&mut served, &doors, &desk, &doors_closed)?;
+    let enrolment_desk = EnrolmentDesk::new(
         enrolment.clone(),
-        Arc::clone(&picture),
-        wanted.subscribe(),
-        stop.clone(),
-    ));
+        Arc::clone(&enroller),
+        (Arc::clone(&picture), wanted.subscribe()),
+        doors.unix(Door::Enrolment)?,
+        runtime.clone(),
+    )
+    .context("serving enrolment")?;
+    let enrolment_desk = Arc::new(enrolment_desk);
+    enrolment_desk.resume();
+    let successors = doors.unix(Door::HandOver)?;
+    let predecessor = Arc::new(Predecessor {
+        place,
+        data_plane: Arc::clone(&data_plane),
+        picture: Arc::clone(&picture),
+        enrolment: Arc::clone(&enrolment_desk),
+        dns: Arc::clone(&dns),
+        doors,
+        metrics: desk.metrics.clone(),
+        close_doors: close_doors.clone(),
+        reports,
+        runtime: runtime.clone(),
+    });
     match settings.cni_folders() {
         Some(folders) => {
             let plugin = CniPlugin::new(
@@ -172,7 +213,6 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         }
         None => plugin_pending.done(),
     }
-    tasks.spawn(control.run(stop.clone()));
     tasks.spawn(report_pods(
         session.clone(),
         Arc::clone(&enroller),
@@ -193,11 +233,29 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     tasks.spawn(await_signals(trigger));
     tracing::info!(node, "the agent runs");
 
-    drain.begun().await;
+    let handed_over = Arc::clone(&predecessor)
+        .wait(successors, &drain)
+        .await
+        .context("waiting for a successor")?;
+    if let Some(ended) = handed_over {
+        stop.cancel();
+        close_doors.begin();
+        last_requests(served).await;
+        tracing::info!(?ended, "the agent ends");
+        // The successor took the connections with it into its grave: a supervisor starts another agent.
+        anyhow::ensure!(ended == Ended::HandedOver, "the successor is gone");
+        return Ok(());
+    }
+    close_doors.begin();
     tracing::info!(grace = ?settings.drain(), "the agent ends; capture stays and refuses new connections");
     stop.cancel();
+    if let Err(error) = enrolment_desk.pause().await {
+        tracing::warn!(%error, "the list of enrolled pods is not written");
+    }
     data_plane.drain(settings.drain()).await;
+    last_requests(served).await;
     tasks.shutdown().await;
+    drop((predecessor, enrolment_desk));
     drop((desk, picture, shared, dns, gate, data_plane, enroller, enrolment));
     // Ends once the workers, which hold its queue, have.
     drop(telemetry);
@@ -357,25 +415,87 @@ async fn adopt(
     .context("taking up pods")?
 }
 
-async fn serve_admin(
+fn serve_admin(
     tasks: &mut JoinSet<()>,
-    settings: &Settings,
+    doors: &Doors,
     desk: &Desk,
     drain: &DrainSignal,
 ) -> anyhow::Result<()> {
     let limits = AdminLimits::default();
-    let listener = AdminListener::unix(&settings.admin_socket())?;
-    tasks.spawn(AdminServer::new(desk.admin_routes(), limits).serve(listener, drain.clone()));
-    for (ListenAddress(address), routes) in [
-        (settings.admin_address, desk.admin_routes()),
-        (settings.ready_address, desk.ready_routes()),
-        (settings.metrics_address, desk.metrics_routes()),
+    for (door, routes) in [
+        (Door::AdminSocket, desk.admin_routes()),
+        (Door::Admin, desk.admin_routes()),
+        (Door::Ready, desk.ready_routes()),
+        (Door::Metrics, desk.metrics_routes()),
     ] {
-        let Some(address) = address else { continue };
-        let listener = AdminListener::tcp(address).await?;
+        let Some(listener) = doors.admin(door).context("serving the admin interface")? else {
+            continue;
+        };
         tasks.spawn(AdminServer::new(routes, limits).serve(listener, drain.clone()));
     }
     Ok(())
+}
+
+/// Requests to the admin interface that are under way are answered, within their time.
+async fn last_requests(mut served: JoinSet<()>) {
+    let all = async { while served.join_next().await.is_some() {} };
+    if tokio::time::timeout(AdminLimits::default().request, all).await.is_err() {
+        tracing::debug!("requests to the admin interface were left unanswered");
+    }
+}
+
+/// An agent that runs here already, and lets this one succeed it.
+async fn find_running(settings: &Settings, place: &Place) -> anyhow::Result<Option<Successor>> {
+    let (socket, place) = (settings.handover_socket(), place.clone());
+    let found = tokio::task::spawn_blocking(move || Successor::find(&socket, &place)).await?;
+    found.context("another agent runs here and does not hand over")
+}
+
+/// Lets the controller speak before connections are taken over. One that is away is not waited for: what it said last, which
+/// the predecessor has saved, is in force.
+async fn hear_controller(mut standing: watch::Receiver<Standing>) {
+    let heard = standing.wait_for(|standing| standing.connected);
+    if tokio::time::timeout(CONTROLLER_PATIENCE, heard).await.is_err() {
+        tracing::warn!("the controller is not heard; what it said last is in force");
+    }
+}
+
+/// How long a successor waits for the controller.
+const CONTROLLER_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Takes the predecessor's connections and pods. After an error this process must end.
+fn take_over(
+    running: &Successor,
+    data_plane: &Arc<DataPlane>,
+    dns: &DnsDesk,
+    gate: &KernelGate,
+    runtime: &Handle,
+) -> anyhow::Result<()> {
+    let taken = tokio::task::block_in_place(|| running.take_over(data_plane, dns, runtime));
+    for pod in taken.context("taking over from the running agent")? {
+        gate.handed_over(pod);
+    }
+    Ok(())
+}
+
+/// The predecessor's doors and counters; none when there was no predecessor, or it is gone.
+fn succeed(running: Option<Successor>, metrics: &Metrics) -> Doors {
+    let Some(running) = running else { return Doors::default() };
+    match tokio::task::block_in_place(|| running.succeed()) {
+        Ok((doors, written)) => {
+            let flags = |flags: &str| {
+                let all = CloseReason::ALL.iter().map(|reason| reason.response_flags());
+                all.into_iter().find(|known| *known == flags)
+            };
+            // The kernel counts over all processes' lives.
+            metrics.take_over(written, flags, |name| name == "culvert_capture_total");
+            doors
+        }
+        Err(error) => {
+            tracing::warn!(error = %error_chain(&error), "the predecessor is gone; counters begin anew");
+            Doors::default()
+        }
+    }
 }
 
 /// Flows that ended leave the kernel's table, guards that another tool removed come back, and the node's addresses,
@@ -442,14 +562,16 @@ async fn await_signals(trigger: DrainTrigger) {
     }
 }
 
-fn empty_picture() -> Snapshot {
+/// What is known at the beginning: nothing but a predecessor's certificates.
+fn first_picture(certificates: Vec<Svid>) -> Snapshot {
+    let svids = certificates.into_iter().map(|svid| (svid.id().clone(), Arc::new(svid)));
     Snapshot {
         index: WorkloadIndex::default(),
         policies: PolicySet::default(),
         synced: false,
         settings: ResolveSettings::default(),
         trust: Arc::new(TrustBundle::default()),
-        svids: OrdMap::new(),
+        svids: svids.collect(),
     }
 }
 

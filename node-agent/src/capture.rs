@@ -14,7 +14,7 @@ use mesh_net::socket::SocketLabel;
 
 use tokio::runtime::Handle;
 
-use crate::dataplane::{DataPlane, Drain, KernelCapture, PodSockets};
+use crate::dataplane::{DataPlane, Drain, HandedPod, KernelCapture, PodSockets};
 use crate::dns::DnsDesk;
 use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments};
 use crate::enrolment::squatter;
@@ -36,7 +36,8 @@ pub(crate) struct KernelGate {
 
 /// What is captured of a pod, and how.
 struct StagedPod {
-    capture: PodCapture,
+    /// None for a pod that was handed over, until it is attached here.
+    capture: Option<PodCapture>,
     sockets: PodSockets,
     /// How many workers listen; none before capture was switched on.
     slots: Option<u16>,
@@ -57,6 +58,15 @@ impl KernelGate {
     /// The loaded capture.
     pub(crate) fn capture(&self) -> &Arc<Capture> {
         &self.capture
+    }
+
+    /// Knows a pod that a predecessor captured and whose sockets are here by now. One that leaves is captured no more.
+    pub(crate) fn handed_over(&self, pod: HandedPod) {
+        let HandedPod { sockets, slots } = pod;
+        if slots.is_some() {
+            let uid = sockets.uid.clone();
+            self.lock().insert(uid, StagedPod { capture: None, sockets, slots });
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PodUid, StagedPod>> {
@@ -96,7 +106,8 @@ impl KernelCapture for KernelGate {
         let staged = pods
             .get_mut(&pod.uid)
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the pod was not staged"))?;
-        self.capture.enroll(&staged.capture, slots).map_err(io::Error::other)?;
+        let capture = staged.capture.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        self.capture.enroll(capture, slots).map_err(io::Error::other)?;
         staged.slots = Some(slots);
         Ok(())
     }
@@ -134,7 +145,7 @@ impl Attachments {
         let Some(staged) = pods.get_mut(uid) else { return Ok(false) };
         let Some(slots) = staged.slots else { return Ok(false) };
         self.gate.capture.enroll(&capture, slots).map_err(kernel_refused)?;
-        staged.capture = capture;
+        staged.capture = Some(capture);
         Ok(true)
     }
 
@@ -181,7 +192,7 @@ impl PodAttachments for Attachments {
         }
         // Other sockets, or the same pod that was being let go: its name is free only when they are closed.
         self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));
-        let staged = StagedPod { capture, sockets: sockets.clone(), slots: None };
+        let staged = StagedPod { capture: Some(capture), sockets: sockets.clone(), slots: None };
         self.gate.lock().insert(uid.clone(), staged);
         let added = self.runtime.block_on(self.data_plane.add_pod(sockets)).map_err(|error| AttachError {
             what: "the pod's sockets cannot be opened or its capture switched on",

@@ -239,6 +239,12 @@ impl Settings {
         self.run_dir.join("admin.sock")
     }
 
+    /// The agent's socket for its successor.
+    #[must_use]
+    pub fn handover_socket(&self) -> PathBuf {
+        self.run_dir.join("handover.sock")
+    }
+
     /// How long connections may go on when something ends.
     #[must_use]
     pub const fn drain(&self) -> Duration {

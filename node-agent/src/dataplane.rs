@@ -13,6 +13,7 @@
 //! [`DataPlane`], which are called from the agent's runtime and talk to the workers by bounded queues.
 
 mod flows;
+mod handover;
 mod inbound;
 mod outbound;
 mod pods;
@@ -40,6 +41,7 @@ use mesh_net::socket;
 use tokio::sync::oneshot;
 
 pub use flows::{ConnectionView, FlowEvent};
+pub(crate) use handover::{HandOverRefused, HandedPod, Part, WrittenPlane};
 pub use shared::{
     Changed, DataPlaneConfig, Drain, FlowSink, HostResolver, IdentityDesk, KernelCapture, Limits,
     OriginalSource, PodSockets, ResolveAnswer, Shared, Snapshot,
@@ -55,9 +57,12 @@ use worker::{Command, NodeWorker, WorkerParts};
 /// The running data plane. Cheap to share in an `Arc`; dropping it stops the workers and closes their sockets.
 pub struct DataPlane {
     workers: Vec<Worker>,
+    /// So many of them serve pods; the others only end what a predecessor with more engines began.
+    serving: usize,
     capture: Arc<dyn KernelCapture>,
     pods: Mutex<BTreeMap<PodUid, Arc<Pod>>>,
     next_pod: AtomicU64,
+    next_flow: Arc<AtomicU64>,
     draining: AtomicBool,
     stats: Arc<Stats>,
     budget: Arc<DescriptorBudget>,
@@ -111,9 +116,11 @@ impl DataPlane {
         let stats = Arc::new(Stats::new());
         let next_flow = Arc::new(AtomicU64::new(1));
         let handshakes = handshakes_per_worker(&config, &budget);
-        let mut workers = Vec::with_capacity(config.workers.max(1));
+        let serving = config.workers.max(1);
+        let count = serving.max(config.inherited_workers);
+        let mut workers = Vec::with_capacity(count);
         // More workers than a machine has cores.
-        let count = u16::try_from(config.workers.max(1)).unwrap_or(u16::MAX);
+        let count = u16::try_from(count).unwrap_or(u16::MAX);
         for index in 0..count {
             let mut worker_config = WorkerConfig::new(config.engine.clone(), Arc::clone(&budget));
             worker_config.max_accepting = handshakes;
@@ -143,9 +150,11 @@ impl DataPlane {
         Ok(Self {
             watchdog,
             workers,
+            serving,
             capture,
             pods: Mutex::new(BTreeMap::new()),
             next_pod: AtomicU64::new(1),
+            next_flow,
             draining: AtomicBool::new(false),
             stats,
             budget,
@@ -179,14 +188,14 @@ impl DataPlane {
     }
 
     async fn open_and_steer(&self, pod: &Arc<Pod>) -> Result<(), AddPodError> {
-        for worker in &self.workers {
-            let pod = Arc::clone(pod);
-            ask(worker, |reply| Command::AddPod { pod, reply })
+        for (index, worker) in self.workers.iter().enumerate() {
+            let (pod, open) = (Arc::clone(pod), index < self.serving);
+            ask(worker, |reply| Command::AddPod { pod, open, reply })
                 .await
                 .ok_or(AddPodError::WorkerEnded)?
                 .map_err(AddPodError::Listen)?;
         }
-        let slots = u16::try_from(self.workers.len()).unwrap_or(u16::MAX);
+        let slots = u16::try_from(self.serving).unwrap_or(u16::MAX);
         self.capture.switch_on(&pod.sockets, slots).map_err(AddPodError::Steer)
     }
 

@@ -8,8 +8,9 @@ mod udp;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use mesh_dns::{Cache, CacheConfig, DnsClient, DnsDecision, Transport};
 use mesh_ebpf::NetnsCookie;
@@ -35,6 +36,8 @@ pub(crate) struct DnsDesk {
     node_nameservers: Vec<IpAddr>,
     cluster_domain: Arc<str>,
     pods: Mutex<BTreeMap<PodUid, Arc<PodDns>>>,
+    /// Sockets of a predecessor, until their pods are added.
+    handed: Mutex<BTreeMap<PodUid, Vec<OwnedFd>>>,
 }
 
 /// One pod's resolver.
@@ -54,6 +57,10 @@ struct PodDns {
     /// Answers of resolvers. The pod's own: whoever rules a pod's network could forge what others would be told.
     cache: Mutex<Cache>,
     stop: CancellationToken,
+    /// No more queries are taken; those under way are answered.
+    taking: CancellationToken,
+    /// Second descriptors of its sockets, for a successor; the listener first.
+    sockets: OnceLock<Vec<OwnedFd>>,
 }
 
 /// Queries of one pod under way at once.
@@ -93,6 +100,7 @@ impl DnsDesk {
             node_nameservers: nameservers,
             cluster_domain: cluster_domain.into(),
             pods: Mutex::default(),
+            handed: Mutex::default(),
         }
     }
 
@@ -138,14 +146,32 @@ impl DnsDesk {
                 ..CacheConfig::default()
             })),
             stop: CancellationToken::new(),
+            taking: CancellationToken::new(),
+            sockets: OnceLock::new(),
         });
         let _runtime = self.runtime.enter();
-        let listener = self.listener(&served)?;
+        let handed = self.handed.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        let mut handed = handed.into_iter().flatten();
+        let listener = match handed.next() {
+            Some(fd) => TcpListener::from_std(fd.into())?,
+            None => self.listener(&served)?,
+        };
+        let mut sockets =
+            handed.map(|fd| UdpSocket::from_std(fd.into())).collect::<io::Result<Vec<_>>>()?;
         // Bound to each address, so that an answer comes from where the question went.
-        let sockets = served
-            .first_of_each_family()
-            .map(|address| self.udp_socket(&served, SocketAddr::new(address, ports::DNS)))
-            .collect::<io::Result<Vec<_>>>()?;
+        for address in served.first_of_each_family() {
+            let address = SocketAddr::new(address, ports::DNS);
+            if !sockets.iter().any(|socket| socket.local_addr().is_ok_and(|its| its == address)) {
+                sockets.push(self.udp_socket(&served, address)?);
+            }
+        }
+        let mut duplicates = vec![listener.as_fd().try_clone_to_owned()?];
+        for socket in &sockets {
+            duplicates.push(socket.as_fd().try_clone_to_owned()?);
+        }
+        if served.sockets.set(duplicates).is_err() {
+            tracing::debug!("a pod's resolver sockets were noted before");
+        }
         self.runtime.spawn(tcp::serve(Arc::clone(self), Arc::downgrade(&served), listener));
         for socket in sockets {
             let socket = Arc::new(socket);
@@ -159,6 +185,44 @@ impl DnsDesk {
     pub(crate) fn remove(&self, uid: &PodUid) {
         if let Some(served) = self.lock().remove(uid) {
             served.stop.cancel();
+        }
+    }
+
+    /// Duplicates of all pods' sockets, for a successor.
+    pub(crate) fn written(&self) -> io::Result<Vec<(PodUid, Vec<OwnedFd>)>> {
+        let duplicate = |(uid, pod): (&PodUid, &Arc<PodDns>)| {
+            let sockets = pod.sockets.get().into_iter().flatten();
+            let fds = sockets.map(OwnedFd::try_clone).collect::<io::Result<_>>()?;
+            Ok((uid.clone(), fds))
+        };
+        self.lock().iter().map(duplicate).collect()
+    }
+
+    /// Sockets of a predecessor; they are used when their pods are added, and closed when the desk is.
+    pub(crate) fn take_over(&self, sockets: impl IntoIterator<Item = (PodUid, Vec<OwnedFd>)>) {
+        self.handed.lock().unwrap_or_else(PoisonError::into_inner).extend(sockets);
+    }
+
+    /// Takes no more queries: a successor has the sockets.
+    pub(crate) fn stop_taking(&self) {
+        for pod in self.lock().values() {
+            pod.taking.cancel();
+        }
+    }
+
+    /// Waits until what was asked is answered, for `patience` at most.
+    pub(crate) async fn last_answers(&self, patience: Duration) {
+        let pods: Vec<Arc<PodDns>> = self.lock().values().cloned().collect();
+        let all = async {
+            for pod in &pods {
+                let queries = u32::try_from(MAX_QUERIES).unwrap_or(u32::MAX);
+                let connections = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
+                drop(pod.queries.acquire_many(queries).await);
+                drop(pod.connections.acquire_many(connections).await);
+            }
+        };
+        if tokio::time::timeout(patience, all).await.is_err() {
+            tracing::debug!("questions to resolvers were left unanswered");
         }
     }
 

@@ -60,6 +60,8 @@ pub(crate) struct Rotation {
     picture: Arc<Picture>,
     enroller: Arc<Enroller>,
     core: RotationCore,
+    /// Identities whose certificates a predecessor handed over: the first request for each is answered by what is there.
+    inherited: BTreeSet<SpiffeId>,
     /// Answers that the core has not decided upon.
     issued: BTreeMap<SpiffeId, IssuedAnswer>,
     prefetched: BTreeSet<SpiffeId>,
@@ -84,7 +86,9 @@ impl Rotation {
     ) -> Self {
         let seed = u64::from(crate::entropy::number()) << 32 | u64::from(crate::entropy::number());
         let trusted = Arc::clone(&picture.snapshot().trust);
+        let inherited = picture.snapshot().svids.keys().cloned().collect();
         Self {
+            inherited,
             session,
             picture,
             enroller,
@@ -145,6 +149,15 @@ impl Rotation {
         let mut requests = Vec::new();
         while let Some(command) = self.core.poll_command() {
             match command {
+                RotationCommand::Request { id } if self.inherited.remove(&id) => {
+                    match self.picture.snapshot().svids.get(&id) {
+                        Some(svid) => {
+                            let (not_before, not_after) = (svid.not_before(), svid.not_after());
+                            self.feed(RotationInput::Issued { id, not_before, not_after });
+                        }
+                        None => requests.push(id),
+                    }
+                }
                 RotationCommand::Request { id } => requests.push(id),
                 RotationCommand::Install { id } => {
                     if let Some(answer) = self.issued.remove(&id) {

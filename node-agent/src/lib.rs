@@ -11,6 +11,7 @@ mod dns;
 mod enrolment;
 mod entropy;
 mod error;
+mod handover;
 mod health;
 mod identity;
 mod picture;

@@ -6,8 +6,9 @@ mod mailbox;
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_runtime::{AccessLog, FlowMeter, OpenFlow};
 use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord, PolicyRef};
@@ -19,21 +20,38 @@ use mailbox::{Full, GATHER, Letters, Mailbox, mailbox};
 /// Reports waiting at most; beyond that they are dropped and counted, since a worker never waits.
 const QUEUE: usize = 65_536;
 
+/// What waits in the queue.
+#[derive(Debug)]
+enum Letter {
+    Event(FlowEvent),
+    /// Everything before this is to be counted, and the end of the channel to be told so.
+    Flush(Sender<()>),
+}
+
 /// Takes reports from the workers.
 #[derive(Debug)]
 pub(crate) struct FlowReports {
-    mailbox: Mailbox<FlowEvent>,
+    mailbox: Mailbox<Letter>,
 }
 
 impl FlowSink for FlowReports {
     fn report(&self, event: FlowEvent) {
-        if let Err(Full) = self.mailbox.put(event) {
+        if let Err(Full) = self.mailbox.put(Letter::Event(event)) {
             metrics::counter!("culvert_flow_reports_dropped_total").increment(1);
         }
     }
 }
 
 impl FlowReports {
+    /// Waits until everything that was reported is counted and logged, for `patience` at most. Blocks.
+    pub(crate) fn flush(&self, patience: Duration) {
+        let (done, flushed) = channel();
+        if self.mailbox.put(Letter::Flush(done)).is_err() || flushed.recv_timeout(patience).is_err()
+        {
+            tracing::warn!("some reports about flows were not counted in time");
+        }
+    }
+
     /// Starts the thread. It ends when the last [`FlowReports`] is gone and everything reported is counted.
     ///
     /// # Errors
@@ -67,10 +85,17 @@ struct Counted {
 }
 
 impl Ledger {
-    fn keep(mut self, letters: &Letters<FlowEvent>) {
+    fn keep(mut self, letters: &Letters<Letter>) {
         while let Some(events) = letters.take(self.lines.summary_due()) {
-            for event in events {
-                self.take(event);
+            for letter in events {
+                match letter {
+                    Letter::Event(event) => self.take(event),
+                    Letter::Flush(done) => {
+                        if done.send(()).is_err() {
+                            tracing::debug!("whoever waited for the reports is gone");
+                        }
+                    }
+                }
             }
             for (LineKind { direction, reason }, count) in self.lines.summary(Instant::now()) {
                 tracing::warn!(?direction, %reason, count, "refusals that the access log left out");
@@ -95,6 +120,12 @@ impl Ledger {
                 let path = if facts.mutual_tls { FlowPath::Tunnel } else { FlowPath::Plaintext };
                 let flow = self.meter.opened((*facts).clone(), path);
                 let counted = Counted { flow, total: FlowBytes::default() };
+                self.open.entry((*facts).clone()).or_default().push(counted);
+            }
+            FlowEvent::TakenOver { facts, bytes } => {
+                let path = if facts.mutual_tls { FlowPath::Tunnel } else { FlowPath::Plaintext };
+                let flow = self.meter.taken_over((*facts).clone(), path, bytes);
+                let counted = Counted { flow, total: bytes };
                 self.open.entry((*facts).clone()).or_default().push(counted);
             }
             FlowEvent::Moved { facts, bytes } => {

@@ -4,6 +4,7 @@
 //! tunnel never change threads. Other threads reach a worker through its bounded command queue ([`WorkerHandle`]).
 
 pub mod budget;
+pub mod handover;
 pub mod ops;
 mod seats;
 mod sockets;
@@ -30,6 +31,7 @@ use mio::{Events, Poll, Token, Waker};
 use crate::handshake::{FIRST_WORD_TIMEOUT, HANDSHAKE_TIMEOUT, HandshakeError};
 use crate::socket;
 use budget::DescriptorBudget;
+use handover::WrittenWorker;
 use ops::{Attempt, Ends, Incoming, LISTENER_BIT, ListenerTag, Ops, Outcome};
 use sockets::Owner;
 
@@ -72,6 +74,11 @@ pub trait Handler: 'static {
     fn poked(&mut self, ops: &mut Ops);
     /// The time of [`poll_timeout`](Self::poll_timeout) has come.
     fn tick(&mut self, ops: &mut Ops);
+    /// The worker was written down, as [`Ops::write_down_soon`] asked; nothing has a turn before this returns.
+    ///
+    /// The one callback that may wait: for what the successor says. It ends by [`Ops::abandon`] or [`Ops::reset_all`], or,
+    /// if it is certain that the successor never will go on, by leaving everything as it is.
+    fn written(&mut self, ops: &mut Ops, written: io::Result<WrittenWorker>);
     /// When [`tick`](Self::tick) is due. A time that has passed means: as soon as the sockets had their turn.
     fn poll_timeout(&self) -> Option<Instant>;
 }
@@ -292,6 +299,10 @@ impl<H: Handler> Worker<H> {
             }
             more |= self.turn();
             busy = more;
+            if std::mem::take(&mut self.ops.write_down) {
+                self.write_down();
+                busy = true;
+            }
         }
     }
 
@@ -355,6 +366,12 @@ impl<H: Handler> Worker<H> {
         self.accept_paused = None;
         for _ in 0..self.ops.acceptable.len() {
             let Some(id) = self.ops.acceptable.pop_front() else { break };
+            if let Some(listener) = self.ops.listeners.get_mut(&id)
+                && listener.held
+            {
+                listener.queued = false;
+                continue;
+            }
             let drained = self.accept_batch(id);
             if let Some(listener) = self.ops.listeners.get_mut(&id) {
                 listener.queued = !drained;
@@ -453,21 +470,37 @@ impl<H: Handler> Worker<H> {
         }
     }
 
+    /// Writes the worker down and hands it to the handler. What the engine has said is heard before and after: it refuses
+    /// requests while it is written.
+    fn write_down(&mut self) {
+        self.answer();
+        let written = self.ops.write_worker();
+        self.answer();
+        // What has waited for the thread is late, not at fault.
+        self.handler.written(&mut self.ops, written);
+        self.ops.now = Instant::now();
+    }
+
+    /// Tells the handler what the engine and handshakes say; true when there was something.
+    fn answer(&mut self) -> bool {
+        let mut answered = false;
+        while let Some(outcome) = self.ops.outcomes.pop_front() {
+            self.outcome(outcome);
+            answered = true;
+        }
+        while let Some(event) = self.ops.engine.poll_event() {
+            self.engine_event(event);
+            answered = true;
+        }
+        answered
+    }
+
     /// Lets the engine move bytes and the handler answer; true when there is more to do at once.
     fn turn(&mut self) -> bool {
         let mut more = false;
         for _ in 0..ROUNDS_PER_TURN {
             more = self.ops.engine.turn(&mut self.ops.sockets, self.ops.now);
-            let mut answered = false;
-            while let Some(outcome) = self.ops.outcomes.pop_front() {
-                self.outcome(outcome);
-                answered = true;
-            }
-            while let Some(event) = self.ops.engine.poll_event() {
-                self.engine_event(event);
-                answered = true;
-            }
-            if !answered {
+            if !self.answer() {
                 return more;
             }
             more = true;

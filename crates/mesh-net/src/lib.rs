@@ -6,6 +6,7 @@
 pub mod driver;
 pub mod handshake;
 pub mod netns;
+pub mod parcel;
 pub mod socket;
 
 pub use netns::Netns;

@@ -17,6 +17,12 @@ impl RelayId {
     pub const fn get(self) -> u64 {
         self.0
     }
+
+    /// The relay that a predecessor's engine called so; for [`Engine::take_over`](crate::Engine::take_over).
+    #[must_use]
+    pub const fn handed_over(number: u64) -> Self {
+        Self(number)
+    }
 }
 
 /// One TLS connection with its HTTP/2 session.
@@ -28,6 +34,12 @@ impl TunnelId {
     #[must_use]
     pub const fn get(self) -> u64 {
         self.0
+    }
+
+    /// The tunnel that a predecessor's engine called so; for [`Engine::take_over`](crate::Engine::take_over).
+    #[must_use]
+    pub const fn handed_over(number: u64) -> Self {
+        Self(number)
     }
 }
 

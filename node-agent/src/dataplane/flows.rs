@@ -17,6 +17,7 @@ use mesh_telemetry::{EarlyDenial, FlowBytes, FlowFacts, FlowPath, FlowRecord};
 use mesh_tunnel::{RelayBytes, RelayId};
 use serde::Serialize;
 
+use crate::dataplane::handover::state::{FlowState, Parts};
 use crate::dataplane::pods::{FlowSlot, PlaintextClient, Pod, PodKey};
 use crate::dataplane::shared::FlowSink;
 use crate::dataplane::telemetry::Story;
@@ -27,6 +28,13 @@ use crate::dataplane::worker::Refusal;
 pub enum FlowEvent {
     /// Both ends are connected.
     Opened(Arc<FlowFacts>),
+    /// A flow that a predecessor reported as opened goes on here.
+    TakenOver {
+        /// Which.
+        facts: Arc<FlowFacts>,
+        /// What the predecessor has reported of it.
+        bytes: FlowBytes,
+    },
     /// Bytes moved.
     Moved {
         /// Whose.
@@ -149,6 +157,17 @@ impl LiveFlow {
         self
     }
 
+    /// What a predecessor knew of it.
+    pub(super) fn handed_over(
+        mut self,
+        established: bool,
+        reported: FlowBytes,
+        cut_by: Option<RuleRef>,
+    ) -> Self {
+        (self.established, self.reported, self.cut_by) = (established, reported, cut_by);
+        self
+    }
+
     const fn bytes(&self, relay: RelayBytes) -> FlowBytes {
         if self.app_is_client {
             FlowBytes { client_to_server: relay.from_app, server_to_client: relay.to_app }
@@ -200,6 +219,41 @@ impl FlowTable {
     pub(super) fn opened(&mut self, relay: RelayId, flow: LiveFlow) {
         *self.by_pod.entry(flow.pod.key).or_default() += 1;
         self.flows.insert(relay, flow);
+    }
+
+    /// All flows, for another process.
+    pub(super) fn written(&self, parts: &mut Parts, now: Instant) -> Vec<FlowState> {
+        let write = |(relay, flow): (&RelayId, &LiveFlow)| FlowState {
+            relay: relay.get(),
+            pod: flow.pod.key.0,
+            story: parts.story(&flow.story, now),
+            peer: flow.peer.clone(),
+            asked: flow.authority.clone(),
+            rule: flow.rule.clone(),
+            cut_by: flow.cut_by.clone(),
+            established: flow.established,
+            reported: flow.reported,
+        };
+        self.flows.iter().map(write).collect()
+    }
+
+    /// A flow of a predecessor; nothing is reported before [`announce`](Self::announce).
+    pub(super) fn take_over(&mut self, relay: RelayId, flow: LiveFlow) {
+        self.opened(relay, flow);
+    }
+
+    /// Reports that the flows taken over are this process's.
+    pub(super) fn announce(&self) {
+        for flow in self.flows.values().filter(|flow| flow.established) {
+            let facts = Arc::clone(&flow.story.facts);
+            self.sink.report(FlowEvent::TakenOver { facts, bytes: flow.reported });
+        }
+    }
+
+    /// Forgets all flows without a report: another process makes it.
+    pub(super) fn forget(&mut self) {
+        self.flows.clear();
+        self.by_pod.clear();
     }
 
     /// A flow was refused before the engine had it.

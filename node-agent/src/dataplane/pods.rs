@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use mesh_model::Workload;
 use mesh_net::driver::ops::ListenerTag;
@@ -54,6 +55,8 @@ pub(super) struct Pod {
     pub(super) sockets: PodSockets,
     /// Flows open, over all workers.
     open: AtomicUsize,
+    /// Until when its last flows may go on, once it leaves.
+    leaves_at: Mutex<Option<Instant>>,
     /// Clients of captured plaintext connections that live in the pod's namespace: their ports must not be used
     /// again for a connection to the application.
     plaintext_clients: Mutex<BTreeSet<SocketAddr>>,
@@ -65,6 +68,7 @@ impl Pod {
             key,
             sockets,
             open: AtomicUsize::new(0),
+            leaves_at: Mutex::new(None),
             plaintext_clients: Mutex::new(BTreeSet::new()),
         }
     }
@@ -74,6 +78,22 @@ impl Pod {
         let before = self.open.fetch_add(1, Ordering::Relaxed);
         let slot = FlowSlot(Arc::clone(self));
         (before < limit).then_some(slot)
+    }
+
+    /// Takes a slot for a flow that a predecessor admitted.
+    pub(super) fn admit_handed(self: &Arc<Self>) -> FlowSlot {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        FlowSlot(Arc::clone(self))
+    }
+
+    /// Notes that the pod leaves.
+    pub(super) fn leaves(&self, at: Instant) {
+        *self.leaves_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+    }
+
+    /// Until when its last flows may go on; none for a pod that stays.
+    pub(super) fn leaves_at(&self) -> Option<Instant> {
+        *self.leaves_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Flows open.

@@ -231,6 +231,8 @@ impl Default for Limits {
 pub struct DataPlaneConfig {
     /// Engines, each on a thread of its own; default: usable cores.
     pub workers: usize,
+    /// Engines of a predecessor that hands over; there are at least as many here. Default 0.
+    pub inherited_workers: usize,
     /// Settings of each engine.
     pub engine: EngineConfig,
     /// Bounds.
@@ -247,6 +249,7 @@ impl Default for DataPlaneConfig {
     fn default() -> Self {
         Self {
             workers: mesh_runtime::usable_cores(),
+            inherited_workers: 0,
             engine: EngineConfig::default(),
             limits: Limits::default(),
             original_source: OriginalSource::default(),

@@ -9,6 +9,7 @@ use mesh_model::SpiffeId;
 use mesh_net::handshake;
 use rustls::{ClientConfig, ServerConfig};
 
+use crate::dataplane::handover::state::CertificateState;
 use crate::dataplane::shared::Snapshot;
 
 /// Why there is nothing to shake hands with.
@@ -107,6 +108,39 @@ impl TlsCache {
             self.entries.insert(identity.clone(), fresh);
         }
         self.entries.get_mut(identity).ok_or(NoIdentity::Missing)
+    }
+
+    /// The certificates in use, for another process.
+    pub(super) fn written(&self) -> Vec<CertificateState> {
+        let write = |(identity, entry): (&SpiffeId, &Entry)| CertificateState {
+            identity: identity.clone(),
+            stamp: entry.stamp.0,
+            serial: entry.svid.serial().to_vec(),
+        };
+        self.entries.iter().map(write).collect()
+    }
+
+    pub(super) const fn next_stamp(&self) -> u64 {
+        self.next_stamp
+    }
+
+    /// Takes over a predecessor's names of the certificates that are here as well. Tunnels of others are made with one that
+    /// was replaced.
+    pub(super) fn take_over(
+        &mut self,
+        snapshot: &Snapshot,
+        certificates: Vec<CertificateState>,
+        next_stamp: u64,
+    ) {
+        self.next_stamp = self.next_stamp.max(next_stamp);
+        for CertificateState { identity, stamp, serial } in certificates {
+            let Some(svid) = snapshot.svids.get(&identity) else { continue };
+            if svid.serial() == serial {
+                let svid = Arc::clone(svid);
+                let entry = Entry { svid, stamp: CertificateStamp(stamp), server: None };
+                self.entries.insert(identity, entry);
+            }
+        }
     }
 
     /// Forgets certificates that were replaced, or that nobody needs any more.

@@ -10,6 +10,7 @@ use mesh_model::{SpiffeId, WorkloadUid};
 use mesh_net::driver::ops::Ends;
 use mesh_tunnel::{DialId, TunnelId, TunnelKey};
 
+use crate::dataplane::handover::state::{RoleState, TunnelState};
 use crate::dataplane::pods::Pod;
 use crate::dataplane::tls::{CertificateStamp, OwnCertificate};
 
@@ -99,6 +100,87 @@ impl Tunnels {
     fn add(&mut self, id: TunnelId, tunnel: Tunnel) {
         self.ends.insert((tunnel.end(), id));
         self.up.insert(id, tunnel);
+    }
+
+    /// All tunnels, for another process.
+    pub(super) fn written(&self) -> Vec<TunnelState> {
+        let write = |(id, tunnel): (&TunnelId, &Tunnel)| {
+            let (peer, own, role) = match tunnel {
+                Tunnel::Dialled { key, own, peer } => {
+                    let TunnelKey { pod, source, source_ip, next_hop, target_uid, expected } =
+                        TunnelKey::clone(key);
+                    let own_not_after = own.not_after;
+                    let role = RoleState::Dialled {
+                        pod,
+                        source,
+                        source_ip,
+                        next_hop,
+                        target_uid,
+                        expected,
+                        own_not_after,
+                    };
+                    (peer, own.stamp, role)
+                }
+                Tunnel::Accepted(ServerTunnel { pod, own, peer, ends }) => {
+                    let (pod, from, to) = (pod.key.0, ends.peer, ends.local);
+                    (peer, *own, RoleState::Accepted { pod, from, to })
+                }
+            };
+            TunnelState {
+                id: id.get(),
+                peer: peer.into(),
+                own: own.0,
+                distrusted: self.distrusted.contains(id),
+                ended: !self.ends.contains(&(tunnel.end(), *id)),
+                role,
+            }
+        };
+        self.up.iter().map(write).collect()
+    }
+
+    /// A tunnel of a predecessor; `pod` is whose it is, if it was accepted. One of a pod that is gone is left out: its requests are refused.
+    pub(super) fn take_over(
+        &mut self,
+        state: &TunnelState,
+        peer: PeerCertificate,
+        pod: Option<Arc<Pod>>,
+    ) {
+        let (id, stamp) = (TunnelId::handed_over(state.id), CertificateStamp(state.own));
+        let tunnel = match &state.role {
+            RoleState::Dialled {
+                pod,
+                source,
+                source_ip,
+                next_hop,
+                target_uid,
+                expected,
+                own_not_after,
+            } => {
+                let key = Arc::new(TunnelKey {
+                    pod: pod.clone(),
+                    source: source.clone(),
+                    source_ip: *source_ip,
+                    next_hop: *next_hop,
+                    target_uid: target_uid.clone(),
+                    expected: expected.clone(),
+                });
+                let own = OwnCertificate { stamp, not_after: *own_not_after };
+                Tunnel::Dialled { key, own, peer }
+            }
+            RoleState::Accepted { pod: _, from, to } => {
+                let Some(pod) = pod else { return };
+                let ends = Ends { peer: *from, local: *to };
+                Tunnel::Accepted(ServerTunnel { pod, own: stamp, peer, ends })
+            }
+        };
+        if state.distrusted {
+            self.distrusted.insert(id);
+        }
+        let end = tunnel.end();
+        self.add(id, tunnel);
+        if state.ended {
+            self.ends.remove(&(end, id));
+        }
     }
 
     pub(super) fn closed(&mut self, id: TunnelId) {

@@ -91,6 +91,11 @@ impl<T> WaitingRoom<T> {
         Ok(())
     }
 
+    /// All that wait, oldest first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.entries.values().map(|entry| &entry.what)
+    }
+
     /// Takes one out.
     pub(super) fn take(&mut self, id: WaitId) -> Option<T> {
         let entry = self.remove(id)?;

@@ -15,6 +15,7 @@ use mesh_authorize::{Denial, RuleRef};
 use mesh_identity::PeerCertificate;
 use mesh_model::{ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid};
 use mesh_net::driver::Handler;
+use mesh_net::driver::handover::WrittenWorker;
 use mesh_net::driver::ops::{Attempt, Ends, Incoming, ListenerId, ListenerTag, Ops};
 use mesh_net::handshake::HandshakeError;
 use mesh_net::socket::{self, SocketLabel};
@@ -25,6 +26,7 @@ use mesh_tunnel::{
 use tokio::sync::oneshot;
 
 use crate::dataplane::flows::{ConnectionView, FlowTable, Held};
+use crate::dataplane::handover::worker::{Taking, Writing};
 use crate::dataplane::inbound::Request;
 use crate::dataplane::pods::{Pod, PodKey, Port};
 use crate::dataplane::rejudge::Rejudge;
@@ -39,14 +41,24 @@ use crate::error::error_chain;
 /// What other threads ask of a worker.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Open the pod's ports.
-    AddPod { pod: Arc<Pod>, reply: oneshot::Sender<io::Result<()>> },
+    /// Know the pod and, if `open`, open its ports.
+    AddPod { pod: Arc<Pod>, open: bool, reply: oneshot::Sender<io::Result<()>> },
     /// Close the pod's ports and end its flows; the reply comes when none is left.
     RemovePod { key: PodKey, drain: Drain, reply: oneshot::Sender<()> },
     /// Name the open flows.
     List { reply: oneshot::Sender<Vec<ConnectionView>> },
     /// A host name that a waiting flow needs was resolved.
     Resolved { wait: WaitId, answer: io::Result<Vec<IpAddr>> },
+    /// Stop, or begin again, to accept on the tunnel ports.
+    HoldTunnelPorts { held: bool },
+    /// How many handshakes are under way that peers began.
+    Accepting { reply: oneshot::Sender<usize> },
+    /// How many sockets there are.
+    Sockets { reply: oneshot::Sender<usize> },
+    /// Write everything down and stand still.
+    WriteDown(Writing),
+    /// Take a predecessor over and stand still.
+    Take(Box<Taking>),
     /// End the thread.
     Stop,
 }
@@ -83,7 +95,15 @@ pub(super) enum Waiting {
 #[derive(Debug)]
 struct ServedPod {
     pod: Arc<Pod>,
-    listeners: Vec<ListenerId>,
+    listeners: Vec<ServedListener>,
+}
+
+/// A listener of a pod, and its place in the kernel's table.
+#[derive(Clone, Copy, Debug)]
+struct ServedListener {
+    id: ListenerId,
+    port: Port,
+    slot: u16,
 }
 
 /// A pod that is served no more but has flows left.
@@ -112,6 +132,10 @@ pub(super) struct NodeWorker {
     pod_addresses: BTreeMap<IpAddr, usize>,
     leaving: BTreeMap<PodKey, Leaving>,
     waiting: WaitingRoom<Waiting>,
+    /// Who waits for this worker to be written down.
+    pub(super) writing: Option<Writing>,
+    /// What has waited at a predecessor, until this worker goes on.
+    pub(super) handed_waiting: Vec<Waiting>,
     changed: Arc<AtomicU8>,
     next_flow: Arc<AtomicU64>,
     entropy: u64,
@@ -152,6 +176,8 @@ impl NodeWorker {
             pod_addresses: BTreeMap::new(),
             leaving: BTreeMap::new(),
             waiting: WaitingRoom::new(config.limits.waiting),
+            writing: None,
+            handed_waiting: Vec::new(),
             entropy: seed | 1,
             next_report: Instant::now() + REPORT_INTERVAL,
             look_at_ends: None,
@@ -310,21 +336,70 @@ impl NodeWorker {
         }
     }
 
-    fn add_pod(&mut self, ops: &mut Ops, pod: Arc<Pod>) -> io::Result<()> {
+    fn add_pod(&mut self, ops: &mut Ops, pod: Arc<Pod>, open: bool) -> io::Result<()> {
         let mut served = ServedPod { pod: Arc::clone(&pod), listeners: Vec::new() };
-        let opened = self.open_ports(ops, &mut served);
+        let opened = if open { self.open_ports(ops, &mut served) } else { Ok(()) };
         if opened.is_ok() {
-            self.pods_by_uid.insert(pod.sockets.uid.clone(), pod.key);
-            for ip in &pod.sockets.addresses {
-                *self.pod_addresses.entry(*ip).or_default() += 1;
+            self.serve(pod);
+            for ServedListener { id, port, slot } in served.listeners {
+                self.serve_listener(served.pod.key, id, slot, port);
             }
-            self.pods.insert(pod.key, served);
         } else {
             for listener in served.listeners {
-                ops.remove_listener(listener);
+                ops.remove_listener(listener.id);
             }
         }
         opened
+    }
+
+    /// Knows a pod from here on.
+    pub(super) fn serve(&mut self, pod: Arc<Pod>) {
+        self.pods_by_uid.insert(pod.sockets.uid.clone(), pod.key);
+        for ip in &pod.sockets.addresses {
+            *self.pod_addresses.entry(*ip).or_default() += 1;
+        }
+        self.pods.insert(pod.key, ServedPod { pod, listeners: Vec::new() });
+    }
+
+    /// A listener that is this worker's from here on.
+    pub(super) fn serve_listener(&mut self, key: PodKey, id: ListenerId, slot: u16, port: Port) {
+        if let Some(served) = self.pods.get_mut(&key) {
+            served.listeners.push(ServedListener { id, port, slot });
+        }
+    }
+
+    /// Opens the ports of a pod that was taken over, beside the listeners that came with it.
+    pub(super) fn open_handed(&mut self, ops: &mut Ops, key: PodKey) -> io::Result<()> {
+        let Some(pod) = self.pod(key).map(Arc::clone) else { return Ok(()) };
+        let mut served = ServedPod { pod, listeners: Vec::new() };
+        let opened = self.open_ports(ops, &mut served);
+        for ServedListener { id, port, slot } in served.listeners {
+            self.serve_listener(key, id, slot, port);
+        }
+        opened
+    }
+
+    /// The listeners, and what they are for.
+    pub(super) fn listener_ids(&self) -> Vec<(ListenerId, Port)> {
+        let all = self.pods.values().flat_map(|served| &served.listeners);
+        all.map(|listener| (listener.id, listener.port)).collect()
+    }
+
+    /// A listener's place in the kernel's table.
+    pub(super) fn slot_of(&self, id: ListenerId) -> Option<u16> {
+        let mut all = self.pods.values().flat_map(|served| &served.listeners);
+        all.find(|listener| listener.id == id).map(|listener| listener.slot)
+    }
+
+    /// What waits here.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = &Waiting> {
+        self.waiting.iter()
+    }
+
+    /// Forgets what another process reports, and who waits for pods to leave.
+    pub(super) fn forget_flows(&mut self) {
+        self.flows.forget();
+        self.leaving.clear();
     }
 
     fn open_ports(&self, ops: &mut Ops, served: &mut ServedPod) -> io::Result<()> {
@@ -337,7 +412,7 @@ impl NodeWorker {
             let netns = &served.pod.sockets.netns;
             let listener = socket::listen(netns, number, &self.label, self.config.keepalive)?;
             let id = ops.add_listener(served.pod.key.tag(port), listener)?;
-            served.listeners.push(id);
+            served.listeners.push(ServedListener { id, port, slot: self.slot });
             let listener = ops.listener_fd(id).ok_or(io::ErrorKind::NotFound)?;
             self.capture.add_listener(&served.pod.sockets, number, self.slot, listener)?;
         }
@@ -350,7 +425,7 @@ impl NodeWorker {
             return answer(reply, ());
         };
         for listener in served.listeners.drain(..) {
-            ops.remove_listener(listener);
+            ops.remove_listener(listener.id);
         }
         let grace = match drain {
             Drain::Now => Duration::ZERO,
@@ -358,6 +433,7 @@ impl NodeWorker {
         };
         // A second removal replaces the deadline of the first; both callers are told at the end.
         let deadline = ops.now() + grace;
+        served.pod.leaves(deadline);
         let leaving =
             self.leaving.entry(key).or_insert_with(|| Leaving { deadline, replies: Vec::new() });
         leaving.deadline = deadline;
@@ -494,7 +570,7 @@ impl From<Denial> for Refusal {
 }
 
 /// Answers a caller who may have stopped waiting.
-fn answer<T>(reply: oneshot::Sender<T>, value: T) {
+pub(super) fn answer<T>(reply: oneshot::Sender<T>, value: T) {
     if reply.send(value).is_err() {
         tracing::debug!("the caller of a data plane command is gone");
     }
@@ -608,14 +684,28 @@ impl Handler for NodeWorker {
 
     fn command(&mut self, ops: &mut Ops, command: Command) {
         match command {
-            Command::AddPod { pod, reply } => answer(reply, self.add_pod(ops, pod)),
+            Command::AddPod { pod, open, reply } => {
+                answer(reply, self.add_pod(ops, pod, open));
+            }
             Command::RemovePod { key, drain, reply } => self.remove_pod(ops, key, drain, reply),
             Command::List { reply } => {
                 answer(reply, self.flows.views(|relay| ops.engine.relay_bytes(relay), ops.now()));
             }
             Command::Resolved { wait, answer } => self.name_resolved(ops, wait, answer),
+            Command::HoldTunnelPorts { held } => self.hold_tunnel_ports(ops, held),
+            Command::Accepting { reply } => answer(reply, ops.accepting()),
+            Command::Sockets { reply } => answer(reply, ops.sockets()),
+            Command::WriteDown(writing) => {
+                self.writing = Some(writing);
+                ops.write_down_soon();
+            }
+            Command::Take(taking) => self.take(ops, *taking),
             Command::Stop => ops.stop(),
         }
+    }
+
+    fn written(&mut self, ops: &mut Ops, written: io::Result<WrittenWorker>) {
+        self.hand_on(ops, written);
     }
 
     fn poked(&mut self, ops: &mut Ops) {

@@ -22,11 +22,13 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves connections for as long as the pod has a resolver.
 pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, listener: TcpListener) {
-    let Some(stop) = pod.upgrade().map(|pod| pod.stop.clone()) else { return };
+    let stops = pod.upgrade().map(|pod| (pod.stop.clone(), pod.taking.clone()));
+    let Some((stop, taking)) = stops else { return };
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = stop.cancelled() => return,
+            () = taking.cancelled() => return,
         };
         let Some(pod) = pod.upgrade() else { return };
         match accepted {

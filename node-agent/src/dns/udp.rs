@@ -15,7 +15,8 @@ const MAX_QUERY_BYTES: usize = 4096;
 
 /// Serves one socket for as long as its pod has a resolver.
 pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, socket: Arc<UdpSocket>) {
-    let Some(stop) = pod.upgrade().map(|pod| pod.stop.clone()) else { return };
+    let stops = pod.upgrade().map(|pod| (pod.stop.clone(), pod.taking.clone()));
+    let Some((stop, taking)) = stops else { return };
     loop {
         tokio::select! {
             ready = socket.readable() => {
@@ -25,6 +26,7 @@ pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, socket: Arc<Udp
                 }
             }
             () = stop.cancelled() => return,
+            () = taking.cancelled() => return,
         }
         let Some(pod) = pod.upgrade() else { return };
         let (query, client) = match receive(&socket) {

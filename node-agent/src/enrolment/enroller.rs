@@ -357,6 +357,11 @@ impl Enroller {
         Ok(())
     }
 
+    /// Writes the list, for a successor to read.
+    pub(crate) fn write_now(&self) -> io::Result<()> {
+        self.write(&self.lock()).map_err(io::Error::other)
+    }
+
     /// Rises when the list of pods has changed.
     pub(crate) fn revision(&self) -> u64 {
         self.revision.load(Ordering::Relaxed)

@@ -42,7 +42,8 @@ impl Enroller {
             }
             match entry.record.phase {
                 PodPhase::Excluded => {}
-                PodPhase::Draining => entry.due = Some(now),
+                // Its last connections may have been handed over with it.
+                PodPhase::Draining => entry.due = Some(now + self.phases.drain),
                 PodPhase::Pending | PodPhase::Enrolled => match self.phases.capture(&mut entry) {
                     Ok(()) => adopted.enrolled += 1,
                     Err(error) => {

@@ -86,6 +86,7 @@ impl Ledger {
                     FlowEvent::Closed { record, .. } => Some((**record).clone()),
                     FlowEvent::Opened(_)
                     | FlowEvent::Moved { .. }
+                    | FlowEvent::TakenOver { .. }
                     | FlowEvent::Noted { .. }
                     | FlowEvent::Denied(_) => None,
                 })

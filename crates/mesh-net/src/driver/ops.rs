@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use mesh_identity::PeerCertificate;
 use mesh_model::PodUid;
-use mesh_tunnel::{DialId, Engine, Readiness, SockId, TunnelId};
+use mesh_tunnel::{DialId, Engine, EngineConfig, Readiness, SockId, TunnelId};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Interest, Registry, Token};
 use rustls::{ClientConfig, ServerConfig};
@@ -108,6 +108,8 @@ pub(super) struct Listener {
     pub(super) listener: TcpListener,
     /// Already in the queue of listeners to accept from.
     pub(super) queued: bool,
+    /// Not accepted from at present.
+    pub(super) held: bool,
 }
 
 /// A worker without its handler. Handed to each callback.
@@ -120,6 +122,9 @@ pub struct Ops {
     pub(super) acceptable: VecDeque<u32>,
     pub(super) outcomes: VecDeque<Outcome>,
     pub(super) stopping: bool,
+    /// The worker is to be written down at the end of the turn.
+    pub(super) write_down: bool,
+    pub(super) engine_config: EngineConfig,
     pub(super) now: Instant,
     next_listener: u32,
     in_flight: BTreeMap<SockId, InFlight>,
@@ -148,6 +153,8 @@ impl Ops {
             acceptable: VecDeque::new(),
             outcomes: VecDeque::new(),
             stopping: false,
+            write_down: false,
+            engine_config: config.engine.clone(),
             now,
             next_listener: 0,
             in_flight: BTreeMap::new(),
@@ -177,6 +184,12 @@ impl Ops {
     #[must_use]
     pub fn handshakes(&self) -> usize {
         self.in_flight.len()
+    }
+
+    /// Handshakes in flight of those that peers began.
+    #[must_use]
+    pub fn accepting(&self) -> usize {
+        self.accepting.len()
     }
 
     /// True when `more` sockets fit under the descriptor limit.
@@ -238,7 +251,7 @@ impl Ops {
         self.registry.register(&mut listener, token, Interest::READABLE)?;
         self.next_listener = id.wrapping_add(1);
         self.budget.take();
-        self.listeners.insert(id, Listener { tag, listener, queued: false });
+        self.listeners.insert(id, Listener { tag, listener, queued: false, held: false });
         Ok(ListenerId(id))
     }
 

@@ -88,6 +88,11 @@ impl Seats {
         Self { limit, pods: BTreeMap::new(), by_sock: BTreeMap::new(), next: 0 }
     }
 
+    /// Seats taken.
+    pub(super) fn len(&self) -> usize {
+        self.by_sock.len()
+    }
+
     /// What would become of `newcomer`.
     pub(super) fn admit(&self, newcomer: &Holder) -> Admission {
         if self.by_sock.len() < self.limit {

@@ -11,6 +11,7 @@ use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 
 use crate::driver::budget::DescriptorBudget;
+use crate::driver::handover::{WrittenSocket, duplicate};
 use crate::socket;
 
 /// Who is told when a socket becomes ready.
@@ -160,6 +161,38 @@ impl Sockets {
     /// The address at this end, canonical.
     pub(super) fn local_addr(&self, sock: SockId) -> Option<SocketAddr> {
         self.entry(sock)?.stream.local_addr().ok().map(socket::canonical)
+    }
+
+    /// The names of all sockets.
+    pub(super) fn names(&self) -> Vec<SockId> {
+        (0_u64..)
+            .zip(&self.slots)
+            .filter(|(_, slot)| slot.entry.is_some())
+            .map(|(index, slot)| SockId(u64::from(slot.generation) << 32 | index))
+            .collect()
+    }
+
+    /// Duplicates of all sockets but those of handshakes.
+    pub(super) fn written(&self) -> io::Result<Vec<WrittenSocket>> {
+        let mut written = Vec::with_capacity(self.len());
+        for name in self.names() {
+            let Some(entry) = self.entry(name) else { continue };
+            let of_engine = match entry.owner {
+                Owner::Handshake => continue,
+                Owner::Engine => true,
+                Owner::Parked => false,
+            };
+            let (prefix, fd) = (entry.prefix.clone(), duplicate(&entry.stream)?);
+            written.push(WrittenSocket { name, of_engine, prefix, fd });
+        }
+        Ok(written)
+    }
+
+    /// Closes this process's descriptors; the sockets live on with whoever has others.
+    pub(super) fn let_go(&mut self) {
+        for name in self.names() {
+            drop(self.remove(name));
+        }
     }
 
     fn remove(&mut self, sock: SockId) -> Option<TcpStream> {
