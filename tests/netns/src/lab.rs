@@ -222,13 +222,28 @@ impl Lab {
     /// # Errors
     /// When it cannot be started.
     pub fn start_agent(&mut self, index: usize) -> anyhow::Result<()> {
-        let config = AgentConfig {
+        let config = self.agent_config(&[]);
+        self.nodes[index].start_agent(&config)
+    }
+
+    /// Starts a second agent beside the running one of the `index`th node, with `extra` arguments; gives the first.
+    ///
+    /// # Errors
+    /// When none runs, or the second cannot be started.
+    pub fn start_successor(&mut self, index: usize, extra: &[&str]) -> anyhow::Result<Process> {
+        let config = self.agent_config(extra);
+        self.nodes[index].start_successor(&config)
+    }
+
+    fn agent_config(&self, extra: &[&str]) -> AgentConfig {
+        let mut arguments = self.config.agent_arguments.clone();
+        arguments.extend(extra.iter().map(|argument| (*argument).to_owned()));
+        AgentConfig {
             controller: format!("https://{CONTROLLER_IP}:15012"),
             controller_root: self.controller_root(),
-            extra: self.config.agent_arguments.clone(),
+            extra: arguments,
             log: self.config.log.clone(),
-        };
-        self.nodes[index].start_agent(&config)
+        }
     }
 
     /// The node called `name`.

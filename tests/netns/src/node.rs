@@ -152,8 +152,7 @@ impl Node {
             .args(["--node-name", &self.name])
             .arg("--run-dir")
             .arg(self.run_dir())
-            .arg("--state-dir")
-            .arg(self.state_dir())
+            .env("CULVERT_STATE_DIR", self.state_dir())
             .arg("--bpffs")
             .arg(self.bpffs())
             .args(["--controller", &config.controller])
@@ -166,6 +165,21 @@ impl Node {
             .env("RUST_BACKTRACE", "1");
         self.agent = Some(Process::start("agent", &mut command, &self.folder)?);
         Ok(())
+    }
+
+    /// Starts a second agent beside the running one and gives the first: the second takes over by itself.
+    ///
+    /// # Errors
+    /// When none runs, or the second cannot be started.
+    pub fn start_successor(&mut self, config: &AgentConfig) -> anyhow::Result<Process> {
+        let predecessor = self.agent.take().context("no agent runs")?;
+        self.start_agent(config)?;
+        Ok(predecessor)
+    }
+
+    /// Takes the process of an agent in place of the one known so far.
+    pub fn set_agent(&mut self, agent: Process) -> Option<Process> {
+        self.agent.replace(agent)
     }
 
     /// Writes the token the agent joins with.

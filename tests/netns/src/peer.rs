@@ -6,6 +6,7 @@
 pub mod bulk;
 pub mod grpc;
 pub mod idle;
+pub mod live;
 pub mod shape;
 pub mod websocket;
 

@@ -32,11 +32,26 @@ impl Sniffer {
         folder: &Path,
         name: &str,
     ) -> anyhow::Result<Self> {
+        Self::start_for(namespace, interface, folder, name, "")
+    }
+
+    /// As [`start`](Self::start), for packets that match `filter` alone: under bulk traffic nobody could keep up with all.
+    ///
+    /// # Errors
+    /// When tcpdump does not start listening.
+    pub fn start_for(
+        namespace: &str,
+        interface: &str,
+        folder: &Path,
+        name: &str,
+        filter: &str,
+    ) -> anyhow::Result<Self> {
         let file = folder.join(format!("{name}.pcap"));
         let mut command = in_namespace(Some(namespace), "tcpdump");
         command
             .args(["-i", interface, "--immediate-mode", "-U", "-n", "-s", "0", "-B", "65536", "-w"])
-            .arg(&file);
+            .arg(&file)
+            .args(filter.split_whitespace());
         let process = Process::start(&format!("sniff-{name}"), &mut command, folder)?;
         until("tcpdump listening", PATIENCE, || {
             Ok(process.log().contains("listening on").then_some(()))

@@ -1,11 +1,11 @@
 //! `culvert-lab-peer`: both ends of the end-to-end suite's own protocols.
 #![allow(clippy::print_stdout, reason = "clients print what they found")]
 
-use std::net::{Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use mesh_netns::peer::{bulk, grpc, idle, ports, shape, websocket};
+use mesh_netns::peer::{bulk, grpc, idle, live, ports, shape, websocket};
 
 #[derive(Debug, Parser)]
 struct Arguments {
@@ -33,6 +33,13 @@ enum Verb {
     Closed { target: SocketAddr, limit_ms: u64 },
     /// Which addresses the ends see.
     Who { target: SocketAddr },
+    /// Keeps connections of every kind until standard input ends.
+    Live {
+        /// Where the servers are.
+        server: IpAddr,
+        /// The port that HTTP is served on.
+        http: u16,
+    },
     /// Many quiet connections; with `--hold` until a byte arrives at standard input.
     Idle {
         target: SocketAddr,
@@ -67,6 +74,7 @@ fn main() -> anyhow::Result<()> {
             println!("{peer} {client} {server}");
             Ok(())
         }
+        Verb::Live { server, http } => live::check(server, http),
         Verb::Idle { target, count, hold } => runtime()?.block_on(idle::check(target, count, hold)),
         Verb::Grpc { target, lines } => runtime()?.block_on(grpc::check(target, lines)),
         Verb::Websocket { target, messages } => {
