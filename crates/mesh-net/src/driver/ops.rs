@@ -412,13 +412,9 @@ impl Ops {
     fn finish(&mut self, sock: SockId, finished: crate::handshake::Finished) {
         let Some(in_flight) = self.forget(sock) else { return };
         let InFlight { handshake, attempt, pod, .. } = in_flight;
-        let (established, ends) = match (handshake.establish(finished), self.ends(sock)) {
-            (Ok(established), Some(ends)) => (established, ends),
-            (Ok(_), None) => {
-                self.abort(sock);
-                return self.fail(attempt, HandshakeError::Closed);
-            }
-            (Err(error), _) => {
+        let established = match handshake.establish(finished) {
+            Ok(established) => established,
+            Err(error) => {
                 self.abort(sock);
                 return self.fail(attempt, error);
             }
@@ -426,6 +422,10 @@ impl Ops {
         let peer = established.peer;
         match (attempt, pod) {
             (Attempt::Accept { tag, stamp, .. }, Some(pod)) => {
+                let Some(ends) = self.ends(sock) else {
+                    self.abort(sock);
+                    return self.fail(attempt, HandshakeError::Closed);
+                };
                 let session = established.session;
                 let tunnel = self.engine.add_server_tunnel(pod, session, sock, self.now);
                 let incoming = Incoming { tunnel, tag, stamp, peer, ends };

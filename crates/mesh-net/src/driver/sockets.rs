@@ -272,7 +272,8 @@ impl Io for Sockets {
 ///
 /// A connected socket has a peer: one call for those that went well. What fails later is told by the calls to come.
 pub(super) fn connect_result(stream: &TcpStream) -> Poll<io::Result<()>> {
-    match stream.peer_addr() {
+    // Of whatever family: one end of a pair is connected too.
+    match socket2::SockRef::from(stream).peer_addr() {
         Ok(_) => Poll::Ready(Ok(())),
         Err(error) if error.kind() == io::ErrorKind::NotConnected => match stream.take_error() {
             Ok(None) => Poll::Pending,
