@@ -12,6 +12,7 @@
 //! client is reset. Each accepted flow is reported exactly once. Nothing here waits, but in the async methods of
 //! [`DataPlane`], which are called from the agent's runtime and talk to the workers by bounded queues.
 
+mod crossing;
 mod flows;
 mod handover;
 mod inbound;

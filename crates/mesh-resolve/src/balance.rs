@@ -1,14 +1,14 @@
 //! Which endpoint of a service a connection gets.
 //!
-//! Source: the candidates, modes and scopes are ztunnel's, so that a mixed mesh spreads load alike. Endpoints on other
-//! networks are passed over, because flows through gateways are not carried.
+//! Source: the candidates, modes and scopes are ztunnel's, so that a mixed mesh spreads load alike. An endpoint on another
+//! network takes part when a gateway leads there and it speaks HBONE; waypoints on other networks are passed over.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::{
-    HealthPolicy, HealthStatus, IpFamilies, LoadBalancingMode, NetworkId, Scope, Service,
-    ServicePort, Workload,
+    HealthPolicy, HealthStatus, IpFamilies, LoadBalancingMode, NetworkId, NetworkMode, Scope,
+    Service, ServicePort, TunnelProtocol, Workload,
 };
 
 use crate::index::WorkloadIndex;
@@ -25,6 +25,8 @@ pub(crate) enum Purpose {
     WaypointEndpoint,
     Waypoint,
     Address,
+    /// A gateway of another network.
+    Gateway,
 }
 
 impl Dice {
@@ -41,6 +43,7 @@ impl Dice {
             Purpose::WaypointEndpoint => 2,
             Purpose::Waypoint => 3,
             Purpose::Address => 4,
+            Purpose::Gateway => 5,
         };
         let mut z = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(salt));
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -91,7 +94,7 @@ pub(crate) struct Wanted<'a> {
 pub(crate) struct Choice {
     pub(crate) workload: Arc<Workload>,
     pub(crate) port: ServicePort,
-    /// None: its host name is to be resolved.
+    /// None: its host name is to be resolved, or it is reached through the gateway of its network.
     pub(crate) address: Option<IpAddr>,
 }
 
@@ -100,7 +103,7 @@ pub(crate) struct Choice {
 pub(crate) enum NoChoice {
     NoSuchPort,
     NoEndpoint,
-    /// There are some, all behind gateways of other networks; one of those.
+    /// There are some, all on other networks that no gateway leads to; one of those.
     OtherNetwork(NetworkId),
 }
 
@@ -137,10 +140,7 @@ pub(crate) fn choose(
                     workload: workload.uid.clone(),
                     because,
                 });
-                let behind_gateway = because == PassedOver::OtherNetwork
-                    && workload.network_gateway.is_some()
-                    && other_network.is_none();
-                if behind_gateway {
+                if because == PassedOver::OtherNetwork && other_network.is_none() {
                     other_network = Some(workload.network.clone());
                 }
                 port_known |= because != PassedOver::NoSuchPort
@@ -183,13 +183,30 @@ fn candidate<'i>(
         return Err(PassedOver::NoCapacity);
     }
     let target_port = target_port(service, workload, wanted.port).ok_or(PassedOver::NoSuchPort)?;
-    if workload.network != wanted.source.network {
-        return Err(PassedOver::OtherNetwork);
-    }
-    let address = address(workload, service.ip_families, wanted.dialled);
-    if address.is_none() && workload.hostname.is_empty() {
-        return Err(PassedOver::NoAddress);
-    }
+    let remote = workload.network != wanted.source.network;
+    let address = match wanted.purpose {
+        Purpose::Endpoint if remote => {
+            if workload.network_gateway.is_none() || !speaks_hbone(workload) {
+                return Err(PassedOver::OtherNetwork);
+            }
+            None
+        }
+        Purpose::WaypointEndpoint | Purpose::Waypoint | Purpose::Address if remote => {
+            return Err(PassedOver::OtherNetwork);
+        }
+        // A gateway's address is one that other networks reach.
+        Purpose::Endpoint
+        | Purpose::WaypointEndpoint
+        | Purpose::Waypoint
+        | Purpose::Address
+        | Purpose::Gateway => {
+            let address = address(workload, service.ip_families, wanted.dialled);
+            if address.is_none() && workload.hostname.is_empty() {
+                return Err(PassedOver::NoAddress);
+            }
+            address
+        }
+    };
     let rank = rank(service, workload, wanted.source).ok_or(PassedOver::OutOfScope)?;
     let port = ServicePort { service_port: wanted.port, target_port };
     Ok(Candidate { workload, port, address, rank })
@@ -231,6 +248,16 @@ pub(crate) const fn allows(families: IpFamilies, ip: IpAddr) -> bool {
         IpFamilies::Automatic | IpFamilies::Dual => true,
         IpFamilies::Ipv4Only => ip.is_ipv4(),
         IpFamilies::Ipv6Only => ip.is_ipv6(),
+    }
+}
+
+/// A workload on the host's network is never tunnelled to, since port 15008 of a node is nobody's, unless it says that it
+/// listens there itself.
+pub(crate) fn speaks_hbone(workload: &Workload) -> bool {
+    match (workload.tunnel_protocol, workload.network_mode) {
+        (TunnelProtocol::Hbone, NetworkMode::Standard) => true,
+        (TunnelProtocol::Hbone, NetworkMode::HostNetwork) => workload.native_tunnel,
+        (TunnelProtocol::None, _) => false,
     }
 }
 

@@ -9,6 +9,7 @@
 
 pub mod authority;
 mod balance;
+mod gateway;
 mod grouped;
 pub mod inbound;
 pub mod index;

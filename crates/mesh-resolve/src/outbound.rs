@@ -7,7 +7,8 @@
 //!                  │           └─ endpoint ─────┐
 //!                  ├─ workload ─┬─ endpoint of a service at the same address ─┐
 //!                  │            ├─ waypoint bound ─────────────────► waypoint │◄──┘
-//!                  │            └─────────────► speaks HBONE? ─┬───► tunnel
+//!                  │            └─────────────► other network? ─┬─► tunnel in the tunnel to its gateway
+//!                  │                          speaks HBONE? ─┬───► tunnel
 //!                  │                                           └───► passthrough, known
 //!                  └─ nothing ─────────────────────────────────────► passthrough, unknown
 //! ```
@@ -20,12 +21,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use mesh_model::{
-    Flow, GatewayAddress, IpFamilies, LoadBalancingMode, NetworkMode, Revision, Service,
-    ServicePort, TunnelProtocol, Workload, ports,
+    Flow, GatewayAddress, IpFamilies, LoadBalancingMode, Revision, Service, ServicePort, Workload,
+    ports,
 };
 
 use crate::authority::Authority;
-use crate::balance::{Choice, Dice, NoChoice, Purpose, Wanted, choose};
+use crate::balance::{Choice, Dice, NoChoice, Purpose, Wanted, choose, speaks_hbone};
+use crate::gateway;
 use crate::index::WorkloadIndex;
 use crate::lookup::Addressed;
 use crate::pending::PendingDns;
@@ -242,6 +244,9 @@ impl<'a> Outbound<'a> {
         leg: Leg,
         service: Option<&Arc<Service>>,
     ) -> Result<ResolvedFlow, Unroutable> {
+        if leg.choice.workload.network != self.source.network {
+            return self.through_gateway(leg.choice.workload, service);
+        }
         let ending = Ending {
             flow: self.flow.clone(),
             source: Arc::clone(self.source),
@@ -259,6 +264,75 @@ impl<'a> Outbound<'a> {
                 entropy: self.entropy,
             }))),
         }
+    }
+}
+
+impl Outbound<'_> {
+    /// An endpoint on another network: a tunnel to any endpoint of the service there, inside the tunnel to its gateway.
+    ///
+    /// Both CONNECTs ask for the service by name, since addresses mean nothing across networks. Source: wire.md §1.10.
+    fn through_gateway(
+        &mut self,
+        workload: Arc<Workload>,
+        service: Option<&Arc<Service>>,
+    ) -> Result<ResolvedFlow, Unroutable> {
+        let destination =
+            service.map_or_else(|| workload.uid.to_string(), |service| service.key.to_string());
+        let unavailable = || Unroutable::OtherNetwork {
+            destination: destination.as_str().into(),
+            network: workload.network.clone(),
+        };
+        let port = self.flow.orig_dst.port();
+        let service = service.ok_or_else(unavailable)?;
+        // A wildcard name is nothing that can be asked for.
+        let authority: Authority =
+            format!("{}:{port}", service.key.hostname).parse().map_err(|_| unavailable())?;
+        let address = workload.network_gateway.as_ref().ok_or_else(unavailable)?;
+        let wanted = self.wanted(port);
+        let (choice, gateway_service) =
+            gateway::find(self.index, address, &wanted, self.trace).ok_or_else(unavailable)?;
+        let ip = choice.address.ok_or_else(unavailable)?;
+        let next_hop = SocketAddr::new(ip, choice.port.target_port);
+        let identity = |workload: &Workload| {
+            let uid = workload.uid.clone();
+            workload.identity().map_err(|source| Unroutable::InvalidIdentity { uid, source })
+        };
+        let mut gateways: BTreeSet<_> =
+            gateway_service.iter().flat_map(|service| alternative_names(service)).collect();
+        gateways.insert(identity(&choice.workload)?);
+        let outer = TunnelRoute {
+            next_hop,
+            authority: authority.clone(),
+            expected: gateways.into_iter().collect(),
+            target_uid: choice.workload.uid.clone(),
+            gateway: None,
+        };
+        let expected: Vec<_> =
+            gateway::expected(self.index, service, &workload).into_iter().collect();
+        if expected.is_empty() {
+            return Err(Unroutable::NobodyExpected { service: service.key.clone() });
+        }
+        self.trace.record(|| Step::ThroughGateway {
+            network: workload.network.clone(),
+            next_hop,
+            expected: outer.expected.iter().map(|id| id.as_str().into()).collect(),
+        });
+        let route = Route::Tunnel(TunnelRoute {
+            next_hop,
+            authority,
+            expected,
+            target_uid: workload.uid.clone(),
+            gateway: Some(Box::new(outer)),
+        });
+        self.trace.record(|| step(&route));
+        Ok(ResolvedFlow {
+            flow: self.flow.clone(),
+            local: Arc::clone(self.source),
+            peer: Some(workload),
+            service: Some(Arc::clone(service)),
+            route,
+            revision: self.index.revision(),
+        })
     }
 }
 
@@ -344,6 +418,7 @@ impl Ending {
             authority,
             expected: expected.into_iter().collect(),
             target_uid: uid.clone(),
+            gateway: None,
         })
     }
 }
@@ -366,16 +441,6 @@ fn step(route: &Route) -> Step {
             Step::ToPassthrough { target: *target, known: *known }
         }
         Route::Deliver { target, .. } => Step::ToApplication { target: *target },
-    }
-}
-
-/// A workload on the host's network is never tunnelled to, since port 15008 of a node is nobody's, unless it says that it
-/// listens there itself.
-fn speaks_hbone(workload: &Workload) -> bool {
-    match (workload.tunnel_protocol, workload.network_mode) {
-        (TunnelProtocol::Hbone, NetworkMode::Standard) => true,
-        (TunnelProtocol::Hbone, NetworkMode::HostNetwork) => workload.native_tunnel,
-        (TunnelProtocol::None, _) => false,
     }
 }
 

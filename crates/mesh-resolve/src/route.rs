@@ -125,6 +125,9 @@ pub struct TunnelRoute {
     pub expected: Vec<SpiffeId>,
     /// The workload at the far end; part of the tunnel's key, so that a reused address is another tunnel.
     pub target_uid: WorkloadUid,
+    /// The tunnel to the gateway of the destination's network, inside of which this one goes; `next_hop` is the gateway's
+    /// then. Never a gateway's own tunnel: those do not nest further.
+    pub gateway: Option<Box<Self>>,
 }
 
 /// The waypoint that an inbound flow must have come through.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use mesh_model::{CloseReason, NamespacedHostname, ServicePort, WorkloadUid};
+use mesh_model::{CloseReason, NamespacedHostname, NetworkId, ServicePort, WorkloadUid};
 use serde::{Deserialize, Serialize};
 
 /// Collects the [`Step`]s of one decision; costs nothing while off.
@@ -148,6 +148,15 @@ pub enum Step {
         /// Identities of which one must be proved there.
         expected: Vec<Box<str>>,
     },
+    /// Inside a tunnel to the gateway of another network.
+    ThroughGateway {
+        /// The network.
+        network: NetworkId,
+        /// The gateway's address.
+        next_hop: SocketAddr,
+        /// Identities of which one must be proved by the gateway.
+        expected: Vec<Box<str>>,
+    },
     /// Through a tunnel to the waypoint.
     ToWaypoint {
         /// The waypoint.
@@ -188,7 +197,7 @@ pub enum PassedOver {
     Unhealthy,
     /// Its capacity is 0.
     NoCapacity,
-    /// On another network.
+    /// On another network, and not reachable through a gateway of it.
     OtherNetwork,
     /// It has no such port.
     NoSuchPort,
@@ -203,7 +212,7 @@ impl fmt::Display for PassedOver {
         f.write_str(match self {
             Self::Unhealthy => "not ready",
             Self::NoCapacity => "its capacity is 0",
-            Self::OtherNetwork => "on another network",
+            Self::OtherNetwork => "on another network that no gateway leads to",
             Self::NoSuchPort => "it has no such port",
             Self::NoAddress => "it has no usable address",
             Self::OutOfScope => "outside the required scope",
@@ -258,6 +267,11 @@ impl fmt::Display for Step {
             Self::ToTunnel { next_hop, authority, expected } => {
                 let expected = expected.join(" or ");
                 write!(f, "tunnel to {next_hop} for {authority}, expecting {expected}")
+            }
+            Self::ThroughGateway { network, next_hop, expected } => {
+                let expected = expected.join(" or ");
+                write!(f, "through the gateway of network {network} at {next_hop}, ")?;
+                write!(f, "expecting {expected} there")
             }
             Self::ToWaypoint { waypoint, next_hop, authority, expected } => {
                 let expected = expected.join(" or ");

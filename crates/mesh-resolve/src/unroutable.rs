@@ -39,10 +39,11 @@ pub enum Unroutable {
         /// The service or workload it is bound to.
         bound_to: Arc<str>,
     },
-    /// The destination is on another network, which takes a gateway; flows through gateways are not carried.
-    #[error("{destination} is on network {network:?}, reached only through a gateway")]
+    /// The destination is on another network, and no gateway that leads there is known and ready; or it is a waypoint, or
+    /// nothing that can be asked for by the name of a service, which no gateway leads to.
+    #[error("{destination} is on network {network:?}, and no gateway leads there")]
     OtherNetwork {
-        /// The service or waypoint.
+        /// The service, workload or waypoint.
         destination: Arc<str>,
         /// Its network.
         network: NetworkId,
@@ -63,6 +64,12 @@ pub enum Unroutable {
         /// What is wrong with it.
         #[source]
         source: InvalidSpiffeId,
+    },
+    /// The service is on another network, and neither names of its own nor endpoints there say who may answer for it.
+    #[error("nobody on the other network is known to answer for {service}")]
+    NobodyExpected {
+        /// The service.
+        service: NamespacedHostname,
     },
     /// The endpoint has a host name and no address: resolve it and go on with [`PendingDns::complete`].
     #[error("address of {} is to be resolved", .0.hostname())]
@@ -86,7 +93,9 @@ impl Unroutable {
             Self::WaypointUnavailable { .. } => CloseReason::WaypointUnavailable,
             Self::OtherNetwork { .. } => CloseReason::GatewayUnavailable,
             Self::NotOurs { .. } => CloseReason::WrongDestination,
-            Self::InvalidIdentity { .. } => CloseReason::WrongIdentity,
+            Self::InvalidIdentity { .. } | Self::NobodyExpected { .. } => {
+                CloseReason::WrongIdentity
+            }
             Self::NeedsDns(_) | Self::NoDnsAnswer { .. } => CloseReason::ConnectFailed,
         }
     }

@@ -9,6 +9,7 @@ use mesh_model::{
 };
 
 use crate::balance::{Choice, Dice, NoChoice, Purpose, Wanted, address, choose};
+use crate::gateway::destination;
 use crate::index::WorkloadIndex;
 use crate::lookup::Addressed;
 use crate::trace::Trace;
@@ -58,28 +59,20 @@ pub(crate) fn bound_to(service: &Service) -> impl Iterator<Item = &GatewayAddres
     weighted.map(|one| &one.destination).chain(&service.waypoint)
 }
 
-/// What a waypoint's address stands for. A service first: a gateway is given by its service as a rule.
+/// What a waypoint's address stands for, as long as it is on the workload's own network.
 fn look_up(
     index: &WorkloadIndex,
     gateway: &GatewayAddress,
     network: &NetworkId,
 ) -> Result<Addressed, NotFound> {
-    let found = match &gateway.destination {
-        GatewayDestination::Hostname(key) => index.find_hostname(key),
+    match &gateway.destination {
         GatewayDestination::Address(at) if at.network != *network => {
-            return Err(NotFound::OtherNetwork(at.network.clone()));
+            Err(NotFound::OtherNetwork(at.network.clone()))
         }
-        GatewayDestination::Address(at) => index
-            .services_by_vip(&at.network, at.ip)
-            .next()
-            .map(|service| Addressed::Service(Arc::clone(service)))
-            .or_else(|| {
-                index
-                    .workload_by_ip(&at.network, at.ip)
-                    .map(|workload| Addressed::Workload(Arc::clone(workload)))
-            }),
-    };
-    found.ok_or(NotFound::Unavailable)
+        GatewayDestination::Address(_) | GatewayDestination::Hostname(_) => {
+            destination(index, gateway).ok_or(NotFound::Unavailable)
+        }
+    }
 }
 
 /// Chooses a workload of a waypoint.

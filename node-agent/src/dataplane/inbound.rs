@@ -189,7 +189,7 @@ impl NodeWorker {
             }
             return;
         };
-        let resolved = match resolve_inbound(
+        let mut resolved = match resolve_inbound(
             &snapshot.index,
             &snapshot.settings,
             &request.flow,
@@ -201,6 +201,9 @@ impl NodeWorker {
                 return self.refuse_request(ops, request, None, (&unroutable).into());
             }
         };
+        if request.head.came_through_gateway(&local.network) {
+            resolved.peer = None;
+        }
         let verdict = authorize(&snapshot.policies, &resolved, Some(&request.peer));
         self.flows.note(&request.flow, verdict.notes);
         match verdict.decision {

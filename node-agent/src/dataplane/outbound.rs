@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use mesh_authorize::{Decision, Permit, authorize_egress};
 use mesh_identity::PeerCertificate;
-use mesh_model::{CloseReason, Direction};
+use mesh_model::{CloseReason, Direction, SpiffeId};
 use mesh_net::driver::ops::{Ends, Ops};
 use mesh_net::socket::{self, ConnectOptions};
 use mesh_resolve::{PendingDns, ResolvedFlow, Route, TunnelRoute, Unroutable, resolve};
 use mesh_telemetry::TraceParent;
 use mesh_tunnel::{DialId, Retire, SockId, TunnelId, TunnelKey};
 
+use crate::dataplane::crossing::{self, Crossing};
 use crate::dataplane::flows::{Held, LiveFlow};
 use crate::dataplane::pods::Pod;
 use crate::dataplane::shared::Snapshot;
@@ -135,20 +136,23 @@ impl NodeWorker {
         let trace_bits = u128::from(self.entropy()) << 64 | u128::from(self.entropy());
         let trace = TraceParent::new(trace_bits, self.entropy());
         let head = connect_head(&resolved, &route, trace);
-        let key = TunnelKey {
-            pod: conn.flow.pod.clone(),
-            source,
-            source_ip: conn
-                .pod
-                .address_like(route.next_hop)
-                .unwrap_or_else(|| conn.flow.client.ip()),
-            next_hop: route.next_hop,
-            target_uid: route.target_uid,
-            expected: route.expected,
-        };
+        let to_gateway = route.gateway.as_deref().map(|outer| Crossing {
+            key: tunnel_key(&conn, &source, outer.clone()),
+            head: connect_head(&resolved, outer, trace),
+            target: route.target_uid.clone(),
+            resolved: resolved.clone(),
+        });
+        let mut key = tunnel_key(&conn, &source, route);
+        if to_gateway.is_some() {
+            key.target_uid = crossing::lane(&key.target_uid, conn.flow.id);
+        }
+        let lane = key.target_uid.clone();
         let rule = permit.rule().cloned();
         let relay = ops.engine.open(permit, key, head, conn.sock, ops.now());
         ops.engage(conn.sock);
+        if let Some(to_gateway) = to_gateway {
+            self.crossings.begin(relay, lane, to_gateway);
+        }
         let story = Story::outbound(conn.flow, Some(resolved), Some(trace));
         self.flows.opened(relay, LiveFlow::new(story, conn.pod, None, rule, conn.held));
     }
@@ -233,10 +237,17 @@ impl NodeWorker {
                 return ops.engine.dial_failed(dial, CloseReason::NoCertificate, ops.now());
             }
         };
-        let keepalive = self.config.keepalive;
-        let options = ConnectOptions { keepalive, user_timeout: Some(keepalive.user_timeout()) };
-        let netns = &pod.sockets.netns;
-        let stream = socket::connect_from_pod(netns, key.next_hop, &self.label, options);
+        let stream = match self.carry(ops, &snapshot, dial, key) {
+            Some(Ok(far)) => Ok(far),
+            Some(Err(reason)) => return ops.engine.dial_failed(dial, reason, ops.now()),
+            None => {
+                let keepalive = self.config.keepalive;
+                let user_timeout = Some(keepalive.user_timeout());
+                let options = ConnectOptions { keepalive, user_timeout };
+                let netns = &pod.sockets.netns;
+                socket::connect_from_pod(netns, key.next_hop, &self.label, options)
+            }
+        };
         self.tunnels.dialling(dial, key, own);
         ops.dial(dial, (key.pod.clone(), key.next_hop), stream, config);
     }
@@ -256,6 +267,19 @@ impl NodeWorker {
         if !self.tls.is_in_force(&self.snapshot(), own.stamp) {
             ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
         }
+    }
+}
+
+/// What the flow's tunnel by `route` is shared by.
+fn tunnel_key(conn: &CapturedConn, source: &SpiffeId, route: TunnelRoute) -> TunnelKey {
+    let own = conn.pod.address_like(route.next_hop);
+    TunnelKey {
+        pod: conn.flow.pod.clone(),
+        source: source.clone(),
+        source_ip: own.unwrap_or_else(|| conn.flow.client.ip()),
+        next_hop: route.next_hop,
+        target_uid: route.target_uid,
+        expected: route.expected,
     }
 }
 

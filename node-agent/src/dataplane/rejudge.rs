@@ -140,6 +140,11 @@ impl NodeWorker {
                     ops.engine.cut(relay, rejection.close_reason(), ops.now());
                 }
             }
+            for carrier in self.crossings.carriers().collect::<Vec<_>>() {
+                if ops.engine.relay_tunnel(carrier) == Some(tunnel) {
+                    ops.engine.cut(carrier, rejection.close_reason(), ops.now());
+                }
+            }
             self.tunnels.distrust(tunnel);
             ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
         }
@@ -173,7 +178,7 @@ impl NodeWorker {
     /// Tunnels to workloads that are gone take no new streams; what they carry goes on until it ends.
     fn retire_vanished_targets(&self, ops: &mut Ops, snapshot: &Snapshot) {
         for target in self.tunnels.targets() {
-            if snapshot.index.workload(&target).is_none() {
+            if snapshot.index.workload(self.crossings.target(&target)).is_none() {
                 ops.engine.retire(Retire::Target(target), ops.now());
             }
         }

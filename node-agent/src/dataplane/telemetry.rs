@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_authorize::RuleRef;
-use mesh_model::{CloseReason, Direction, Flow, SpiffeId, Workload, ports};
+use mesh_model::{CloseReason, Direction, Flow, NetworkId, SpiffeId, Workload, ports};
 use mesh_resolve::{Authority, ResolvedFlow, Route, TunnelRoute};
 use mesh_telemetry::{
     Baggage, FlowBytes, FlowFacts, FlowPath, FlowRecord, Forwarded, PolicyRef, ServiceLabels,
@@ -21,6 +21,8 @@ pub(super) struct PeerHead {
     pub(super) baggage: Option<Baggage>,
     pub(super) forwarded: Forwarded,
     pub(super) trace: Option<TraceParent>,
+    /// The client's network, when it came through a gateway.
+    pub(super) network: Option<String>,
 }
 
 impl PeerHead {
@@ -31,7 +33,14 @@ impl PeerHead {
             baggage: head.baggage.as_deref().map(|text| Baggage::parse([text.as_bytes()])),
             forwarded,
             trace: head.traceparent.as_deref().and_then(|text| text.parse().ok()),
+            network: head.forwarded_network.clone(),
         }
+    }
+
+    /// True when the client is on another network than `own`: the address it comes from is a gateway's, not its own.
+    /// Source: wire.md §1.3.
+    pub(super) fn came_through_gateway(&self, own: &NetworkId) -> bool {
+        self.network.as_ref().is_some_and(|network| !network.eq_ignore_ascii_case(own.as_str()))
     }
 }
 
@@ -50,6 +59,7 @@ pub(super) fn connect_head(
         baggage: Some(Baggage::from(&*resolved.local).to_string()),
         forwarded: Some(forwarded.to_string()),
         traceparent: Some(trace.to_string()),
+        forwarded_network: route.gateway.as_ref().map(|_| resolved.local.network.as_str().into()),
         ..ConnectHead::default()
     }
 }

@@ -25,6 +25,7 @@ use mesh_tunnel::{
 };
 use tokio::sync::oneshot;
 
+use crate::dataplane::crossing::Crossings;
 use crate::dataplane::flows::{ConnectionView, FlowTable, Held};
 use crate::dataplane::handover::worker::{Taking, Writing};
 use crate::dataplane::inbound::Request;
@@ -122,6 +123,7 @@ pub(super) struct NodeWorker {
     pub(super) stats: Arc<Stats>,
     pub(super) flows: FlowTable,
     pub(super) tunnels: Tunnels,
+    pub(super) crossings: Crossings,
     pub(super) tls: TlsCache,
     pub(super) rejudge: Rejudge,
     pub(super) to_self: CommandSender,
@@ -169,6 +171,7 @@ impl NodeWorker {
             label: AgentLabel(Arc::clone(&capture)),
             flows: FlowTable::new(Arc::clone(&shared.flows)),
             tunnels: Tunnels::default(),
+            crossings: Crossings::default(),
             tls: TlsCache::default(),
             rejudge: Rejudge::default(),
             pods: BTreeMap::new(),
@@ -671,6 +674,10 @@ impl Handler for NodeWorker {
     }
 
     fn closed(&mut self, ops: &mut Ops, relay: RelayId, reason: CloseReason, bytes: RelayBytes) {
+        if self.carrier_closed(ops, relay, reason) {
+            return;
+        }
+        self.crossing_closed(ops, relay);
         self.flows.closed(relay, reason, bytes, ops.now());
         if !self.leaving.is_empty() {
             self.finish_leaving(ops);

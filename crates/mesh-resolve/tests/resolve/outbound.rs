@@ -318,3 +318,63 @@ fn native_gateways_dial_tunnel_ports_themselves() {
     let resolved = dial_as(&index, &ResolveSettings::default(), "10.0.0.2:80", 0).unwrap();
     assert!(matches!(resolved.route, Route::Tunnel(_)));
 }
+
+/// A client on one network, a service with an endpoint on another, and the gateway between them.
+fn two_networks() -> WorkloadIndex {
+    let west = |mut workload: Workload| {
+        workload.network = NetworkId::new("west");
+        workload.network_gateway = Some(gateway("ew"));
+        workload
+    };
+    let mut plain = west(of(pod("plain-there", "10.0.0.4"), "plain", &[]));
+    plain.service_account = "plain-there".into();
+    let mut split = west(hbone(of(pod("split", ""), "split", &[])));
+    split.addresses.clear();
+    let mut named = service("split", "10.9.0.3", &[(80, 8080)]);
+    named.subject_alt_names = vec!["spiffe://cluster.local/ns/shop/sa/behind".into()];
+    index(
+        vec![
+            hbone(pod("client", "10.0.0.1")),
+            west(hbone(of(pod("there", "10.0.0.1"), "far", &[]))),
+            west(of(pod("gate", "192.168.9.9"), "ew", &[])),
+            plain,
+            split.clone(),
+            west(hbone(of(split, "unnamed", &[]))),
+        ],
+        vec![
+            service("far", "10.9.0.1", &[(80, 8080)]),
+            service("plain", "10.9.0.2", &[(80, 8080)]),
+            named,
+            service("unnamed", "10.9.0.4", &[(80, 8080)]),
+            service("ew", "", &[(15008, 15443)]),
+        ],
+    )
+}
+
+#[test]
+fn an_endpoint_on_another_network_is_reached_through_its_gateway() {
+    let index = two_networks();
+    let resolved = dial_as(&index, &ResolveSettings::default(), "10.9.0.1:80", 1).unwrap();
+    let Route::Tunnel(inner) = &resolved.route else { panic!("{:?}", resolved.route) };
+    let outer = inner.gateway.as_deref().expect("a gateway");
+    let ids = |route: &mesh_resolve::TunnelRoute| {
+        route.expected.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    for route in [inner, outer] {
+        assert_eq!(route.next_hop.to_string(), "192.168.9.9:15443");
+        assert_eq!(route.authority.to_string(), "far.shop.svc.cluster.local:80");
+    }
+    assert!(ids(inner).ends_with("/sa/there"), "{}", ids(inner));
+    assert!(ids(outer).ends_with("/sa/gate"), "{}", ids(outer));
+    assert!(outer.gateway.is_none());
+}
+
+#[test]
+fn identities_behind_a_gateway_are_those_that_are_known() {
+    let index = two_networks();
+    let resolved = dial_as(&index, &ResolveSettings::default(), "10.9.0.3:80", 1).unwrap();
+    let expected = &resolved.route.tunnel().unwrap().expected;
+    assert_eq!(expected.len(), 1, "the split horizon's own identity is nobody's");
+    assert!(expected[0].as_str().ends_with("/sa/behind"));
+    assert_eq!(dial(&index, "10.9.0.2:80"), "gateway_unavailable", "it speaks no HBONE");
+}
