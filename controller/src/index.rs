@@ -412,6 +412,12 @@ impl Index {
                 dirty.workloads.insert(WorkloadSource::Pod(key));
             }
             Object::Service(service) => {
+                if workloads::gateway_network(service).is_some() {
+                    // Where workloads of that network are reached by.
+                    dirty.workloads.extend(policies::workloads_in(view, None, |_| true));
+                    let entries = objects.service_entries.keys().cloned();
+                    dirty.workloads.extend(entries.map(WorkloadSource::ServiceEntry));
+                }
                 let slices = objects.slices_by_service.get(&key).into_iter().flatten().cloned();
                 dirty.workloads.extend(slices.map(WorkloadSource::Slice));
                 // The object itself may be the old one, which is not stored any more.
@@ -634,7 +640,10 @@ impl Index {
 
     fn settle_workloads(&mut self, sources: BTreeSet<WorkloadSource>, delta: &mut Delta) {
         for source in sources {
-            let (workloads, pod) = self.compute(&source);
+            let (mut workloads, pod) = self.compute(&source);
+            for workload in &mut workloads {
+                workload.network_gateway = workloads::network_gateway(self.view(), workload);
+            }
             self.settle_pod(&source, pod, delta);
             let uids: Vec<WorkloadUid> =
                 workloads.iter().map(|workload| workload.uid.clone()).collect();

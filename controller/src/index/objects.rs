@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
+use super::workloads::gateway_network;
 use crate::manifest::{
     AuthorizationPolicy, EndpointSlice, Kind, Namespace, Node, Object, ObjectKey,
     PeerAuthentication, Pod, Service, ServiceAccount, ServiceEntry, UnreadablePolicy,
@@ -58,6 +59,8 @@ pub(super) struct Objects {
     pub(super) service_accounts: Table<ServiceAccount>,
     pub(super) pods: Table<Pod>,
     pub(super) services: Table<Service>,
+    /// The services that are gateways, by the network they lead to.
+    pub(super) gateways: BTreeMap<Arc<str>, BTreeSet<Key>>,
     pub(super) slices: Table<EndpointSlice>,
     pub(super) workload_entries: Table<WorkloadEntry>,
     pub(super) service_entries: Table<ServiceEntry>,
@@ -97,7 +100,11 @@ impl Objects {
                 self.pods_by_node.entry(new.node.clone()).or_default().insert(key);
                 old.map(Object::Pod)
             }
-            Object::Service(new) => self.services.insert(key, Arc::clone(new)).map(Object::Service),
+            Object::Service(new) => {
+                let old = self.services.insert(key.clone(), Arc::clone(new));
+                self.link_gateway(&key, old.as_deref(), Some(new));
+                old.map(Object::Service)
+            }
             Object::EndpointSlice(new) => {
                 let old = self.slices.insert(key.clone(), Arc::clone(new));
                 if let Some(old) = &old {
@@ -141,7 +148,11 @@ impl Objects {
                 unlink(&mut self.pods_by_node, &old.node, &id);
                 Some(Object::Pod(old))
             }
-            Kind::Service => self.services.remove(&id).map(Object::Service),
+            Kind::Service => {
+                let old = self.services.remove(&id);
+                self.link_gateway(&id, old.as_deref(), None);
+                old.map(Object::Service)
+            }
             Kind::EndpointSlice => {
                 let old = self.slices.remove(&id)?;
                 self.unlink_slice(&id, &old);
@@ -168,6 +179,20 @@ impl Objects {
     /// True when the service's endpoints are given by slices, so that its selector is not consulted for pods.
     pub(super) fn has_slices(&self, service: &Key) -> bool {
         self.slices_by_service.contains_key(service)
+    }
+
+    fn link_gateway(&mut self, key: &Key, old: Option<&Service>, new: Option<&Service>) {
+        if let Some(network) = old.and_then(gateway_network)
+            && let Some(keys) = self.gateways.get_mut(network)
+        {
+            keys.remove(key);
+            if keys.is_empty() {
+                self.gateways.remove(network);
+            }
+        }
+        if let Some(network) = new.and_then(gateway_network) {
+            self.gateways.entry(network.into()).or_default().insert(key.clone());
+        }
     }
 
     fn unlink_slice(&mut self, key: &Key, slice: &EndpointSlice) {

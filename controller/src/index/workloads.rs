@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::{
-    HealthStatus, Locality, NamespacedHostname, NetworkId, NetworkMode, ServicePort,
-    TunnelProtocol, Workload, WorkloadUid,
+    GatewayAddress, GatewayDestination, HealthStatus, Locality, NamespacedHostname, NetworkId,
+    NetworkMode, ServicePort, TunnelProtocol, Workload, WorkloadUid, ports,
 };
 
 use super::objects::{Key, Objects, in_namespace, slice_service};
@@ -106,9 +106,23 @@ impl View<'_> {
 }
 
 /// The waypoint of a workload itself: only by its own label, because a namespace's binds its services.
-fn own_waypoint(meta: &Metadata, key: &Key, view: View<'_>) -> Option<mesh_model::GatewayAddress> {
+fn own_waypoint(meta: &Metadata, key: &Key, view: View<'_>) -> Option<GatewayAddress> {
     view.settings.mesh_label(meta, "use-waypoint")?;
     waypoint(meta, key, view.objects, view.settings)
+}
+
+/// The network that a Service is the gateway of, by Istio's label. Its port 15008 is the gateway's HBONE port.
+pub(super) fn gateway_network(service: &Service) -> Option<&str> {
+    service.meta.label("topology.istio.io/network")
+}
+
+/// The gateway of a workload's network, for clients on others; of several the first by name.
+pub(super) fn network_gateway(view: View<'_>, workload: &Workload) -> Option<GatewayAddress> {
+    let service = view.objects.gateways.get(workload.network.as_str())?.first()?;
+    Some(GatewayAddress {
+        destination: GatewayDestination::Hostname(kubernetes_hostname(service, view.settings)),
+        hbone_port: ports::HBONE,
+    })
 }
 
 /// The name people know the pod's owner by: a Deployment rather than its ReplicaSet, a CronJob rather than its Job.
