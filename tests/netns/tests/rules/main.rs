@@ -9,6 +9,7 @@ mod dns;
 mod identity;
 mod manifests;
 mod mesh;
+mod networks;
 mod policy;
 mod pressure;
 mod routing;
@@ -47,6 +48,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("manifests::refused_object_leaves_the_last_good_one", manifests::refused_object),
     ("manifests::unreadable_policy_refuses_whom_it_selects", manifests::unreadable_policy),
     ("manifests::last_good_policy_over_a_restart", manifests::last_good_policy_over_a_restart),
+    ("networks::through_a_gateway", networks::through_a_gateway),
     ("churn::address_given_again", churn::address_given_again),
     ("churn::two_thousand_pods", churn::two_thousand_pods),
     ("authority::root_rotates_under_traffic", authority::root_rotates_under_traffic),

@@ -14,7 +14,7 @@ use rcgen::{
 };
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use rustls::{ClientConfig, ClientConnection, ServerConfig, StreamOwned};
 use serde_json::Value;
 
 use crate::mesh::{Mesh, inside};
@@ -130,6 +130,22 @@ pub(crate) fn client(
             builder.with_client_auth_cert(chain, key)?
         }
     };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// The TLS settings of a server that takes everybody of the mesh for its client.
+pub(crate) fn server(
+    mesh: &Mesh,
+    Credentials { chain, key }: Credentials,
+) -> anyhow::Result<Arc<ServerConfig>> {
+    let roots = mesh.lab.controller_command(&["ca", "root"])?;
+    let bundle = Arc::new(TrustBundle::from_pem("cluster.local", &roots, "")?);
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key));
+    let mut config = ServerConfig::builder_with_provider(mesh_identity::tls::provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(PeerVerifier::of_clients(bundle, "cluster.local"))
+        .with_single_cert(chain, key)?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Arc::new(config))
 }
