@@ -805,3 +805,29 @@ fn networks_of_pods_come_from_the_nodes_joined_and_follow_them() {
     let document = documents(bad, Format::Yaml).into_iter().next().unwrap().unwrap();
     assert!(matches!(read_objects(&document.value)[0].1, Parsed::Refused { .. }));
 }
+
+#[test]
+fn workloads_name_the_gateway_of_their_network_while_there_is_one() {
+    let pod = "{apiVersion: v1, kind: Pod, metadata: {name: p, namespace: n, uid: u, labels: {topology.istio.io/network: west}}, spec: {nodeName: x}, status: {phase: Running, podIP: 10.0.0.1}}";
+    let gateway = |network: &str| {
+        upserts(&format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: g, namespace: m, labels: {{topology.istio.io/network: {network}}}}}, spec: {{clusterIP: None, ports: [{{port: 15008}}]}}}}"
+        ))
+    };
+    let mut index = index_of(pod);
+    let named = |index: &Index| {
+        let gateway = workload(index, "Kubernetes//Pod/n/p").network_gateway.clone();
+        gateway.map(|gateway| format!("{:?} {}", gateway.destination, gateway.hbone_port))
+    };
+    assert_eq!(named(&index), None);
+    index.apply(gateway("west"));
+    let found = named(&index).expect("the gateway of its network");
+    assert!(found.contains("g.m.svc.cluster.local") && found.ends_with("15008"), "{found}");
+    index.apply(gateway("east"));
+    assert_eq!(named(&index), None);
+    index.apply(gateway("west"));
+    let old = gateway("west").remove(0);
+    let Change::Upsert(object) = old else { panic!("{old:?}") };
+    index.apply([Change::Delete(object.key())]);
+    assert_eq!(named(&index), None);
+}

@@ -4,11 +4,14 @@
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use bytes::{Bytes, BytesMut};
 use mesh_model::ports as mesh_ports;
 use mesh_netns::lab::OUTSIDE_IP;
+use mesh_netns::peer::ports as peer;
+use mesh_netns::process::run;
 use mesh_netns::servers::{self, ports};
 use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{PodSpec, manifest};
@@ -31,8 +34,10 @@ struct Seen {
 /// A pod reaches a service on another network under its own identity, the far end is who it should be, and every way of not
 /// getting there has its name.
 pub(crate) fn through_a_gateway(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let bin_dir = mesh.lab.bin_dir().to_owned();
     let pod = mesh.lab.run_pod("b", PodSpec::new("mesh", "distant").label(NETWORK.0, NETWORK.1))?;
     let _nginx = servers::nginx(pod)?;
+    let _peer = servers::peer(pod, &bin_dir)?;
     let tunnel_of =
         |mesh: &Mesh, pod: &str| SocketAddr::new(mesh.lab.pod(pod).ipv4, mesh_ports::HBONE);
     let target = tunnel_of(mesh, "distant");
@@ -41,7 +46,15 @@ pub(crate) fn through_a_gateway(mesh: &mut Mesh) -> anyhow::Result<()> {
         "distant",
         "distant",
         &[VIP.parse()?],
-        &[("http", 80, ports::HTTP)],
+        &[
+            ("http", 80, ports::HTTP),
+            ("bulk", peer::BULK, peer::BULK),
+            ("echo", peer::ECHO, peer::ECHO),
+            ("reset", peer::RESET, peer::RESET),
+            ("watch", peer::WATCH, peer::WATCH),
+            ("endings", peer::ENDINGS, peer::ENDINGS),
+            ("half", peer::SERVER_HALF_CLOSE, peer::SERVER_HALF_CLOSE),
+        ],
     );
     mesh.lab.apply(&web)?;
     let target_url = format!("{VIP}:80").parse()?;
@@ -87,6 +100,21 @@ pub(crate) fn through_a_gateway(mesh: &mut Mesh) -> anyhow::Result<()> {
         asked.iter().all(|name| name == "distant.mesh.svc.cluster.local:80") && asked.len() >= 2,
         "the gateway was asked for {asked:?}: connections share an inner tunnel, or name addresses"
     );
+
+    // Bytes, ends and resets are what they are without a gateway; the bulk is more than all buffers on the way.
+    let at = |port: u16| format!("{VIP}:{port}");
+    for arguments in [
+        vec!["bulk", &at(peer::BULK), "67108864"],
+        vec!["client-half-close", &at(peer::ECHO)],
+        vec!["server-half-close", &at(peer::SERVER_HALF_CLOSE), &at(peer::ENDINGS)],
+        vec!["server-reset", &at(peer::RESET)],
+        vec!["client-reset", &at(peer::WATCH), &at(peer::ENDINGS)],
+    ] {
+        let mut command = mesh.lab.pod("client").command(&mesh.peer_program());
+        run(command.args(&arguments), Duration::from_secs(60))?
+            .output()
+            .with_context(|| format!("{arguments:?} through the gateway"))?;
+    }
 
     // Policy at the far end knows the client by its identity, not by the gateway's.
     let spec = json!({
