@@ -310,6 +310,8 @@ fn opposite(one: &Match) -> Clause {
         not_service_accounts,
         trust_domains,
         not_trust_domains,
+        // The rules negated here are L4 rules.
+        request: _,
     } = one.clone();
     let matches = [
         Match { not_namespaces: namespaces, ..blank() },

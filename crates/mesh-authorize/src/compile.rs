@@ -3,10 +3,15 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use mesh_model::{IpPrefix, SpiffeId, Workload};
+use mesh_model::{IpPrefix, SpiffeId};
 use serde::{Deserialize, Serialize};
 
-use crate::policy::{Match, Policy, PolicyScope, ServiceAccountMatch, StringMatch};
+use crate::policy::{
+    Action, HeaderMatch, Match, PathMatch, PathTemplate, Policy, PolicyScope, RequestMatch,
+    ServiceAccountMatch, StringMatch,
+};
+use crate::request::Request;
+use crate::set::Judged;
 use crate::verdict::RuleRef;
 
 /// What policies look at.
@@ -15,6 +20,8 @@ pub(crate) struct Subject<'a> {
     pub(crate) identity: Option<&'a SpiffeId>,
     pub(crate) source_ip: IpAddr,
     pub(crate) destination: SocketAddr,
+    /// None at an agent, which sees connections.
+    pub(crate) request: Option<&'a Request<'a>>,
 }
 
 /// A policy and its compiled rules.
@@ -26,6 +33,7 @@ pub(crate) struct CompiledPolicy {
 
 impl CompiledPolicy {
     pub(crate) fn new(source: Policy) -> Self {
+        let unseen_holds = source.action == Action::Deny;
         let rules = source
             .rules
             .iter()
@@ -34,7 +42,11 @@ impl CompiledPolicy {
                     .clauses
                     .iter()
                     .map(|clause| CompiledClause {
-                        matches: clause.matches.iter().map(CompiledMatch::new).collect(),
+                        matches: clause
+                            .matches
+                            .iter()
+                            .map(|one| CompiledMatch::new(one, unseen_holds))
+                            .collect(),
                     })
                     .collect(),
             })
@@ -50,12 +62,12 @@ impl CompiledPolicy {
         &self.rules
     }
 
-    /// True when the policy applies to a workload without being listed by it.
-    pub(crate) fn applies_by_scope(&self, workload: &Workload) -> bool {
-        match self.source.scope {
-            PolicyScope::Global => true,
-            PolicyScope::Namespace => self.source.name.namespace == workload.namespace,
-            PolicyScope::Workload => false,
+    /// True when the policy applies without being listed.
+    pub(crate) fn applies_by_scope(&self, judged: Judged<'_>) -> bool {
+        match (self.source.scope, judged.namespace) {
+            (PolicyScope::Global, Some(_)) => true,
+            (PolicyScope::Namespace, Some(namespace)) => self.source.name.namespace == *namespace,
+            (PolicyScope::Workload, _) | (_, None) => false,
         }
     }
 
@@ -107,6 +119,10 @@ impl CompiledClause {
 #[derive(Debug)]
 struct CompiledMatch {
     conditions: Box<[Condition]>,
+    /// Those on the request.
+    of_request: Box<[Condition]>,
+    /// Whether the latter hold where no request is seen.
+    unseen_holds: bool,
 }
 
 #[derive(Debug)]
@@ -125,6 +141,10 @@ enum Test {
     Principal(TextSet),
     ServiceAccount(Box<[ServiceAccountMatch]>),
     TrustDomain(TextSet),
+    Host(TextSet),
+    Method(TextSet),
+    Path(TextSet, Box<[PathTemplate]>),
+    Header(Arc<str>, TextSet),
 }
 
 /// A condition of a match that does not hold.
@@ -154,6 +174,16 @@ pub enum Attribute {
     ServiceAccount,
     /// The peer's trust domain.
     TrustDomain,
+    /// The request's host.
+    Host,
+    /// The request's method.
+    Method,
+    /// The request's path.
+    Path,
+    /// A header of the request.
+    Header,
+    /// The request, of which nothing is known.
+    Request,
     /// Nothing: an empty match never holds.
     Nothing,
 }
@@ -170,13 +200,18 @@ impl Attribute {
             Self::Principal => "source principal",
             Self::ServiceAccount => "source service account",
             Self::TrustDomain => "source trust domain",
+            Self::Host => "host",
+            Self::Method => "method",
+            Self::Path => "path",
+            Self::Header => "request header",
+            Self::Request => "request (only a waypoint sees it)",
             Self::Nothing => "nothing (an empty match never holds)",
         }
     }
 }
 
 impl CompiledMatch {
-    fn new(of: &Match) -> Self {
+    fn new(of: &Match, unseen_holds: bool) -> Self {
         let ports = |list: &[u16]| Test::DestinationPort(sorted(list));
         let source_ips = |list: &[IpPrefix]| Test::SourceIp(IpSet::new(list));
         let destination_ips = |list: &[IpPrefix]| Test::DestinationIp(IpSet::new(list));
@@ -193,17 +228,56 @@ impl CompiledMatch {
             twins(&of.service_accounts, &of.not_service_accounts, accounts),
             twins(&of.trust_domains, &of.not_trust_domains, trust_domains),
         ];
-        Self { conditions: conditions.into_iter().flatten().flatten().collect() }
+        Self {
+            conditions: conditions.into_iter().flatten().flatten().collect(),
+            of_request: request_conditions(&of.request),
+            unseen_holds,
+        }
     }
 
     /// A condition that does not hold; none when the match does.
     fn failed(&self, subject: &Subject<'_>) -> Option<FailedCondition> {
-        if self.conditions.is_empty() {
-            return Some(FailedCondition { attribute: Attribute::Nothing, negated: false });
+        let plainly = |attribute| Some(FailedCondition { attribute, negated: false });
+        if self.conditions.is_empty() && self.of_request.is_empty() {
+            return plainly(Attribute::Nothing);
         }
-        let failed = self.conditions.iter().find(|one| one.test.met(subject) != one.expected)?;
+        let fails = |one: &&Condition| one.test.met(subject) != one.expected;
+        let failed = match (self.conditions.iter().find(fails), subject.request) {
+            (Some(failed), _) => failed,
+            (None, Some(_)) => self.of_request.iter().find(fails)?,
+            (None, None) if self.of_request.is_empty() || self.unseen_holds => return None,
+            (None, None) => return plainly(Attribute::Request),
+        };
         Some(FailedCondition { attribute: failed.test.attribute(), negated: !failed.expected })
     }
+}
+
+fn request_conditions(of: &RequestMatch) -> Box<[Condition]> {
+    let hosts = |list: &[StringMatch]| {
+        let list: Vec<_> = list.iter().map(StringMatch::to_ascii_lowercase).collect();
+        Test::Host(TextSet::new(&list))
+    };
+    let methods = |list: &[StringMatch]| Test::Method(TextSet::new(list));
+    let paths = |list: &[PathMatch]| {
+        let mut texts = Vec::new();
+        let mut templates = Vec::new();
+        for one in list {
+            match one {
+                PathMatch::Text(text) => texts.push(text.clone()),
+                PathMatch::Template(template) => templates.push(template.clone()),
+            }
+        }
+        Test::Path(TextSet::new(&texts), templates.into())
+    };
+    let headers = of.headers.iter().flat_map(|HeaderMatch { name, values, not_values }| {
+        twins(values, not_values, |list| Test::Header(Arc::clone(name), TextSet::new(list)))
+    });
+    let conditions = [
+        twins(&of.methods, &of.not_methods, methods),
+        twins(&of.hosts, &of.not_hosts, hosts),
+        twins(&of.paths, &of.not_paths, paths),
+    ];
+    conditions.into_iter().flatten().chain(headers).flatten().collect()
 }
 
 fn twins<T>(any_of: &[T], none_of: &[T], test: impl Fn(&[T]) -> Test) -> [Option<Condition>; 2] {
@@ -233,6 +307,20 @@ impl Test {
             Self::TrustDomain(texts) => {
                 identity.is_some_and(|id| texts.contains(id.trust_domain()))
             }
+            Self::Host(texts) => subject.request.is_some_and(|request| {
+                texts.contains(request.host()) || texts.contains(request.authority())
+            }),
+            Self::Method(texts) => {
+                subject.request.is_some_and(|request| texts.contains(request.method()))
+            }
+            Self::Path(texts, templates) => subject.request.is_some_and(|request| {
+                texts.contains(request.path())
+                    || templates.iter().any(|template| template.matches(request.path()))
+            }),
+            Self::Header(name, texts) => subject
+                .request
+                .and_then(|request| request.header(name))
+                .is_some_and(|value| texts.contains(&value)),
         }
     }
 
@@ -245,6 +333,10 @@ impl Test {
             Self::Principal(_) => Attribute::Principal,
             Self::ServiceAccount(_) => Attribute::ServiceAccount,
             Self::TrustDomain(_) => Attribute::TrustDomain,
+            Self::Host(_) => Attribute::Host,
+            Self::Method(_) => Attribute::Method,
+            Self::Path(..) => Attribute::Path,
+            Self::Header(..) => Attribute::Header,
         }
     }
 }

@@ -7,7 +7,7 @@ use mesh_resolve::{RequiredWaypoint, ResolvedFlow, Route};
 
 use crate::compile::{CompiledPolicy, Subject};
 use crate::policy::{Action, PolicyKind, PolicyOrigin};
-use crate::set::{PolicySet, UnknownEgress, UnreadablePolicy};
+use crate::set::{Judged, PolicySet, UnknownEgress, UnreadablePolicy};
 use crate::verdict::{Decision, Denial, DenialDetail, Note, NoteKind, Permit, RuleRef, Verdict};
 
 /// Policies and missing names that a denial names; beyond, they are counted.
@@ -84,18 +84,32 @@ pub(crate) fn judge(
         Direction::InboundPlaintext => None,
         Direction::Outbound => return Verdict { decision: wrong_stage(), notes: Vec::new() },
     };
-    let subject = Subject { identity, source_ip: resolved.flow.client.ip(), destination: *target };
+    let subject = Subject {
+        identity,
+        source_ip: resolved.flow.client.ip(),
+        destination: *target,
+        request: None,
+    };
     let namespace = &resolved.local.namespace;
     if let Some(denial) = waypoint.as_deref().and_then(|one| bypassed(one, namespace, identity)) {
         return Verdict { decision: Decision::Deny(denial), notes: Vec::new() };
     }
+    decide(policies, Judged::workload(&resolved.local), &subject, observer)
+}
 
+/// What the policies that apply say of a subject.
+pub(crate) fn decide(
+    policies: &PolicySet,
+    judged: Judged<'_>,
+    subject: &Subject<'_>,
+    observer: &mut impl Observe,
+) -> Verdict {
     let mut notes = Vec::new();
     let mut denied = None;
     let mut allowed = None;
     let mut considered = Considered::default();
     let mut dry_allows = Vec::new();
-    for policy in policies.applicable(&resolved.local) {
+    for policy in policies.applicable(judged) {
         let source = policy.source();
         let enforced = !source.dry_run;
         let decided = match source.action {
@@ -106,8 +120,8 @@ pub(crate) fn judge(
         if decided {
             continue;
         }
-        let matched = policy.matching_rule(&subject);
-        observer.considered(policy, &subject, matched);
+        let matched = policy.matching_rule(subject);
+        observer.considered(policy, subject, matched);
         let mut note = |kind, rule_index| {
             let policy_name = source.name.clone();
             notes.push(Note { kind, policy: policy_name, rule: policy.rule_ref(rule_index) });
@@ -132,8 +146,8 @@ pub(crate) fn judge(
         }));
     }
 
-    let mut unreadable = policies.unreadable_for(&resolved.local).peekable();
-    let missing: Vec<_> = policies.missing(&resolved.local).take(MAX_NAMED).cloned().collect();
+    let mut unreadable = policies.unreadable_for(judged).peekable();
+    let missing: Vec<_> = policies.missing(judged).take(MAX_NAMED).cloned().collect();
     let decision = if let Some((policy, matched)) = denied {
         Decision::Deny(denied_by(policy, matched))
     } else if let Some(first) = unreadable.peek().copied() {

@@ -76,27 +76,28 @@ pub fn explain(
     resolved: &ResolvedFlow,
     peer: Option<&SpiffeId>,
 ) -> Explanation {
-    let mut steps = Steps(Vec::new());
+    let mut steps = Steps::default();
     let verdict = judge(policies, resolved, peer, &mut steps);
-    explanation(policies, verdict, steps.0)
+    explanation(policies, verdict, steps)
 }
 
 /// As [`authorize_egress`], as data.
 #[must_use]
 pub fn explain_egress(policies: &PolicySet, resolved: &ResolvedFlow) -> Explanation {
-    explanation(policies, authorize_egress(policies, resolved), Vec::new())
+    explanation(policies, authorize_egress(policies, resolved), Steps::default())
 }
 
-fn explanation(policies: &PolicySet, verdict: Verdict, steps: Vec<PolicyStep>) -> Explanation {
+pub(crate) fn explanation(policies: &PolicySet, verdict: Verdict, steps: Steps) -> Explanation {
     let outcome = match verdict.decision {
         Decision::Allow(permit) => Outcome::Allowed { rule: permit.rule().cloned() },
         Decision::Deny(denial) => Outcome::Denied(denial),
     };
     let revision = policies.revision();
-    Explanation { outcome, policies: steps, notes: verdict.notes, revision }
+    Explanation { outcome, policies: steps.0, notes: verdict.notes, revision }
 }
 
-struct Steps(Vec<PolicyStep>);
+#[derive(Default)]
+pub(crate) struct Steps(Vec<PolicyStep>);
 
 impl Observe for Steps {
     fn considered(

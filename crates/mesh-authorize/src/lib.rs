@@ -13,6 +13,9 @@
 //!  4. there is no ALLOW policy ───────────────► allowed
 //!  5. an ALLOW policy matches ────────────────► allowed, else denied
 //! ```
+//! A waypoint judges requests with [`authorize_request`]: the same engine and policies, whose conditions on requests it alone can
+//! see, without step 1 and by the policies attached to what was dialled.
+//!
 //! AUDIT and dry-run policies are matched too and leave notes; they never change the decision.
 
 #![forbid(unsafe_code)]
@@ -21,14 +24,18 @@ mod compile;
 mod evaluate;
 pub mod explain;
 pub mod policy;
+pub mod request;
 pub mod set;
+mod template;
 pub mod verdict;
 
 pub use evaluate::{authorize, authorize_egress};
 pub use explain::{Explanation, Outcome, PolicyStep, RuleStep, explain, explain_egress};
 pub use policy::{
-    Action, Clause, InvalidPolicyName, Match, Policy, PolicyKind, PolicyName, PolicyOrigin,
-    PolicyScope, Rule, ServiceAccountMatch, StringMatch,
+    Action, Clause, HeaderMatch, InvalidPolicyName, InvalidTemplate, Match, PathMatch,
+    PathTemplate, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, RequestMatch, Rule,
+    ServiceAccountMatch, StringMatch,
 };
+pub use request::{Connection, Request, authorize_request, explain_request};
 pub use set::{MissingPolicy, PolicySet, UnknownEgress, UnreadablePolicy};
 pub use verdict::{Decision, Denial, DenialDetail, Note, NoteKind, Permit, RuleRef, Verdict};

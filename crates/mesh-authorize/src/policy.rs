@@ -9,6 +9,8 @@ use std::sync::Arc;
 use mesh_model::IpPrefix;
 use serde::{Deserialize, Serialize};
 
+pub use crate::template::{InvalidTemplate, PathTemplate};
+
 /// A policy's key; written `namespace/name`, as workloads list it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PolicyName {
@@ -181,7 +183,7 @@ pub struct Clause {
     pub matches: Vec<Match>,
 }
 
-/// Conditions on a flow, all of which must hold: one of each list that is not empty, none of each `not_` list.
+/// Conditions on a flow or request, all of which must hold: one of each list that is not empty, none of each `not_` list.
 ///
 /// With nothing in it, it never holds. A flow without identity meets no positive condition on principals, service accounts
 /// and trust domains, and every negative one; its namespace is the empty text.
@@ -215,6 +217,58 @@ pub struct Match {
     pub destination_ports: Vec<u16>,
     /// Not these.
     pub not_destination_ports: Vec<u16>,
+    /// The request, which only a waypoint sees. Where it is not seen, a match that asks for it holds in a DENY policy when
+    /// the rest holds, and in no other: nothing is let through for want of looking.
+    #[serde(default, skip_serializing_if = "RequestMatch::is_empty")]
+    pub request: RequestMatch,
+}
+
+/// Conditions on an HTTP request, all of which must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RequestMatch {
+    /// The host, with or without its port. Case does not count.
+    pub hosts: Vec<StringMatch>,
+    /// Not these.
+    pub not_hosts: Vec<StringMatch>,
+    /// The method.
+    pub methods: Vec<StringMatch>,
+    /// Not these.
+    pub not_methods: Vec<StringMatch>,
+    /// The path in normal form, without its query.
+    pub paths: Vec<PathMatch>,
+    /// Not these.
+    pub not_paths: Vec<PathMatch>,
+    /// Headers, each of which must meet its conditions.
+    pub headers: Vec<HeaderMatch>,
+}
+
+impl RequestMatch {
+    /// True when it asks for nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A condition on a path.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PathMatch {
+    /// On its text.
+    Text(StringMatch),
+    /// On its segments.
+    Template(PathTemplate),
+}
+
+/// Conditions on a header's value; that of a repeated header is its values with commas between. A header that is not there
+/// meets no positive condition and every negative one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct HeaderMatch {
+    /// The header, in lower case.
+    pub name: Arc<str>,
+    /// One of these; empty for any.
+    pub values: Vec<StringMatch>,
+    /// None of these.
+    pub not_values: Vec<StringMatch>,
 }
 
 /// A condition on a text. Case counts.
@@ -228,6 +282,18 @@ pub enum StringMatch {
     Suffix(Arc<str>),
     /// That it is not empty.
     Presence,
+}
+
+impl StringMatch {
+    pub(crate) fn to_ascii_lowercase(&self) -> Self {
+        let lower = |text: &Arc<str>| text.to_ascii_lowercase().into();
+        match self {
+            Self::Exact(text) => Self::Exact(lower(text)),
+            Self::Prefix(text) => Self::Prefix(lower(text)),
+            Self::Suffix(text) => Self::Suffix(lower(text)),
+            Self::Presence => Self::Presence,
+        }
+    }
 }
 
 /// A service account by namespace and name.

@@ -65,6 +65,27 @@ pub struct PolicySet {
     missing: MissingPolicy,
 }
 
+/// What policies are looked up for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Judged<'j> {
+    /// Whose policies apply by scope, with the global ones; none when policies apply only by being listed.
+    pub(crate) namespace: Option<&'j Arc<str>>,
+    /// Policies by name.
+    listed: &'j [Arc<str>],
+}
+
+impl<'j> Judged<'j> {
+    /// A workload: global policies, its namespace's, those it lists.
+    pub(crate) fn workload(workload: &'j Workload) -> Self {
+        Self { namespace: Some(&workload.namespace), listed: &workload.authorization_policies }
+    }
+
+    /// What a waypoint stands for: the policies attached to it.
+    pub(crate) const fn attached(listed: &'j [Arc<str>]) -> Self {
+        Self { namespace: None, listed }
+    }
+}
+
 type Policies = OrdMap<PolicyName, Arc<CompiledPolicy>>;
 
 impl PolicySet {
@@ -179,44 +200,43 @@ impl PolicySet {
         self.unreadable.values().map(|policy| &**policy)
     }
 
-    /// The policies that apply to a workload: global ones, its namespace's, those it lists. Each once.
+    /// The policies that apply, each once.
     pub(crate) fn applicable<'s>(
         &'s self,
-        workload: &'s Workload,
+        judged: Judged<'s>,
     ) -> impl Iterator<Item = &'s CompiledPolicy> {
-        let of_namespace = self.by_namespace.get(&*workload.namespace);
-        let names = &workload.authorization_policies;
+        let global = judged.namespace.map(|_| &self.global);
+        let of_namespace =
+            judged.namespace.and_then(|namespace| self.by_namespace.get(&**namespace));
+        let names = judged.listed;
         let listed = names
             .iter()
             .enumerate()
             .filter(|(index, name)| !names.iter().take(*index).any(|before| before == *name))
             .filter_map(|(_, name)| self.listed(name))
-            .filter(|policy| !policy.applies_by_scope(workload));
-        self.global
-            .values()
-            .chain(of_namespace.into_iter().flat_map(|policies| policies.values()))
+            .filter(move |policy| !policy.applies_by_scope(judged));
+        global
+            .into_iter()
+            .chain(of_namespace)
+            .flat_map(|policies| policies.values())
             .map(|policy| &**policy)
             .chain(listed)
     }
 
-    /// The names a workload lists of which there is no policy; none in compatibility with ztunnel.
-    pub(crate) fn missing<'s>(
-        &'s self,
-        workload: &'s Workload,
-    ) -> impl Iterator<Item = &'s Arc<str>> {
+    /// The names listed of which there is no policy; none in compatibility with ztunnel.
+    pub(crate) fn missing<'s>(&'s self, judged: Judged<'s>) -> impl Iterator<Item = &'s Arc<str>> {
         let counts = match self.missing {
             MissingPolicy::Deny => true,
             MissingPolicy::Ignore => false,
         };
-        let listed = workload.authorization_policies.iter();
-        listed.filter(move |listed| counts && self.listed(listed).is_none())
+        judged.listed.iter().filter(move |listed| counts && self.listed(listed).is_none())
     }
 
-    /// The policies that could not be read and might apply to a workload; none in compatibility with ztunnel. Looks at
-    /// each one there is: a control plane that sends more than a handful is broken.
+    /// The policies that could not be read and might apply; none in compatibility with ztunnel. Looks at each one there
+    /// is: a control plane that sends more than a handful is broken. A global one may be any policy, and be attached too.
     pub(crate) fn unreadable_for<'s>(
         &'s self,
-        workload: &'s Workload,
+        judged: Judged<'s>,
     ) -> impl Iterator<Item = &'s UnreadablePolicy> {
         let counts = match self.missing {
             MissingPolicy::Deny => true,
@@ -226,7 +246,7 @@ impl PolicySet {
             counts
                 && match policy.scope {
                     PolicyScope::Global => true,
-                    PolicyScope::Namespace => policy.name.namespace == workload.namespace,
+                    PolicyScope::Namespace => judged.namespace == Some(&policy.name.namespace),
                     PolicyScope::Workload => false,
                 }
         })

@@ -5,13 +5,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use http::{HeaderMap, HeaderValue, Method};
 use mesh_authorize::{
-    Action, Clause, Decision, DenialDetail, Match, MissingPolicy, NoteKind, Policy, PolicyKind,
-    PolicyName, PolicyOrigin, PolicyScope, PolicySet, Rule, StringMatch, UnknownEgress,
-    UnreadablePolicy, authorize, authorize_egress, explain,
+    Action, Clause, Connection, Decision, DenialDetail, HeaderMatch, Match, MissingPolicy,
+    NoteKind, PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, PolicySet,
+    Request, RequestMatch, Rule, StringMatch, UnknownEgress, UnreadablePolicy, Verdict, authorize,
+    authorize_egress, authorize_request, explain,
 };
 use mesh_model::{
-    ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid, SpiffeId, Workload,
+    ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PathNormalization, PodUid,
+    RequestPath, SpiffeId, Workload,
 };
 use mesh_resolve::{
     RequiredWaypoint, ResolveSettings, ResolvedFlow, Route, WorkloadIndex, resolve, resolve_inbound,
@@ -88,7 +91,11 @@ fn set(policies: impl IntoIterator<Item = Policy>) -> PolicySet {
 /// "allow", or the reason and the rule of the denial.
 fn check(set: &PolicySet, resolved: &ResolvedFlow, peer: Option<&str>) -> String {
     let peer: Option<SpiffeId> = peer.map(|text| text.parse().unwrap());
-    match authorize(set, resolved, peer.as_ref()).decision {
+    words(authorize(set, resolved, peer.as_ref()))
+}
+
+fn words(verdict: Verdict) -> String {
+    match verdict.decision {
         Decision::Allow(_) => "allow".into(),
         Decision::Deny(denial) => {
             let rule = denial.rule.map_or_else(|| "-".to_owned(), |rule| rule.to_string());
@@ -394,4 +401,100 @@ fn what_stands_in_for_an_unreadable_object_is_named_as_that() {
     stand_in.rules = vec![Rule { clauses: vec![strict] }];
     assert_eq!(check(&set([stand_in.clone()]), &resolved, Some(CART)), "allow");
     assert_eq!(check(&set([stand_in]), &resolved, None), expected);
+}
+
+/// What a waypoint with these policies attached says of `METHOD authority/path`, with one header `x-tenant` if given.
+fn ask(set: &PolicySet, attached: &[&str], request: &str, tenant: Option<&'static str>) -> String {
+    let (method, url) = request.split_once(' ').unwrap();
+    let (authority, _) = url.split_once('/').unwrap();
+    let method: Method = method.parse().unwrap();
+    let path = RequestPath::parse(&url[authority.len()..], PathNormalization::default()).unwrap();
+    let mut headers = HeaderMap::new();
+    if let Some(tenant) = tenant {
+        headers.insert("x-tenant", HeaderValue::from_static(tenant));
+    }
+    let peer: SpiffeId = CART.parse().unwrap();
+    let connection = Connection {
+        identity: Some(&peer),
+        source_ip: "10.0.0.9".parse().unwrap(),
+        destination: "10.0.0.1:80".parse().unwrap(),
+    };
+    let attached: Vec<Arc<str>> = attached.iter().map(|name| (*name).into()).collect();
+    let request = Request::new(authority, &method, &path, &headers);
+    words(authorize_request(set, &attached, &connection, &request))
+}
+
+fn on_request(request: RequestMatch) -> Match {
+    Match { request, ..Match::default() }
+}
+
+#[test]
+fn a_waypoint_judges_what_is_attached_to_it_by_the_request() {
+    let exact = |text: &str| StringMatch::Exact(text.into());
+    let admin = RequestMatch {
+        paths: vec![PathMatch::Text(StringMatch::Prefix("/admin".into()))],
+        ..RequestMatch::default()
+    };
+    let users = RequestMatch {
+        hosts: vec![exact("Cart.shop")],
+        methods: vec![exact("GET")],
+        paths: vec![PathMatch::Template("/users/{*}".parse().unwrap())],
+        headers: vec![HeaderMatch {
+            name: "x-tenant".into(),
+            values: vec![StringMatch::Presence],
+            not_values: vec![exact("evil")],
+        }],
+        ..RequestMatch::default()
+    };
+    let set = set([
+        policy("shop/no-admin", PolicyScope::Workload, Action::Deny, vec![on_request(admin)]),
+        policy("shop/users", PolicyScope::Workload, Action::Allow, vec![on_request(users)]),
+        policy("shop/nothing", PolicyScope::Namespace, Action::Allow, vec![]),
+    ]);
+    let (deny, allow) = (&["shop/no-admin"][..], &["shop/users"][..]);
+    let denied = "policy_denied: AuthorizationPolicy shop/no-admin rule 0";
+    for path in ["/admin", "/%61dmin", "/x/../admin/y", "//admin"] {
+        assert_eq!(ask(&set, deny, &format!("GET cart{path}"), None), denied, "{path}");
+    }
+    assert_eq!(ask(&set, deny, "GET cart/x", None), "allow", "policies by scope are the agents'");
+    assert_eq!(ask(&set, &[], "GET cart/admin", None), "allow");
+    let not_allowed = "policy_denied: AuthorizationPolicy shop/users";
+    for (request, tenant, verdict) in [
+        ("GET cart.shop/users/1", Some("a"), "allow"),
+        ("GET CART.shop.:80/users/1", Some("a"), "allow"),
+        ("GET cart.shop/users/1", Some("evil"), not_allowed),
+        ("GET cart.shop/users/1", Some(""), not_allowed),
+        ("GET cart.shop/users/1", None, not_allowed),
+        ("PUT cart.shop/users/1", Some("a"), not_allowed),
+        ("GET cart.shop/users/1/2", Some("a"), not_allowed),
+        ("GET other/users/1", Some("a"), not_allowed),
+    ] {
+        assert_eq!(ask(&set, allow, request, tenant), verdict, "{request} {tenant:?}");
+    }
+    assert_eq!(ask(&set, &["shop/gone"], "GET cart/x", None), "policy_missing: -");
+}
+
+#[test]
+fn an_agent_lets_nothing_through_for_want_of_seeing_the_request() {
+    let get = || RequestMatch {
+        methods: vec![StringMatch::Exact("GET".into())],
+        ..RequestMatch::default()
+    };
+    let not_get = RequestMatch { methods: vec![], not_methods: get().methods, ..get() };
+    let other = Match {
+        request: get(),
+        ..from(StringMatch::Exact("cluster.local/ns/shop/sa/other".into()))
+    };
+    let resolved = inbound("10.0.0.1:80", &[]);
+    for request in [get(), not_get] {
+        let verdict = |action| {
+            let matches = vec![on_request(request.clone())];
+            let set = set([policy("shop/p", PolicyScope::Namespace, action, matches)]);
+            check(&set, &resolved, Some(CART))
+        };
+        assert_eq!(verdict(Action::Deny), "policy_denied: AuthorizationPolicy shop/p rule 0");
+        assert_eq!(verdict(Action::Allow), "policy_denied: AuthorizationPolicy shop/p");
+    }
+    let narrower = policy("shop/p", PolicyScope::Namespace, Action::Deny, vec![other]);
+    assert_eq!(check(&set([narrower]), &resolved, Some(CART)), "allow");
 }

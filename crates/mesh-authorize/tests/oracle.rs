@@ -7,13 +7,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use mesh_authorize::{
-    Action, Clause, Decision, Match, NoteKind, Outcome, Policy, PolicyKind, PolicyName,
-    PolicyOrigin, PolicyScope, PolicySet, Rule, RuleRef, ServiceAccountMatch, StringMatch,
-    authorize, explain,
+    Action, Clause, Connection, Decision, HeaderMatch, Match, NoteKind, Outcome, PathMatch, Policy,
+    PolicyKind, PolicyName, PolicyOrigin, PolicyScope, PolicySet, Request, RequestMatch, Rule,
+    RuleRef, ServiceAccountMatch, StringMatch, Verdict, authorize, authorize_request, explain,
+    explain_request,
 };
 use mesh_model::{
-    ClientAddr, CloseReason, Direction, Flow, FlowId, IpPrefix, OrigDst, PodUid, SpiffeId, Workload,
+    ClientAddr, CloseReason, Direction, Flow, FlowId, IpPrefix, OrigDst, PathNormalization, PodUid,
+    RequestPath, SpiffeId, Workload,
 };
 use mesh_resolve::{ResolveSettings, ResolvedFlow, Route, WorkloadIndex, resolve_inbound};
 
@@ -92,7 +95,7 @@ fn account(random: &mut Random) -> ServiceAccountMatch {
 fn one_match(random: &mut Random, texts: &Texts) -> Match {
     let mut one = Match::default();
     for _ in 0..random.one(&[0, 1, 1, 1, 1, 1, 1, 2, 3]) {
-        match random.below(14) {
+        match random.below(18) {
             0 => one.namespaces = random.up_to(3, |r| text_match(r, &texts.namespaces)),
             1 => one.not_namespaces = random.up_to(2, |r| text_match(r, &texts.namespaces)),
             2 => one.principals = random.up_to(4, |r| text_match(r, &texts.principals)),
@@ -106,10 +109,46 @@ fn one_match(random: &mut Random, texts: &Texts) -> Match {
             10 => one.destination_ips = random.up_to(3, prefix),
             11 => one.not_destination_ips = random.up_to(3, prefix),
             12 => one.destination_ports = random.up_to(3, |r| r.one(&PORTS)),
-            _ => one.not_destination_ports = random.up_to(2, |r| r.one(&PORTS)),
+            13 => one.not_destination_ports = random.up_to(2, |r| r.one(&PORTS)),
+            _ => request_match(random, &mut one.request),
         }
     }
     one
+}
+
+const HOSTS: [&str; 4] = ["s", "S.org", "s.org:80", "other.org"];
+const METHODS: [&str; 3] = ["GET", "PUT", "get"];
+const PATHS: [&str; 6] = ["/", "/a", "/a/b", "/a/b/c", "/ab", "/a/"];
+const TEMPLATES: [&str; 5] = ["/a/{*}", "/{*}/b/{**}", "/{**}", "/a/{**}/c", "/{*}"];
+const VALUES: [&str; 4] = ["1", "12", "1,2", ""];
+
+fn texts(of: &[&str]) -> Vec<String> {
+    of.iter().copied().map(String::from).collect()
+}
+
+fn request_match(random: &mut Random, one: &mut RequestMatch) {
+    let path = |random: &mut Random| {
+        if random.chance(40) {
+            PathMatch::Template(random.one(&TEMPLATES).parse().unwrap())
+        } else {
+            PathMatch::Text(text_match(random, &texts(&PATHS)))
+        }
+    };
+    match random.below(7) {
+        0 => one.hosts = random.up_to(2, |r| text_match(r, &texts(&HOSTS))),
+        1 => one.not_hosts = random.up_to(2, |r| text_match(r, &texts(&HOSTS))),
+        2 => one.methods = random.up_to(2, |r| text_match(r, &texts(&METHODS))),
+        3 => one.not_methods = random.up_to(2, |r| text_match(r, &texts(&METHODS))),
+        4 => one.paths = random.up_to(3, path),
+        5 => one.not_paths = random.up_to(2, path),
+        _ => {
+            one.headers = random.up_to(2, |r| HeaderMatch {
+                name: r.one(&["x-a", "x-b"]).into(),
+                values: r.up_to(2, |r| text_match(r, &texts(&VALUES))),
+                not_values: r.up_to(1, |r| text_match(r, &texts(&VALUES))),
+            });
+        }
+    }
 }
 
 struct Texts {
@@ -174,6 +213,75 @@ struct Facts<'f> {
     id: Option<&'f SpiffeId>,
     source: IpAddr,
     destination: SocketAddr,
+    request: Option<&'f RequestFacts>,
+}
+
+struct RequestFacts {
+    authority: String,
+    method: String,
+    path: String,
+    headers: Vec<(&'static str, String)>,
+}
+
+fn request_facts(random: &mut Random) -> RequestFacts {
+    RequestFacts {
+        authority: random.one(&HOSTS).to_owned(),
+        method: random.one(&METHODS).to_owned(),
+        path: random.one(&PATHS).to_owned(),
+        headers: random.up_to(3, |r| (r.one(&["x-a", "x-b"]), r.one(&VALUES).to_owned())),
+    }
+}
+
+/// Segments against segments; `{**}` tries every length of the rest.
+fn template_holds(template: &[&str], path: &[&str]) -> bool {
+    match (template, path) {
+        ([], []) => true,
+        (["{**}", end @ ..], [_, ..]) => (1..=path.len()).any(|n| template_holds(end, &path[n..])),
+        (["{*}", template @ ..], [segment, path @ ..]) => {
+            !segment.is_empty() && template_holds(template, path)
+        }
+        ([one, template @ ..], [segment, path @ ..]) => {
+            one == segment && template_holds(template, path)
+        }
+        ([], [_, ..]) | ([_, ..], []) => false,
+    }
+}
+
+fn lower(one: &StringMatch) -> StringMatch {
+    match one {
+        StringMatch::Exact(text) => StringMatch::Exact(text.to_lowercase().into()),
+        StringMatch::Prefix(text) => StringMatch::Prefix(text.to_lowercase().into()),
+        StringMatch::Suffix(text) => StringMatch::Suffix(text.to_lowercase().into()),
+        StringMatch::Presence => StringMatch::Presence,
+    }
+}
+
+fn request_holds(one: &RequestMatch, action: Action, request: Option<&RequestFacts>) -> bool {
+    let asks = one.headers.iter().any(|h| !h.values.is_empty() || !h.not_values.is_empty())
+        || *one != RequestMatch { headers: one.headers.clone(), ..RequestMatch::default() };
+    let Some(request) = request else { return !asks || action == Action::Deny };
+    let authority = request.authority.to_lowercase();
+    let host = authority.split(':').next().unwrap();
+    let path = |m: &PathMatch| match m {
+        PathMatch::Text(text) => text_holds(text, &request.path),
+        PathMatch::Template(template) => {
+            let template = template.to_string();
+            let parts: Vec<&str> = template.split('/').collect();
+            template_holds(&parts, &request.path.split('/').collect::<Vec<_>>())
+        }
+    };
+    lists(&one.hosts, &one.not_hosts, |m| {
+        text_holds(&lower(m), &authority) || text_holds(&lower(m), host)
+    }) && lists(&one.methods, &one.not_methods, |m| text_holds(m, &request.method))
+        && lists(&one.paths, &one.not_paths, path)
+        && one.headers.iter().all(|wanted| {
+            let values = request.headers.iter().filter(|(name, _)| *name == &*wanted.name);
+            let values: Vec<&str> = values.map(|(_, value)| &**value).collect();
+            let value = (!values.is_empty()).then(|| values.join(","));
+            lists(&wanted.values, &wanted.not_values, |m| {
+                value.as_ref().is_some_and(|value| text_holds(m, value))
+            })
+        })
 }
 
 fn text_holds(one: &StringMatch, text: &str) -> bool {
@@ -189,8 +297,10 @@ fn lists<T>(positive: &[T], negative: &[T], holds: impl Fn(&T) -> bool) -> bool 
     (positive.is_empty() || positive.iter().any(&holds)) && !negative.iter().any(&holds)
 }
 
-fn match_holds(one: &Match, facts: &Facts<'_>) -> bool {
-    if *one == Match::default() {
+fn match_holds(one: &Match, action: Action, facts: &Facts<'_>) -> bool {
+    let mut plain = one.clone();
+    plain.request.headers.retain(|h| !h.values.is_empty() || !h.not_values.is_empty());
+    if plain == Match::default() {
         return false;
     }
     let namespace = facts.id.map_or("", |id| id.namespace());
@@ -213,12 +323,14 @@ fn match_holds(one: &Match, facts: &Facts<'_>) -> bool {
         && lists(&one.destination_ports, &one.not_destination_ports, |p| {
             *p == facts.destination.port()
         })
+        && request_holds(&one.request, action, facts.request)
 }
 
 fn matching_rule(policy: &Policy, facts: &Facts<'_>) -> Option<usize> {
     policy.rules.iter().position(|rule| {
         rule.clauses.iter().all(|clause| {
-            clause.matches.is_empty() || clause.matches.iter().any(|one| match_holds(one, facts))
+            clause.matches.is_empty()
+                || clause.matches.iter().any(|one| match_holds(one, policy.action, facts))
         })
     })
 }
@@ -234,18 +346,19 @@ enum Kind {
 
 fn interpret(
     policies: &BTreeMap<PolicyName, Policy>,
-    workload: &Workload,
+    workload: Option<&Workload>,
+    listed: &[Arc<str>],
     facts: &Facts<'_>,
 ) -> (Kind, Option<RuleRef>, Vec<(NoteKind, PolicyName)>) {
     let mut applicable: Vec<&Policy> = Vec::new();
-    applicable.extend(policies.values().filter(|p| p.scope == PolicyScope::Global));
-    applicable.extend(
-        policies.values().filter(|p| {
+    if let Some(workload) = workload {
+        applicable.extend(policies.values().filter(|p| p.scope == PolicyScope::Global));
+        applicable.extend(policies.values().filter(|p| {
             p.scope == PolicyScope::Namespace && p.name.namespace == workload.namespace
-        }),
-    );
+        }));
+    }
     let mut missing = false;
-    for listed in &workload.authorization_policies {
+    for listed in listed {
         match policies.values().find(|p| p.name.to_string() == **listed) {
             None => missing = true,
             Some(policy) if applicable.contains(&policy) => {}
@@ -300,6 +413,30 @@ fn template() -> ResolvedFlow {
         .unwrap()
 }
 
+/// A verdict in the interpreter's words.
+fn found(verdict: &Verdict) -> (Kind, Option<RuleRef>) {
+    match &verdict.decision {
+        Decision::Allow(permit) => {
+            let kind = match permit.rule() {
+                Some(_) => Kind::AllowedByRule,
+                None => Kind::AllowedByDefault,
+            };
+            (kind, permit.rule().cloned())
+        }
+        Decision::Deny(denial) => {
+            let by_rule = denial.rule.as_ref().is_some_and(|rule| rule.rule_index.is_some());
+            let kind = if denial.reason == CloseReason::PolicyMissing {
+                Kind::Missing
+            } else if by_rule {
+                Kind::DenyMatched
+            } else {
+                Kind::NoAllowMatched
+            };
+            (kind, denial.rule.clone())
+        }
+    }
+}
+
 #[test]
 fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
     let texts = Texts::new();
@@ -352,30 +489,12 @@ fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
                 waypoint: None,
             };
 
-            let facts = Facts { id: peer.as_ref(), source, destination };
-            let (kind, rule, notes) = interpret(&policies, &resolved.local, &facts);
+            let facts = Facts { id: peer.as_ref(), source, destination, request: None };
+            let local = &resolved.local;
+            let (kind, rule, notes) =
+                interpret(&policies, Some(local), &local.authorization_policies, &facts);
             let verdict = authorize(&set, &resolved, peer.as_ref());
-            let found = match &verdict.decision {
-                Decision::Allow(permit) => {
-                    let kind = match permit.rule() {
-                        Some(_) => Kind::AllowedByRule,
-                        None => Kind::AllowedByDefault,
-                    };
-                    (kind, permit.rule().cloned())
-                }
-                Decision::Deny(denial) => {
-                    let by_rule =
-                        denial.rule.as_ref().is_some_and(|rule| rule.rule_index.is_some());
-                    let kind = if denial.reason == CloseReason::PolicyMissing {
-                        Kind::Missing
-                    } else if by_rule {
-                        Kind::DenyMatched
-                    } else {
-                        Kind::NoAllowMatched
-                    };
-                    (kind, denial.rule.clone())
-                }
-            };
+            let found = found(&verdict);
             assert_eq!(found, (kind, rule), "{context:?}");
             let found: Vec<_> = verdict
                 .notes
@@ -415,4 +534,79 @@ fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
         assert!(share >= percent, "{kind:?}: {share} % of {seen:?}");
     }
     assert!(noted > pairs / 20, "{noted}");
+}
+
+/// The same policies at a waypoint: attached to what was dialled, and with their conditions on requests judged.
+#[test]
+fn engine_and_interpreter_agree_on_generated_policies_and_requests() {
+    let texts = Texts::new();
+    let mut seen: BTreeMap<Kind, u64> = BTreeMap::new();
+    for seed in 0..SETS {
+        let mut random = Random(seed ^ 0x5eed << 32);
+        let mut policies = BTreeMap::new();
+        let mut set = PolicySet::default();
+        for _ in 0..random.below(6) {
+            let policy = policy(&mut random, &texts);
+            set.upsert(policy.clone());
+            policies.insert(policy.name.clone(), policy);
+        }
+        for number in 0..FLOWS_PER_SET {
+            let mut attached: Vec<Arc<str>> = Vec::new();
+            for policy in policies.values().filter(|_| random.chance(60)) {
+                attached.push(policy.name.to_string().into());
+            }
+            if random.chance(8) {
+                attached.push("b/absent".into());
+            }
+            let peer = random.chance(75).then(|| {
+                let (domain, namespace) = (random.one(&TRUST_DOMAINS), random.one(&NAMESPACES));
+                SpiffeId::new(domain, namespace, random.one(&ACCOUNTS)).unwrap()
+            });
+            let one = request_facts(&mut random);
+            let facts = Facts {
+                id: peer.as_ref(),
+                source: ip(&mut random),
+                destination: SocketAddr::new(ip(&mut random), random.one(&PORTS)),
+                request: Some(&one),
+            };
+            let (kind, rule, _) = interpret(&policies, None, &attached, &facts);
+
+            let connection = Connection {
+                identity: facts.id,
+                source_ip: facts.source,
+                destination: facts.destination,
+            };
+            let method: Method = one.method.parse().unwrap();
+            let path = RequestPath::parse(&one.path, PathNormalization::default()).unwrap();
+            let headers: Vec<_> = one.headers.iter().collect();
+            let mut map = HeaderMap::new();
+            for (name, value) in headers {
+                let value = HeaderValue::from_str(value).unwrap();
+                map.append(HeaderName::from_static(name), value);
+            }
+            let request = Request::new(&one.authority, &method, &path, &map);
+            let verdict = authorize_request(&set, &attached, &connection, &request);
+            assert_eq!(found(&verdict), (kind, rule), "{:?}", (seed, number));
+            *seen.entry(kind).or_default() += 1;
+
+            if number % 8 == 0 {
+                let explained = explain_request(&set, &attached, &connection, &request);
+                let allowed = matches!(verdict.decision, Decision::Allow(_));
+                assert_eq!(matches!(explained.outcome, Outcome::Allowed { .. }), allowed);
+            }
+        }
+    }
+    let pairs: u64 = seen.values().sum();
+    assert!(pairs >= 200_000, "{pairs}");
+    println!("{seen:?}");
+    for kind in [
+        Kind::AllowedByRule,
+        Kind::AllowedByDefault,
+        Kind::DenyMatched,
+        Kind::NoAllowMatched,
+        Kind::Missing,
+    ] {
+        let share = seen.get(&kind).copied().unwrap_or(0) * 100 / pairs;
+        assert!(share >= 3, "{kind:?}: {share} % of {seen:?}");
+    }
 }

@@ -8,8 +8,8 @@
 //! may have been about.
 
 use mesh_authorize::{
-    Action, Clause, Match, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, Rule,
-    ServiceAccountMatch, StringMatch, UnreadablePolicy,
+    Action, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin,
+    PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch, UnreadablePolicy,
 };
 use mesh_model::IpPrefix;
 use prost::Message as _;
@@ -182,8 +182,45 @@ fn attributes(wire: &pb::Match) -> Result<Match, InvalidResource> {
     Ok(Match {
         trust_domains: each("trust_domains", &exact.trust_domains, string_match)?,
         not_trust_domains: each("not_trust_domains", &exact.not_trust_domains, string_match)?,
+        request: exact.request.as_ref().map(request).transpose()?.unwrap_or_default(),
         ..plain_attributes(&plain)?
     })
+}
+
+fn request(wire: &mesh::RequestMatch) -> Result<RequestMatch, InvalidResource> {
+    let strings = |field, list: &[pb::StringMatch]| each(field, list, string_match);
+    Ok(RequestMatch {
+        hosts: strings("request.hosts", &wire.hosts)?,
+        not_hosts: strings("request.not_hosts", &wire.not_hosts)?,
+        methods: strings("request.methods", &wire.methods)?,
+        not_methods: strings("request.not_methods", &wire.not_methods)?,
+        paths: each("request.paths", &wire.paths, path_match)?,
+        not_paths: each("request.not_paths", &wire.not_paths, path_match)?,
+        headers: each("request.headers", &wire.headers, |wire| {
+            let header = HeaderMatch {
+                name: required("name", &wire.name)?.into(),
+                values: strings("values", &wire.values)?,
+                not_values: strings("not_values", &wire.not_values)?,
+            };
+            // One that asks nothing would be no condition where one was meant.
+            if header.values.is_empty() && header.not_values.is_empty() {
+                return Err(InvalidResource::new("values", Problem::Missing));
+            }
+            Ok(header)
+        })?,
+    })
+}
+
+fn path_match(wire: &mesh::PathMatch) -> Result<PathMatch, InvalidResource> {
+    use mesh::path_match::Match;
+    match &wire.r#match {
+        None => Err(InvalidResource::new("match", Problem::Missing)),
+        Some(Match::Text(text)) => Ok(PathMatch::Text(string_match(text)?)),
+        Some(Match::Template(template)) => template
+            .parse()
+            .map(PathMatch::Template)
+            .map_err(|_invalid| InvalidResource::new("template", Problem::Undecodable)),
+    }
 }
 
 fn plain_attributes(wire: &pb::Match) -> Result<Match, InvalidResource> {
@@ -284,13 +321,18 @@ fn clause_to_wire(clause: &Clause, action: pb::Action) -> pb::Clause {
 
 fn match_to_wire(attributes: &Match, action: pb::Action) -> pb::Match {
     let plain = plain_to_wire(attributes);
-    if attributes.trust_domains.is_empty() && attributes.not_trust_domains.is_empty() {
+    let request = &attributes.request;
+    let is_plain = attributes.trust_domains.is_empty()
+        && attributes.not_trust_domains.is_empty()
+        && request.is_empty();
+    if is_plain {
         return plain;
     }
     let exact = mesh::MatchExtension {
         r#match: Some(plain.clone()),
         trust_domains: strings(&attributes.trust_domains),
         not_trust_domains: strings(&attributes.not_trust_domains),
+        request: (!request.is_empty()).then(|| request_to_wire(request)),
     };
     let mut outer = match action {
         pb::Action::Allow => pb::Match { destination_ports: vec![NO_PORT], ..pb::Match::default() },
@@ -307,6 +349,36 @@ fn match_to_wire(attributes: &Match, action: pb::Action) -> pb::Match {
         }),
     }];
     outer
+}
+
+fn request_to_wire(request: &RequestMatch) -> mesh::RequestMatch {
+    mesh::RequestMatch {
+        hosts: strings(&request.hosts),
+        not_hosts: strings(&request.not_hosts),
+        methods: strings(&request.methods),
+        not_methods: strings(&request.not_methods),
+        paths: request.paths.iter().map(path_to_wire).collect(),
+        not_paths: request.not_paths.iter().map(path_to_wire).collect(),
+        headers: request
+            .headers
+            .iter()
+            .map(|header| mesh::HeaderMatch {
+                name: text(&header.name),
+                values: strings(&header.values),
+                not_values: strings(&header.not_values),
+            })
+            .collect(),
+    }
+}
+
+fn path_to_wire(path: &PathMatch) -> mesh::PathMatch {
+    use mesh::path_match::Match;
+    mesh::PathMatch {
+        r#match: Some(match path {
+            PathMatch::Text(text) => Match::Text(string_to_wire(text)),
+            PathMatch::Template(template) => Match::Template(template.to_string()),
+        }),
+    }
 }
 
 fn plain_to_wire(attributes: &Match) -> pb::Match {
@@ -329,17 +401,19 @@ fn plain_to_wire(attributes: &Match) -> pb::Match {
 }
 
 fn strings(list: &[StringMatch]) -> Vec<pb::StringMatch> {
+    list.iter().map(string_to_wire).collect()
+}
+
+fn string_to_wire(item: &StringMatch) -> pb::StringMatch {
     use pb::string_match::MatchType;
-    list.iter()
-        .map(|item| pb::StringMatch {
-            match_type: Some(match item {
-                StringMatch::Exact(value) => MatchType::Exact(text(value)),
-                StringMatch::Prefix(value) => MatchType::Prefix(text(value)),
-                StringMatch::Suffix(value) => MatchType::Suffix(text(value)),
-                StringMatch::Presence => MatchType::Presence(()),
-            }),
-        })
-        .collect()
+    pb::StringMatch {
+        match_type: Some(match item {
+            StringMatch::Exact(value) => MatchType::Exact(text(value)),
+            StringMatch::Prefix(value) => MatchType::Prefix(text(value)),
+            StringMatch::Suffix(value) => MatchType::Suffix(text(value)),
+            StringMatch::Presence => MatchType::Presence(()),
+        }),
+    }
 }
 
 fn ip_blocks(list: &[IpPrefix]) -> Vec<pb::Address> {

@@ -80,6 +80,7 @@ pub const TARGETS: &[Target] = &[
     target("csr_answer", certificate::answer, certificate::answer_seeds),
     target("packet", packet::packet, packet::packet_seeds),
     target("policy", policy::policy, policy::policy_seeds),
+    target("path_template", text::path_template, text::path_template_seeds),
     target("resolve", resolve::resolve, resolve::resolve_seeds),
     target("request_path", route::request_path, route::request_path_seeds),
     target("route_table", route::route_table, route::route_table_seeds),

@@ -57,7 +57,7 @@ fn account(u: &mut Unstructured<'_>) -> Result<ServiceAccountMatch> {
 fn one_match(u: &mut Unstructured<'_>) -> Result<Match> {
     let mut one = Match::default();
     for _ in 0..u.int_in_range(0..=3)? {
-        match u.int_in_range(0..=13)? {
+        match u.int_in_range(0..=14)? {
             0 => one.namespaces = list(u, 3, text_match)?,
             1 => one.not_namespaces = list(u, 3, text_match)?,
             2 => one.principals = list(u, 3, text_match)?,
@@ -71,7 +71,8 @@ fn one_match(u: &mut Unstructured<'_>) -> Result<Match> {
             10 => one.destination_ips = list(u, 3, prefix)?,
             11 => one.not_destination_ips = list(u, 3, prefix)?,
             12 => one.destination_ports = list(u, 3, |u| u.choose(&PORTS).copied())?,
-            _ => one.not_destination_ports = list(u, 3, |u| u.choose(&PORTS).copied())?,
+            13 => one.not_destination_ports = list(u, 3, |u| u.choose(&PORTS).copied())?,
+            _ => one.request.methods = list(u, 2, text_match)?,
         }
     }
     Ok(one)
@@ -115,12 +116,13 @@ impl Facts<'_> {
     fn policy(&self, policy: &Policy) -> bool {
         policy.rules.iter().any(|rule| {
             rule.clauses.iter().all(|clause| {
-                clause.matches.is_empty() || clause.matches.iter().any(|one| self.one(one))
+                clause.matches.is_empty()
+                    || clause.matches.iter().any(|one| self.one(one, policy.action))
             })
         })
     }
 
-    fn one(&self, one: &Match) -> bool {
+    fn one(&self, one: &Match, action: Action) -> bool {
         let Route::Deliver { target, .. } = self.flow.route else {
             panic!("inbound flows are delivered")
         };
@@ -163,6 +165,8 @@ impl Facts<'_> {
             && !ips(&one.not_destination_ips, target.ip())
             && (one.destination_ports.is_empty() || one.destination_ports.contains(&target.port()))
             && !one.not_destination_ports.contains(&target.port())
+            // No request is seen here.
+            && (one.request.is_empty() || action == Action::Deny)
     }
 
     /// True when the flow may happen.

@@ -1,6 +1,6 @@
 //! Parsers of single values: authorities, telemetry headers, identities, prefixes, names.
 
-use mesh_authorize::PolicyName;
+use mesh_authorize::{PathTemplate, PolicyName};
 use mesh_identity::NodeName;
 use mesh_model::{IpPrefix, SpiffeId};
 use mesh_resolve::Authority;
@@ -162,4 +162,31 @@ pub(crate) fn ip_prefix_seeds() -> Vec<Vec<u8>> {
     seeds.push([&[0xfd; 16][..], &[64]].concat());
     seeds.push([&[0; 10][..], &[0xff, 0xff, 10, 0, 0, 1, 120]].concat());
     seeds
+}
+
+/// A template is written as it was read, and agrees with trying every length of its `{**}`. Template and path stand with a
+/// zero byte between.
+pub fn path_template(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let (template, path) = text.split_once('\0').unwrap_or((text, "/"));
+    let Ok(parsed) = template.parse::<PathTemplate>() else { return };
+    assert_eq!(parsed.to_string(), template);
+    let segments = |text: &'_ str| text.split('/').map(str::to_owned).collect::<Vec<_>>();
+    let fits = path.starts_with('/') && fits(&segments(template), &segments(path));
+    assert_eq!(parsed.matches(path), fits, "{template} {path}");
+}
+
+fn fits(template: &[String], path: &[String]) -> bool {
+    let Some((wanted, template)) = template.split_first() else { return path.is_empty() };
+    match wanted.as_str() {
+        "{**}" => (1..=path.len()).any(|taken| fits(template, &path[taken..])),
+        "{*}" => {
+            path.split_first().is_some_and(|(one, path)| !one.is_empty() && fits(template, path))
+        }
+        _ => path.split_first().is_some_and(|(one, path)| one == wanted && fits(template, path)),
+    }
+}
+
+pub(crate) fn path_template_seeds() -> Vec<Vec<u8>> {
+    texts(&["/a/{*}/{**}/z\0/a/b/c/z", "/{**}\0/", "/a\0/a/", "/{*}\0/a"])
 }

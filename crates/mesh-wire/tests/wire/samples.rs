@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_authorize::{
-    Action, Clause, Match, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, Rule,
-    ServiceAccountMatch, StringMatch, UnknownEgress,
+    Action, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin,
+    PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch, UnknownEgress,
 };
 use mesh_model::{
     ApplicationTunnel, ApplicationTunnelProtocol, GatewayAddress, GatewayDestination, HealthPolicy,
@@ -130,6 +130,31 @@ impl Dice {
             not_destination_ips: self.list(Self::prefix),
             destination_ports: self.list(Self::port),
             not_destination_ports: self.list(Self::port),
+            request: if self.coin() { self.request_match() } else { RequestMatch::default() },
+        }
+    }
+
+    fn request_match(&mut self) -> RequestMatch {
+        RequestMatch {
+            hosts: self.list(Self::string_match),
+            not_hosts: self.list(Self::string_match),
+            methods: self.list(Self::string_match),
+            not_methods: self.list(Self::string_match),
+            paths: self.list(Self::path_match),
+            not_paths: self.list(Self::path_match),
+            headers: self.list(|dice| HeaderMatch {
+                name: dice.name(),
+                values: dice.list(Self::string_match),
+                not_values: vec![dice.string_match()],
+            }),
+        }
+    }
+
+    fn path_match(&mut self) -> PathMatch {
+        if self.coin() {
+            PathMatch::Text(self.string_match())
+        } else {
+            PathMatch::Template(self.pick(&["/a/{*}", "/{**}", "/a/{**}/z"]).parse().unwrap())
         }
     }
 

@@ -274,6 +274,20 @@ fn extension(name: &str, type_url: &str, value: &[u8]) -> pb::Extension {
     pb::Extension { name: name.to_owned(), config }
 }
 
+fn template(text: &str) -> mesh::PathMatch {
+    mesh::PathMatch { r#match: Some(mesh::path_match::Match::Template(text.to_owned())) }
+}
+
+/// Gives the first match conditions on the request.
+fn on_request(policy: &mut security::Authorization, set: impl FnOnce(&mut mesh::RequestMatch)) {
+    let mut request = mesh::RequestMatch::default();
+    set(&mut request);
+    let exact = mesh::MatchExtension { request: Some(request), ..Default::default() };
+    let url = "type.googleapis.com/culvert.mesh.v1.MatchExtension";
+    let value = exact.encode_to_vec();
+    first_match(policy).extensions = vec![extension("culvert.dev/match", url, &value)];
+}
+
 #[test]
 fn policies() {
     const AT: &str = "rules[0].clauses[0].matches[0]";
@@ -349,6 +363,26 @@ fn policies() {
                     first_match(p).extensions = vec![extension("culvert.dev/match", url, &[0xff])];
                 },
                 Problem::Undecodable,
+            ),
+            (
+                at("request.paths[0].template"),
+                |p| on_request(p, |request| request.paths = vec![template("/{**}/{*}")]),
+                Problem::Undecodable,
+            ),
+            (
+                at("request.not_paths[0].match"),
+                |p| on_request(p, |request| request.not_paths = vec![mesh::PathMatch::default()]),
+                Problem::Missing,
+            ),
+            (
+                at("request.headers[0].values"),
+                |p| {
+                    on_request(p, |request| {
+                        request.headers =
+                            vec![mesh::HeaderMatch { name: "x".into(), ..Default::default() }];
+                    });
+                },
+                Problem::Missing,
             ),
             ("extensions", |p| p.extensions[0].config = None, Problem::Missing),
             (
