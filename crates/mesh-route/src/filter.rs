@@ -164,7 +164,6 @@ impl Fraction {
 }
 
 /// A number below `bound`, evenly distributed when `entropy` is.
-#[expect(clippy::cast_possible_truncation, reason = "the high half of the product is below bound")]
 pub(crate) const fn scaled(entropy: u64, bound: u64) -> u64 {
     ((entropy as u128 * bound as u128) >> 64) as u64
 }

@@ -25,6 +25,8 @@ const MAX_HOST_BYTES: usize = 253;
 const SHORT: usize = 8;
 
 type Rank = u32;
+/// Lists by the value of a header or parameter.
+type ByValue<L> = HashMap<Box<[u8]>, L>;
 
 /// The matches of the routes that count at one frontend's port for one kind of client.
 #[derive(Debug)]
@@ -142,11 +144,12 @@ impl Index {
 
     /// Length of the longest list that a request may have to go through.
     #[cfg(test)]
+    #[expect(clippy::disallowed_methods, reason = "a maximum does not show the order")]
     pub(crate) fn longest_list(&self) -> usize {
-        let hosts = self.exact_hosts.iter().chain(&self.below_hosts).map(|(_, paths)| paths);
+        let hosts = self.exact_hosts.values().chain(self.below_hosts.values());
         let lists = hosts.chain([&self.any_host]).flat_map(|paths| {
             let nodes = paths.nodes.iter().flat_map(|node| [&node.prefixes, &node.expressions]);
-            paths.exact.iter().map(|(_, list)| list).chain(nodes)
+            paths.exact.values().chain(nodes)
         });
         lists.map(Candidates::longest).max().unwrap_or(0)
     }
@@ -272,7 +275,7 @@ struct Candidates {
     /// Gone through one by one.
     rest: Box<[Rank]>,
     /// Those that ask for one value of a header or parameter.
-    keyed: Box<[(Key, HashMap<Box<[u8]>, Box<[Rank]>>)]>,
+    keyed: Box<[(Key, ByValue<Box<[Rank]>>)]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -288,7 +291,7 @@ impl Candidates {
             return Self { rest: ranks.into(), keyed: Box::default() };
         }
         let mut rest = Vec::new();
-        let mut keyed: Vec<(Key, BTreeMap<Box<[u8]>, Vec<Rank>>)> = Vec::new();
+        let mut keyed: Vec<(Key, ByValue<Vec<Rank>>)> = Vec::new();
         let mut places: HashMap<Key, usize> = HashMap::new();
         for rank in ranks {
             let Some((key, value)) = key(entries[*rank as usize].compiled()) else {
@@ -296,12 +299,12 @@ impl Candidates {
                 continue;
             };
             let place = *places.entry(key.clone()).or_insert_with(|| {
-                keyed.push((key, BTreeMap::new()));
+                keyed.push((key, ByValue::new()));
                 keyed.len() - 1
             });
             keyed[place].1.entry(value.as_bytes().into()).or_default().push(*rank);
         }
-        let boxed = |(key, lists): (Key, BTreeMap<Box<[u8]>, Vec<Rank>>)| {
+        let boxed = |(key, lists): (Key, ByValue<Vec<Rank>>)| {
             (key, lists.into_iter().map(|(value, ranks)| (value, ranks.into())).collect())
         };
         Self { rest: rest.into(), keyed: keyed.into_iter().map(boxed).collect() }
@@ -329,8 +332,9 @@ impl Candidates {
     }
 
     #[cfg(test)]
+    #[expect(clippy::disallowed_methods, reason = "a maximum does not show the order")]
     fn longest(&self) -> usize {
-        let keyed = self.keyed.iter().flat_map(|(_, lists)| lists.iter().map(|(_, list)| list));
+        let keyed = self.keyed.iter().flat_map(|(_, lists)| lists.values());
         keyed.map(|list| list.len()).max().unwrap_or(0) + self.rest.len() + self.keyed.len()
     }
 }

@@ -199,7 +199,7 @@ fn path_holds(one: &PathMatch, path: &str) -> bool {
     }
 }
 
-fn first_of_each<'m, T, N: PartialEq>(list: &'m [T], name: impl Fn(&T) -> N) -> Vec<&'m T> {
+fn first_of_each<T, N: PartialEq>(list: &[T], name: impl Fn(&T) -> N) -> Vec<&T> {
     let mut kept: Vec<&T> = Vec::new();
     for one in list {
         if kept.iter().all(|other| name(other) != name(one)) {
@@ -298,7 +298,7 @@ fn rank(one: &RouteMatch) -> [usize; 5] {
 #[derive(Debug, PartialEq, Eq)]
 enum Found {
     Unrouted,
-    NotFound,
+    Nothing,
     Rule(RouteName, usize, usize),
 }
 
@@ -309,10 +309,10 @@ fn interpret(routes: &BTreeMap<RouteName, Route>, facts: &Facts) -> Found {
         let client = facts.client.filter(|client| **client != *facts.frontend.namespace);
         let of_client =
             |route: &&Route| client.is_some_and(|client| *route.name.namespace == *client);
-        if counted.iter().any(|route| of_client(&route)) {
-            counted.retain(|route| of_client(&route));
+        if counted.iter().any(of_client) {
+            counted.retain(of_client);
         } else {
-            counted.retain(|route| own(&route));
+            counted.retain(own);
         }
         if counted.iter().any(|route| route.name.kind == RouteKind::Grpc) {
             counted.retain(|route| route.name.kind == RouteKind::Grpc);
@@ -344,7 +344,7 @@ fn interpret(routes: &BTreeMap<RouteName, Route>, facts: &Facts) -> Found {
             .then_with(|| name(a.2).cmp(&name(b.2)))
             .then_with(|| (a.3, a.4).cmp(&(b.3, b.4)))
     });
-    candidates.first().map_or(Found::NotFound, |(_, _, route, rule, one)| {
+    candidates.first().map_or(Found::Nothing, |(_, _, route, rule, one)| {
         Found::Rule(route.name.clone(), *rule, *one)
     })
 }
@@ -368,7 +368,7 @@ fn ask(table: &RouteTable, facts: &Facts) -> Found {
     };
     match table.select(&facts.frontend, facts.port, facts.client, &head) {
         Selection::Unrouted => Found::Unrouted,
-        Selection::NotFound => Found::NotFound,
+        Selection::NotFound => Found::Nothing,
         Selection::Selected(selected) => Found::Rule(
             selected.route().name.clone(),
             selected.rule_index(),
@@ -418,7 +418,7 @@ fn table_and_interpreter_agree_on_generated_routes_and_requests() {
             assert_eq!(ask(&table, &facts), wanted, "seed {seed}, request {number}");
             seen[match wanted {
                 Found::Unrouted => 0,
-                Found::NotFound => 1,
+                Found::Nothing => 1,
                 Found::Rule(..) => 2,
             }] += 1;
         }
