@@ -156,7 +156,7 @@ pub fn cni(data: &[u8]) {
         Ending::Added(result) => {
             assert!(refused.is_err() && unasked.is_err(), "a pod would start in the clear");
             // Text in keys of others is not looked at, so the whole may still be no JSON.
-            if let Ok(config) = serde_json::from_slice::<serde_json::Value>(stdin) {
+            if let Ok(config) = serde_json::from_slice::<Value>(stdin) {
                 assert_eq!(config["prevResult"], result);
             }
             assert_eq!(passed, Ok(Some(result)));
