@@ -286,7 +286,7 @@ impl Outbound<'_> {
         let service = service.ok_or_else(unavailable)?;
         // A wildcard name is nothing that can be asked for.
         let authority: Authority =
-            format!("{}:{port}", service.key.hostname).parse().map_err(|_| unavailable())?;
+            format!("{}:{port}", service.key.hostname).parse().map_err(|_invalid| unavailable())?;
         let address = workload.network_gateway.as_ref().ok_or_else(unavailable)?;
         let wanted = self.wanted(port);
         let (choice, gateway_service) =

@@ -27,6 +27,8 @@ const SHORT: usize = 8;
 type Rank = u32;
 /// Lists by the value of a header or parameter.
 type ByValue<L> = HashMap<Box<[u8]>, L>;
+/// A header or parameter, with its lists.
+type Keyed = (Key, ByValue<Box<[Rank]>>);
 
 /// The matches of the routes that count at one frontend's port for one kind of client.
 #[derive(Debug)]
@@ -275,7 +277,7 @@ struct Candidates {
     /// Gone through one by one.
     rest: Box<[Rank]>,
     /// Those that ask for one value of a header or parameter.
-    keyed: Box<[(Key, ByValue<Box<[Rank]>>)]>,
+    keyed: Box<[Keyed]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

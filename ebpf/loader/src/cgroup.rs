@@ -61,14 +61,14 @@ fn processes_to_hold() -> BTreeSet<u32> {
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     wanted.extend(pids.filter(|pid| {
         // One that cannot be looked at has ended.
-        let netns = inode_of(&format!("/proc/{pid}/ns/net"));
+        let netns = inode_of(format!("/proc/{pid}/ns/net"));
         netns.is_some() && netns != node
     }));
     wanted
 }
 
 fn exists(pid: u32) -> bool {
-    inode_of(&format!("/proc/{pid}/ns/net")).is_some()
+    inode_of(format!("/proc/{pid}/ns/net")).is_some()
 }
 
 fn collect(group: &Path, held: &mut BTreeSet<u32>) {

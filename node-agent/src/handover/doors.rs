@@ -1,6 +1,7 @@
 //! The agent's own listeners: opened by the first process, handed from process to process, so that none is ever closed.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -74,15 +75,15 @@ impl Doors {
             (Door::Enrolment, settings.enrolment_socket()),
             (Door::HandOver, settings.handover_socket()),
         ] {
-            if !self.0.contains_key(&door) {
+            if let Entry::Vacant(missing) = self.0.entry(door) {
                 let listener = server::listen(&path)
                     .with_context(|| format!("opening the socket {}", path.display()))?;
-                self.0.insert(door, listener.as_fd().try_clone_to_owned()?);
+                missing.insert(listener.as_fd().try_clone_to_owned()?);
             }
         }
-        if !self.0.contains_key(&Door::AdminSocket) {
+        if let Entry::Vacant(missing) = self.0.entry(Door::AdminSocket) {
             let listener = AdminListener::unix(&settings.admin_socket())?;
-            self.0.insert(Door::AdminSocket, listener.duplicate()?);
+            missing.insert(listener.duplicate()?);
         }
         for (door, address) in [
             (Door::Admin, settings.admin_address.0),

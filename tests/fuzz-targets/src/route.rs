@@ -74,7 +74,7 @@ fn text_match(u: &mut Unstructured<'_>) -> Result<TextMatch> {
 }
 
 fn header_match(u: &mut Unstructured<'_>) -> Result<HeaderMatch> {
-    let name = HeaderName::from_static(*u.choose(&["x-a", "x-b"])?);
+    let name = HeaderName::from_static(u.choose(&["x-a", "x-b"])?);
     Ok(HeaderMatch { name, value: text_match(u)? })
 }
 

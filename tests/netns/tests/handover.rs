@@ -2,6 +2,7 @@
 //! is wrong, nothing leaves in the clear, counters never go back.
 //!
 //! One lab; the trials run in order, each leaves the lab as it found it.
+#![allow(clippy::print_stdout, reason = "what was measured is shown")]
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};

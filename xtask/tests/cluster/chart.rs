@@ -79,7 +79,10 @@ fn policy(mesh: &Mesh) {
         Ok(answer) => Err(answer),
         Err(_refused) => Ok(()),
     });
-    assert!(mesh.curl("client").unwrap().contains(SECRET), "the client is let in");
+    assert!(
+        mesh.curl("client").expect("client is answered").contains(SECRET),
+        "the client is let in"
+    );
     eventually("the refusal in an agent's log, with its policy", || {
         let agents = "app.kubernetes.io/component=agent";
         let logs = ["logs", "-n", "culvert-system", "-l", agents, "--tail=-1"];
@@ -95,8 +98,9 @@ fn a_rewritten_network(mesh: &Mesh) {
     let on_node = |script: &str| {
         mesh.cluster.try_exec(&["--node", "1", "sh", "-c", &script.replace("LIST", list)])
     };
-    assert!(on_node("cat LIST").unwrap().contains("culvert-cni"));
-    on_node("cat /var/lib/culvert/cni/10-cluster.conflist > LIST.new && mv LIST.new LIST").unwrap();
+    assert!(on_node("cat LIST").expect("the list can be read").contains("culvert-cni"));
+    on_node("cat /var/lib/culvert/cni/10-cluster.conflist > LIST.new && mv LIST.new LIST")
+        .expect("the list can be written");
     eventually("the plugin to be back", || {
         let text = on_node("cat LIST")?;
         if text.contains("culvert-cni") { Ok(()) } else { Err(text) }
@@ -230,7 +234,8 @@ impl Mesh {
             let pods = self.cluster.try_exec(&asked)?;
             let list: serde_json::Value =
                 serde_json::from_str(&pods).map_err(|error| format!("{error}: {pods}"))?;
-            let list = list.as_array().or_else(|| list["pods"].as_array()).ok_or(pods.clone())?;
+            let list =
+                list.as_array().or_else(|| list["pods"].as_array()).ok_or_else(|| pods.clone())?;
             let found = list.iter().any(|one| {
                 let text = one.to_string();
                 text.contains(&format!("\"{pod}\"")) && text.contains(&format!("\"{phase}\""))
