@@ -68,6 +68,8 @@ pub(crate) enum CniPluginError {
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// While something is wrong.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How long after a change the folder is looked at.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 
 impl CniPlugin {
     /// A copy of `program` that asks the agent at `socket`; pods of `excluded` namespaces never wait for it.
@@ -87,8 +89,12 @@ impl CniPlugin {
     /// Installs the plugin and keeps it installed until `stop`. `pending` is done once it is.
     pub(crate) async fn keep(self, pending: Pending, stop: CancellationToken) {
         let (wake, mut woken) = mpsc::channel(1);
-        // A full queue means that a look is due anyway.
-        let watcher = notify::recommended_watcher(move |_event| wake.try_send(()).unwrap_or(()));
+        // Looking reads the folder, which is told as well: only what changed something counts. A full queue means that a look is due anyway.
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            if event.map_or(true, |event| !event.kind.is_access()) {
+                wake.try_send(()).unwrap_or(());
+            }
+        });
         let watching = watcher.and_then(|mut watcher| {
             watcher.watch(&self.folders.configurations, RecursiveMode::NonRecursive)?;
             Ok(watcher)
@@ -120,7 +126,8 @@ impl CniPlugin {
                 }
             };
             tokio::select! {
-                _ = woken.recv() => {}
+                // Not at once: a tool that writes its own list whenever it is changed gets no war.
+                _ = woken.recv() => tokio::time::sleep(SETTLE_INTERVAL).await,
                 () = tokio::time::sleep(pause) => {}
                 () = stop.cancelled() => return,
             }
@@ -178,11 +185,8 @@ pub(crate) fn remove(folders: &CniFolders) -> Result<(), CniPluginError> {
 
 fn unchain(folders: &CniFolders, path: &Path) -> Result<(), CniPluginError> {
     let text = read(path)?;
-    let plain = match conflist::unchain(&text) {
-        Ok(Some(plain)) => plain,
-        // What never could be chained to was not changed.
-        Ok(None) | Err(_) => return Ok(()),
-    };
+    // What never could be chained to was not changed.
+    let Ok(Some(plain)) = conflist::unchain(&text) else { return Ok(()) };
     let kept = folders.kept.join(path.file_name().unwrap_or_default());
     let original = fs::read(&kept).ok().filter(|original| same_json(original, &plain));
     replace(path, &original.unwrap_or(plain), mode(path)?)?;

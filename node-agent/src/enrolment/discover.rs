@@ -97,14 +97,20 @@ fn found(
         }
     }
     let mounted = search::mounted();
-    let request = |(name, processes): (&PodName, Vec<Process>)| {
+    let request = |(name, mut processes): (&PodName, Vec<Process>)| {
         let wanted = missing.get(name)?.clone();
+        // A namespace that a process of the pod made for itself is nowhere in the node's folders; it must not keep the pod out.
+        processes.retain(|process| mounted.contains_key(&process.netns));
         // The sandbox's own process is the first.
         let first = processes.iter().min_by_key(|process| process.started)?;
         let path = mounted.get(&first.netns)?;
         let ips = addresses(name);
-        if ips.is_empty() || processes.iter().any(|process| process.netns != first.netns) {
-            tracing::debug!(pod = %name, "a running pod is not clear yet");
+        if processes.iter().any(|process| process.netns != first.netns) {
+            tracing::warn!(pod = %name, "a running pod is not taken in: its processes are in several of the node's network namespaces");
+            return None;
+        }
+        if ips.is_empty() {
+            tracing::debug!(pod = %name, "a running pod has no known address yet");
             return None;
         }
         let pod = PodRef::new(&wanted.uid, name.namespace(), name.name(), &wanted.service_account)

@@ -228,27 +228,35 @@ impl Enroller {
         listed
     }
 
-    /// Takes every pod out and restores its namespace: for uninstalling. Gives what could not be undone.
+    /// Takes every pod out and restores its namespace: for uninstalling. Gives what could not be undone; such pods stay on the list, to
+    /// be tried again.
     pub(crate) fn remove_all(&self) -> Vec<String> {
         let mut pods = self.lock();
         let mut left = Vec::new();
         for (uid, entry) in std::mem::take(&mut *pods) {
+            let undone = left.len();
             let detached =
                 self.phases.attachments.detach(&uid, entry.record.cookie, Duration::ZERO);
             if let Err(error) = detached {
                 left.push(format!("{}: {}", entry.record.pod.name, error_chain(&error)));
             }
-            if entry.record.phase == PodPhase::Excluded {
-                continue;
-            }
-            match Netns::open(Path::new(entry.record.netns.as_str())) {
-                Ok(netns) if netns.cookie() == entry.record.cookie => {
-                    if let Err(error) = namespace::restore(&netns, &entry.record.originals) {
-                        left.push(format!("{}: {}", entry.record.pod.name, error_chain(&error)));
+            if entry.record.phase != PodPhase::Excluded {
+                match Netns::open(Path::new(entry.record.netns.as_str())) {
+                    Ok(netns) if netns.cookie() == entry.record.cookie => {
+                        if let Err(error) = namespace::restore(&netns, &entry.record.originals) {
+                            left.push(format!(
+                                "{}: {}",
+                                entry.record.pod.name,
+                                error_chain(&error)
+                            ));
+                        }
                     }
+                    Ok(_another) => {}
+                    Err(_gone) => {}
                 }
-                Ok(_another) => {}
-                Err(_gone) => {}
+            }
+            if left.len() > undone {
+                pods.insert(uid, entry);
             }
         }
         self.write_or_warn(&pods);
