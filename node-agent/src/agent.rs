@@ -156,6 +156,12 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     );
     let enrolment = Enrolment::new(Arc::clone(&enroller), wanted_pods);
     if let Some(running) = &running {
+        let known = picture.snapshot();
+        // Everything that is taken over is judged again at once: against no roots or no policies all of it would be cut.
+        anyhow::ensure!(
+            known.synced && known.trust.trust_domains().next().is_some(),
+            "the controller has named no roots and no state is saved: the agent that runs goes on; start this one again when the controller answers"
+        );
         take_over(running, &data_plane, &dns, &gate, &runtime)?;
     }
     adopt(&enroller, &wanted.borrow().clone(), &capture).await?;
@@ -454,7 +460,7 @@ async fn find_running(settings: &Settings, place: &Place) -> anyhow::Result<Opti
 /// Lets the controller speak before connections are taken over. One that is away is not waited for: what it said last, which
 /// the predecessor has saved, is in force.
 async fn hear_controller(mut standing: watch::Receiver<Standing>) {
-    let heard = standing.wait_for(|standing| standing.connected);
+    let heard = standing.wait_for(|standing| standing.heard);
     if tokio::time::timeout(CONTROLLER_PATIENCE, heard).await.is_err() {
         tracing::warn!("the controller is not heard; what it said last is in force");
     }

@@ -24,6 +24,8 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: Arguments) -> anyhow::Result<()> {
+    // A core dump would hold private keys.
+    nix::sys::prctl::set_dumpable(false).context("forbidding core dumps")?;
     let settings = arguments.settings;
     let logging = logging(&settings)?;
     match arguments.command {

@@ -1,5 +1,6 @@
 //! The delta xDS stream: kept open, its responses applied at once, its end met with patience.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ pub(crate) struct Control {
     pods: watch::Sender<Arc<WantedPods>>,
     channel: watch::Sender<Option<Channel>>,
     standing: watch::Sender<Standing>,
+    /// Kinds that were answered on this stream.
+    answered: BTreeSet<ResourceKind>,
     /// When changes have to be on disk, if there are any.
     save_at: Option<Instant>,
 }
@@ -43,6 +46,8 @@ pub(crate) struct Control {
 pub(crate) struct Standing {
     /// A stream is open.
     pub(crate) connected: bool,
+    /// Every kind of resource was answered on the stream that is open.
+    pub(crate) heard: bool,
     /// Every kind of resource was heard of: on this stream, an earlier one, or in an earlier life of the agent.
     pub(crate) synced: bool,
     /// What the last failure was.
@@ -98,7 +103,19 @@ impl Control {
     ) -> Self {
         let Outlets { picture, pods, channel, standing } = outlets;
         let held = DeltaClientState::new(&ResourceKind::ALL);
-        Self { session, node, held, world, saved, picture, pods, channel, standing, save_at: None }
+        Self {
+            session,
+            node,
+            held,
+            world,
+            saved,
+            picture,
+            pods,
+            channel,
+            standing,
+            answered: BTreeSet::new(),
+            save_at: None,
+        }
     }
 
     /// Takes up what an earlier life of the agent heard. Blocks on the disk.
@@ -170,6 +187,7 @@ impl Control {
         self.channel.send_replace(None);
         self.standing.send_modify(|standing| {
             standing.connected = false;
+            standing.heard = false;
             standing.last_error = Some(error_chain(end));
         });
     }
@@ -199,8 +217,10 @@ impl Control {
             .map_err(StreamEnd::Status)?
             .into_inner();
         self.channel.send_replace(Some(channel));
+        self.answered.clear();
         self.standing.send_modify(|standing| {
             standing.connected = true;
+            standing.heard = false;
             standing.last_error = None;
         });
         tracing::info!("the controller is connected");
@@ -240,6 +260,7 @@ impl Control {
         let bytes = u64::try_from(response.encoded_len()).unwrap_or(u64::MAX);
         metrics::counter!("istio_xds_message_total", "url" => url).increment(1);
         metrics::counter!("istio_xds_message_bytes_total", "url" => url).increment(bytes);
+        self.answered.extend(ResourceKind::from_type_url(&response.type_url));
         let (update, acknowledgement) = self.held.handle(response)?;
         let mut touched = self.world.apply(update);
         let is_news = self.held.is_synced()
@@ -251,6 +272,10 @@ impl Control {
             touched.add(Changed::POLICIES);
         }
         self.publish(touched);
+        if self.answered.len() == ResourceKind::ALL.len() {
+            self.standing
+                .send_if_modified(|standing| !std::mem::replace(&mut standing.heard, true));
+        }
         if !touched.is_nothing() && self.save_at.is_none() {
             self.save_at = Some(Instant::now() + GATHER);
         }

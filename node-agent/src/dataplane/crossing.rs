@@ -72,6 +72,11 @@ impl Crossings {
     }
 }
 
+/// True for what [`lane`] makes; no workload's own name has its mark.
+pub(super) fn is_lane(target: &WorkloadUid) -> bool {
+    target.as_str().contains('#')
+}
+
 impl NodeWorker {
     /// Opens a carrier for the inner tunnel that `dial` is for, and gives the end to shake hands over. None: the tunnel is
     /// not an inner one.

@@ -240,6 +240,10 @@ impl NodeWorker {
         let stream = match self.carry(ops, &snapshot, dial, key) {
             Some(Ok(far)) => Ok(far),
             Some(Err(reason)) => return ops.engine.dial_failed(dial, reason, ops.now()),
+            // Its crossing stayed with a predecessor. To dial the gateway as if it were the far end would be wrong.
+            None if crossing::is_lane(&key.target_uid) => {
+                return ops.engine.dial_failed(dial, CloseReason::Drained, ops.now());
+            }
             None => {
                 let keepalive = self.config.keepalive;
                 let user_timeout = Some(keepalive.user_timeout());
