@@ -43,15 +43,7 @@ fn ready(readiness: &Readiness) -> Reply {
 pub fn routes(mesh: &SharedMesh, readiness: Readiness, metrics: Metrics, log: LogHandle) -> Routes {
     let (of_status, of_dump, of_explain) = (Arc::clone(mesh), Arc::clone(mesh), Arc::clone(mesh));
     let set_log = log.clone();
-    Routes::new()
-        .get("/ready", move |_| {
-            let reply = ready(&readiness);
-            async move { reply }
-        })
-        .get("/metrics", move |_| {
-            let text = metrics.render();
-            async move { Reply::with(StatusCode::OK, metric::CONTENT_TYPE, text) }
-        })
+    status_routes(readiness, metrics)
         .get("/status", move |_| {
             let reply = Reply::json(&of_status.status());
             async move { reply }
