@@ -76,7 +76,15 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         state_dir: settings.state_dir.clone(),
         bpffs: settings.bpffs.clone(),
     };
+    let mut tasks = JoinSet::new();
+    // From here on an agent that is told to end leaves in order: it may own connections of others.
+    tasks.spawn(await_signals(trigger));
     let mut running = find_running(&settings, &place).await?;
+    let succeeds = running.is_some();
+    let mut doors = Doors::default();
+    if !succeeds {
+        doors.open_to_successors(&settings)?;
+    }
     let capture = Arc::new(load_capture(&settings)?);
     let gate = Arc::new(KernelGate::new(Arc::clone(&capture)));
     let runtime = Handle::current();
@@ -130,7 +138,6 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     // Before the controller speaks, so that nothing it says is missed.
     let wanted_pods = wanted.subscribe();
     let stop = CancellationToken::new();
-    let mut tasks = JoinSet::new();
     tasks.spawn(control.run(stop.clone()));
     if running.is_some() {
         hear_controller(standing.subscribe()).await;
@@ -155,12 +162,16 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         .context("reading the list of enrolled pods")?,
     );
     let enrolment = Enrolment::new(Arc::clone(&enroller), wanted_pods);
-    if let Some(running) = &running {
+    if let Some(running) = &mut running {
         let known = picture.snapshot();
         // Everything that is taken over is judged again at once: against no roots or no policies all of it would be cut.
         anyhow::ensure!(
             known.synced && known.trust.trust_domains().next().is_some(),
             "the controller has named no roots and no state is saved: the agent that runs goes on; start this one again when the controller answers"
+        );
+        anyhow::ensure!(
+            !drain.has_begun(),
+            "told to end before it took over: the agent that runs goes on"
         );
         take_over(running, &data_plane, &dns, &gate, &runtime)?;
     }
@@ -179,8 +190,10 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         log: logging.handle(),
     };
     let plugin_pending = readiness.pending("cni plugin");
-    let mut doors = succeed(running, &desk.metrics);
-    doors.complete(&settings).await?;
+    if let Some(running) = running {
+        doors = succeed(running, &desk.metrics);
+    }
+    doors.complete(&settings, succeeds).await?;
     let (close_doors, doors_closed) = DrainSignal::new();
     let mut served = JoinSet::new();
     serve_admin(&mut served, &doors, &desk, &doors_closed)?;
@@ -236,7 +249,6 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     tasks.spawn(health::watch(Arc::clone(&data_plane), readiness.clone(), stop.clone()));
     tasks.spawn(tend_kernel(Arc::clone(&capture), stop.clone()));
     tasks.spawn(until_synced(standing.subscribe(), control_pending, stop.clone()));
-    tasks.spawn(await_signals(trigger));
     tracing::info!(node, "the agent runs");
 
     let handed_over = Arc::clone(&predecessor)
@@ -471,7 +483,7 @@ const CONTROLLER_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Takes the predecessor's connections and pods. After an error this process must end.
 fn take_over(
-    running: &Successor,
+    running: &mut Successor,
     data_plane: &Arc<DataPlane>,
     dns: &DnsDesk,
     gate: &KernelGate,
@@ -484,24 +496,23 @@ fn take_over(
     Ok(())
 }
 
-/// The predecessor's doors and counters; none when there was no predecessor, or it is gone.
-fn succeed(running: Option<Successor>, metrics: &Metrics) -> Doors {
-    let Some(running) = running else { return Doors::default() };
-    match tokio::task::block_in_place(|| running.succeed()) {
-        Ok((doors, written)) => {
+/// The predecessor's doors and counters; counters begin anew when it is gone.
+fn succeed(running: Successor, metrics: &Metrics) -> Doors {
+    let (doors, counters) = tokio::task::block_in_place(|| running.succeed());
+    match counters {
+        Ok(written) => {
             let flags = |flags: &str| {
                 let all = CloseReason::ALL.iter().map(|reason| reason.response_flags());
                 all.into_iter().find(|known| *known == flags)
             };
             // The kernel counts over all processes' lives.
             metrics.take_over(written, flags, |name| name == "culvert_capture_total");
-            doors
         }
         Err(error) => {
             tracing::warn!(error = %error_chain(&error), "the predecessor is gone; counters begin anew");
-            Doors::default()
         }
     }
+    doors
 }
 
 /// Flows that ended leave the kernel's table, guards that another tool removed come back, and the node's addresses,

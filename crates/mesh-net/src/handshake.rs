@@ -191,6 +191,12 @@ impl Handshake {
         self.consumed > 0
     }
 
+    /// True while no byte of the peer's was read: whoever has the socket can begin anew.
+    #[must_use]
+    pub fn is_untouched(&self) -> bool {
+        self.consumed == 0 && self.input.is_empty()
+    }
+
     /// Goes on as far as `stream` allows. After `Ready` or an error the handshake is spent.
     ///
     /// # Errors

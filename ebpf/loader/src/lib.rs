@@ -28,7 +28,7 @@ pub use config::{
 };
 pub use direct::{DirectClose, DirectEvent, DirectFlow, DirectOutcome, DirectPair};
 pub use error::CaptureError;
-pub use mesh_ebpf_abi::{DELIVERY_MARK, port};
+pub use mesh_ebpf_abi::{DELIVERY_MARK, LAYOUT, port};
 
 pub use features::{CgroupOrder, FeatureReport, GuardAttachment};
 

@@ -165,14 +165,22 @@ impl DataPlane {
         in_use
     }
 
-    /// Stops all workers and writes them down. Handshakes that peers have begun are finished first, for `patience` at most;
-    /// new ones wait in the listeners' queues meanwhile.
+    /// Stops all workers and writes them down. Handshakes that peers have begun are finished first, for `patience` at most:
+    /// those that take longer are ended, so that no peer can keep every pod's tunnel port closed. Peers that have said nothing
+    /// yet are taken along, new ones wait in the listeners' queues.
     pub(crate) async fn write_down(
         &self,
         patience: Duration,
     ) -> Result<WrittenPlane, HandOverRefused> {
         self.hold_tunnel_ports(true).await;
-        let written = match self.handshakes_ended(patience).await {
+        let mut ended = self.handshakes_ended(patience).await;
+        if !ended {
+            for worker in &self.workers {
+                deliver(worker, Command::EndHandshakes).await;
+            }
+            ended = self.handshakes_ended(Duration::ZERO).await;
+        }
+        let written = match ended {
             true => self.write_workers().await,
             false => Err(HandOverRefused::Handshakes),
         };
@@ -185,6 +193,7 @@ impl DataPlane {
     /// Goes on after all: the successor never will.
     pub(crate) async fn go_on(&self, written: WrittenPlane) {
         written.decide(Verdict::GoOn);
+        self.watchdog.pause(false);
         self.hold_tunnel_ports(false).await;
     }
 
@@ -213,6 +222,8 @@ impl DataPlane {
 
     async fn write_workers(&self) -> Result<WrittenPlane, HandOverRefused> {
         let since = Instant::now();
+        // They turn no more until it is decided, and never again once they are let go.
+        self.watchdog.pause(true);
         let mut plane = WrittenPlane { parts: Vec::new(), since, verdicts: Vec::new() };
         let mut replies = Vec::new();
         for worker in &self.workers {
@@ -240,14 +251,19 @@ impl DataPlane {
             Err(error) => {
                 // Nothing has left this process.
                 plane.decide(Verdict::GoOn);
+                self.watchdog.pause(false);
                 return Err(error);
             }
         }
         Ok(plane)
     }
 
-    fn parts(&self, workers: Vec<HandedWorker>) -> Result<Vec<Part>, HandOverRefused> {
+    fn parts(&self, mut workers: Vec<HandedWorker>) -> Result<Vec<Part>, HandOverRefused> {
         let mut parts = vec![self.written_pods()?];
+        // Inherited ones that have emptied meanwhile were not announced to the successor (`engines_in_use`).
+        while workers.len() > self.serving && workers.last().is_some_and(HandedWorker::is_empty) {
+            workers.pop();
+        }
         for HandedWorker { state, engine, sockets, listeners } in workers {
             let json = serde_json::to_vec(&state).map_err(HandOverRefused::Malformed)?;
             let length = u32::try_from(json.len())

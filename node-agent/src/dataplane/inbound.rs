@@ -68,6 +68,8 @@ impl NodeWorker {
         let snapshot = self.snapshot();
         let identity = pod.workload(&snapshot).and_then(|workload| workload.identity().ok());
         let wait_for = match identity {
+            // A handshake cannot be written down.
+            _ if self.holds_handshakes => WaitFor::HandOver,
             None => WaitFor::Workload,
             Some(identity) => match self.tls.server(&snapshot, &identity) {
                 Ok((config, CertificateStamp(stamp))) => {

@@ -23,6 +23,8 @@ pub(super) enum WaitFor {
     Certificate,
     /// The addresses of a host name.
     Name,
+    /// This process or its successor: somebody will go on after a hand-over.
+    HandOver,
 }
 
 impl WaitFor {
@@ -34,6 +36,7 @@ impl WaitFor {
             Self::Destination => CloseReason::UnknownDestination,
             Self::Certificate => CloseReason::NoCertificate,
             Self::Name => CloseReason::NoHealthyUpstream,
+            Self::HandOver => CloseReason::TimedOut,
         }
     }
 }

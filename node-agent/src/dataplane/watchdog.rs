@@ -59,6 +59,7 @@ impl Looks {
 pub(super) struct Watchdog {
     stuck: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
+    paused: Arc<AtomicBool>,
     thread: Thread,
 }
 
@@ -69,21 +70,34 @@ impl Watchdog {
         workers: Vec<Arc<WorkerHandle<Command>>>,
     ) -> std::io::Result<Self> {
         let (stuck, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
-        let (told, stopped) = (Arc::clone(&stuck), Arc::clone(&stop));
+        let paused = Arc::new(AtomicBool::new(false));
+        let (told, stopped, resting) = (Arc::clone(&stuck), Arc::clone(&stop), Arc::clone(&paused));
         let watching: JoinHandle<()> =
             std::thread::Builder::new().name("culvert-watchdog".to_owned()).spawn(move || {
                 let mut looks = Looks::default();
                 while !stopped.load(Ordering::Acquire) {
-                    let missed: Vec<u32> =
-                        looks.look(workers.iter().map(|worker| worker.turns())).collect();
-                    judge(config, &missed, &told);
+                    if resting.load(Ordering::Acquire) {
+                        looks = Looks::default();
+                    } else {
+                        let missed: Vec<u32> =
+                            looks.look(workers.iter().map(|worker| worker.turns())).collect();
+                        judge(config, &missed, &told);
+                    }
                     for worker in &workers {
                         worker.nudge();
                     }
                     std::thread::park_timeout(config.interval);
                 }
             })?;
-        Ok(Self { stuck, stop, thread: watching.thread().clone() })
+        Ok(Self { stuck, stop, paused, thread: watching.thread().clone() })
+    }
+
+    /// Judges nobody while engines stand still on purpose, as in a hand-over, or again.
+    pub(super) fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Release);
+        if paused {
+            self.stuck.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Engines that are stuck.

@@ -58,6 +58,8 @@ pub(super) enum Command {
     Sockets { reply: oneshot::Sender<usize> },
     /// Write everything down and stand still.
     WriteDown(Writing),
+    /// End the handshakes that peers have begun.
+    EndHandshakes,
     /// Take a predecessor over and stand still.
     Take(Box<Taking>),
     /// End the thread.
@@ -138,6 +140,8 @@ pub(super) struct NodeWorker {
     pub(super) writing: Option<Writing>,
     /// What has waited at a predecessor, until this worker goes on.
     pub(super) handed_waiting: Vec<Waiting>,
+    /// No handshake is begun: this worker is about to be written down.
+    pub(super) holds_handshakes: bool,
     changed: Arc<AtomicU8>,
     next_flow: Arc<AtomicU64>,
     entropy: u64,
@@ -181,6 +185,7 @@ impl NodeWorker {
             waiting: WaitingRoom::new(config.limits.waiting),
             writing: None,
             handed_waiting: Vec::new(),
+            holds_handshakes: false,
             entropy: seed | 1,
             next_report: Instant::now() + REPORT_INTERVAL,
             look_at_ends: None,
@@ -280,6 +285,11 @@ impl NodeWorker {
         self.waiting.park(waiting, pod, wait_for, deadline).err()
     }
 
+    /// Takes out all that wait for `wait_for`.
+    pub(super) fn take_all_waiting(&mut self, wait_for: WaitFor) -> Vec<Waiting> {
+        self.waiting.take_all(wait_for)
+    }
+
     /// Takes something out of the waiting room.
     pub(super) fn take_waiting(&mut self, wait: WaitId) -> Option<Waiting> {
         self.waiting.take(wait)
@@ -297,6 +307,8 @@ impl NodeWorker {
             WaitFor::Destination => self.config.limits.destination_patience,
             WaitFor::Certificate => self.config.limits.certificate_patience,
             WaitFor::Name => self.config.limits.resolve_patience,
+            // Of handshakes, which have a deadline of their own.
+            WaitFor::HandOver => self.config.limits.certificate_patience,
         }
     }
 
@@ -662,7 +674,11 @@ impl Handler for NodeWorker {
     fn request_gone(&mut self, ops: &mut Ops, request: RequestId) {
         let gone = |waiting: &Waiting| matches!(waiting, Waiting::Request(r) if r.id == request);
         for waiting in self.waiting.take_where(gone) {
-            if let Waiting::Request(request) = waiting {
+            // While this worker is written down its requests are refused as not processed: their peers ask again, and whoever
+            // answers then writes the line.
+            if let Waiting::Request(request) = waiting
+                && self.writing.is_none()
+            {
                 self.record_request(ops, request, None, CloseReason::ClientReset.into());
             }
         }
@@ -701,6 +717,7 @@ impl Handler for NodeWorker {
             Command::Resolved { wait, answer } => self.name_resolved(ops, wait, answer),
             Command::HoldTunnelPorts { held } => self.hold_tunnel_ports(ops, held),
             Command::Accepting { reply } => answer(reply, ops.accepting()),
+            Command::EndHandshakes => ops.end_accepting(),
             Command::Sockets { reply } => answer(reply, ops.sockets()),
             Command::WriteDown(writing) => {
                 self.writing = Some(writing);

@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 use anyhow::Context as _;
 use mesh_runtime::AdminListener;
@@ -66,39 +67,76 @@ impl Doors {
         Self(handed.into_iter().collect())
     }
 
-    /// Opens what is missing, or listens elsewhere than the settings say.
+    /// Opens the door for successors alone: an agent that starts at the same time waits there instead of serving the same pods.
+    ///
+    /// # Errors
+    /// When another agent was faster.
+    pub(crate) fn open_to_successors(&mut self, settings: &Settings) -> anyhow::Result<()> {
+        self.open_socket(Door::HandOver, &settings.handover_socket())
+    }
+
+    /// Opens what is missing, or listens elsewhere than the settings say. With `hold_on` a place that is taken is told, and
+    /// left: connections that were taken over are worth more than a page of metrics.
     ///
     /// # Errors
     /// When a place is taken.
-    pub(crate) async fn complete(&mut self, settings: &Settings) -> anyhow::Result<()> {
-        for (door, path) in [
-            (Door::Enrolment, settings.enrolment_socket()),
-            (Door::HandOver, settings.handover_socket()),
-        ] {
-            if let Entry::Vacant(missing) = self.0.entry(door) {
-                let listener = server::listen(&path)
-                    .with_context(|| format!("opening the socket {}", path.display()))?;
-                missing.insert(listener.as_fd().try_clone_to_owned()?);
+    pub(crate) async fn complete(
+        &mut self,
+        settings: &Settings,
+        hold_on: bool,
+    ) -> anyhow::Result<()> {
+        for door in Door::ALL {
+            let opened = match door {
+                Door::Enrolment => self.open_socket(door, &settings.enrolment_socket()),
+                Door::HandOver => self.open_socket(door, &settings.handover_socket()),
+                Door::AdminSocket => self.open_admin_socket(&settings.admin_socket()),
+                Door::Admin => self.open_address(door, settings.admin_address.0).await,
+                Door::Ready => self.open_address(door, settings.ready_address.0).await,
+                Door::Metrics => self.open_address(door, settings.metrics_address.0).await,
+            };
+            match opened {
+                Err(error) if hold_on => {
+                    let error = format!("{error:#}");
+                    tracing::error!(
+                        door = door.name(),
+                        error,
+                        "not opened; everything else goes on"
+                    );
+                }
+                opened => opened?,
             }
         }
+        Ok(())
+    }
+
+    fn open_socket(&mut self, door: Door, path: &Path) -> anyhow::Result<()> {
+        if let Entry::Vacant(missing) = self.0.entry(door) {
+            let listener = server::listen(path)
+                .with_context(|| format!("opening the socket {}", path.display()))?;
+            missing.insert(listener.as_fd().try_clone_to_owned()?);
+        }
+        Ok(())
+    }
+
+    fn open_admin_socket(&mut self, path: &Path) -> anyhow::Result<()> {
         if let Entry::Vacant(missing) = self.0.entry(Door::AdminSocket) {
-            let listener = AdminListener::unix(&settings.admin_socket())?;
-            missing.insert(listener.duplicate()?);
+            missing.insert(AdminListener::unix(path)?.duplicate()?);
         }
-        for (door, address) in [
-            (Door::Admin, settings.admin_address.0),
-            (Door::Ready, settings.ready_address.0),
-            (Door::Metrics, settings.metrics_address.0),
-        ] {
-            let same = self.address(door) == address;
-            if same {
-                continue;
-            }
-            self.0.remove(&door);
-            if let Some(address) = address {
-                let listener = AdminListener::tcp(address).await?;
-                self.0.insert(door, listener.duplicate()?);
-            }
+        Ok(())
+    }
+
+    async fn open_address(
+        &mut self,
+        door: Door,
+        address: Option<SocketAddr>,
+    ) -> anyhow::Result<()> {
+        if self.address(door) == address {
+            return Ok(());
+        }
+        self.0.remove(&door);
+        if let Some(address) = address {
+            let listener = AdminListener::tcp(address).await?;
+            self.0.insert(door, listener.duplicate()?);
         }
         Ok(())
     }

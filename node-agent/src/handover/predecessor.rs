@@ -2,14 +2,17 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_runtime::{Drain, DrainTrigger, Metrics};
 use mesh_tunnel::HAND_OVER_FORMAT;
+use nix::sys::socket::Shutdown;
 use tokio::runtime::Handle;
+
+use mesh_ebpf::LAYOUT;
 
 use super::doors::Doors;
 use super::protocol::{Farewell, Hello, Line, NONE, PROTOCOL, Welcome, certificates, kind, parse};
@@ -25,8 +28,8 @@ use crate::telemetry::FlowReports;
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 /// How long it may take until it is ready: it loads programs into the kernel and hears the controller.
 const READY_PATIENCE: Duration = Duration::from_secs(60);
-/// How long handshakes of peers may take to end. A handshake has 10 s as a whole.
-const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(11);
+/// How long handshakes of peers may take to end. Nobody else's begins meanwhile, so that it is short.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the successor may take to read everything. All connections stand still meanwhile.
 const TAKING_PATIENCE: Duration = Duration::from_secs(5);
 /// How long it may take to serve every pod after that.
@@ -88,8 +91,14 @@ impl Predecessor {
         let listener = tokio::net::UnixListener::from_std(listener)?;
         loop {
             let accepted = tokio::select! {
+                // A successor that has come already is heard first: whoever started it may have told this agent to end.
+                biased;
                 accepted = listener.accept() => accepted,
-                () = drain.begun() => return Ok(None),
+                () = drain.begun() => {
+                    // One that comes later finds nobody, and adopts what is pinned. Also through the duplicates.
+                    nix::sys::socket::shutdown(listener.as_raw_fd(), Shutdown::Both)?;
+                    return Ok(None);
+                }
             };
             let stream = match accepted.and_then(|(stream, _)| stream.into_std()) {
                 Ok(stream) => stream,
@@ -109,7 +118,10 @@ impl Predecessor {
                     error = %error_chain(&error),
                     "no hand-over; this agent goes on as if nothing had happened"
                 ),
-                Err(error) => tracing::error!(%error, "a hand-over ended early"),
+                Err(error) => {
+                    tracing::error!(%error, "a hand-over ended early");
+                    self.enrolment.resume();
+                }
             }
         }
     }
@@ -164,6 +176,13 @@ impl Predecessor {
                 hello.version, hello.engine_format
             ));
         }
+        if hello.layout != LAYOUT {
+            return Some(format!(
+                "version {} pins programs of layout {}, version {own} runs and has layout {LAYOUT}: \
+                 stop the running agent, then start the new one",
+                hello.version, hello.layout
+            ));
+        }
         if hello.place != self.place {
             let (other, here) = (&hello.place, &self.place);
             return Some(format!("the agent that runs here is {here:?}, not {other:?}"));
@@ -205,8 +224,7 @@ impl Predecessor {
         // It goes on, however long it takes to say so, unless it has ended.
         let running = match running {
             Err(error) if !error.is_end() => {
-                line.be_patient(SERVING_PATIENCE)?;
-                line.hear(kind::RUNNING)
+                line.be_patient(SERVING_PATIENCE).and_then(|()| line.hear(kind::RUNNING))
             }
             said => said,
         };
@@ -250,7 +268,9 @@ impl Predecessor {
         let counts: Vec<_> = resolvers.iter().map(|(uid, fds)| (uid.clone(), fds.len())).collect();
         let fds: Vec<OwnedFd> = resolvers.into_iter().flat_map(|(_, fds)| fds).collect();
         line.say_json(kind::RESOLVERS, &counts, &fds)?;
-        line.say(kind::TOKEN, b"", &[theirs])
+        let (names, doors) = self.doors.duplicates().map_err(HandOverFailure::Gone)?;
+        let fds: Vec<OwnedFd> = std::iter::once(theirs).chain(doors).collect();
+        line.say_json(kind::TOKEN, &names, &fds)
     }
 
     /// Once every pod is served by the successor: the agent's own listeners and counters.
@@ -279,7 +299,8 @@ fn token() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Takes the byte of a token: true for the one process that got it. Nobody writes to it, so that this never waits.
 pub(super) fn taken(token: OwnedFd) -> bool {
-    matches!(File::from(token).read(&mut [0]), Ok(1))
+    // Reads again after a signal: a byte that both processes leave in the pipe would leave nobody to go on.
+    File::from(token).read_exact(&mut [0]).is_ok()
 }
 
 #[cfg(test)]

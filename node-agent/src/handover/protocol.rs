@@ -31,7 +31,8 @@ pub(super) mod kind {
     pub(in crate::handover) const READY: u8 = 5;
     /// Predecessor: a part of the data plane.
     pub(in crate::handover) const PART: u8 = 6;
-    /// Predecessor: that was all; whoever reads the byte of this pipe goes on.
+    /// Predecessor: that was all; whoever reads the byte of this pipe goes on. JSON, names of the agent's own listeners, which
+    /// come behind the pipe: the successor holds them from the moment on at which it owns everything.
     pub(in crate::handover) const TOKEN: u8 = 7;
     /// Predecessor: sockets of the pods' resolvers. JSON, how many of each pod.
     pub(in crate::handover) const RESOLVERS: u8 = 11;
@@ -50,7 +51,15 @@ pub(super) struct Hello {
     pub(super) version: String,
     /// The newest form of an engine that it reads.
     pub(super) engine_format: u32,
+    /// The layout of what it pins; older versions do not say it.
+    #[serde(default = "oldest_layout")]
+    pub(super) layout: u32,
     pub(super) place: Place,
+}
+
+/// The layout of the agents that did not say theirs.
+const fn oldest_layout() -> u32 {
+    3
 }
 
 /// The predecessor lets it in.

@@ -1,13 +1,16 @@
 //! The side of an agent that has just started and found another one running.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_ebpf::LAYOUT;
 use mesh_identity::Svid;
 use mesh_model::PodUid;
+use mesh_net::parcel::Parcel;
 use mesh_runtime::WrittenMetrics;
 use mesh_tunnel::HAND_OVER_FORMAT;
 
@@ -32,6 +35,8 @@ pub(crate) struct Successor {
     line: Line,
     welcome: Welcome,
     certificates: Vec<Svid>,
+    /// The agent's own listeners, once connections are taken over.
+    doors: Doors,
 }
 
 impl Successor {
@@ -70,6 +75,7 @@ impl Successor {
             protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             engine_format: HAND_OVER_FORMAT,
+            layout: LAYOUT,
             place: place.clone(),
         };
         line.say_json(kind::HELLO, &hello, NONE)?;
@@ -81,7 +87,7 @@ impl Successor {
             certificates = certificates.len(),
             "the running agent hands over"
         );
-        Ok(Self { line, welcome, certificates })
+        Ok(Self { line, welcome, certificates, doors: Doors::default() })
     }
 
     /// Engines that the predecessor has.
@@ -99,7 +105,7 @@ impl Successor {
     /// # Errors
     /// Nothing was taken over then, and the predecessor goes on: this process must end.
     pub(crate) fn take_over(
-        &self,
+        &mut self,
         data_plane: &Arc<DataPlane>,
         dns: &DnsDesk,
         runtime: &tokio::runtime::Handle,
@@ -116,11 +122,10 @@ impl Successor {
                     let of = |(uid, count)| (uid, fds.by_ref().take(count).collect());
                     dns.take_over(counts.into_iter().map(of));
                 }
-                kind::TOKEN => break parcel.fds.into_iter().next(),
+                kind::TOKEN => break self.token(parcel)?,
                 other => return Err(HandOverFailure::Unexpected(other)),
             }
         };
-        let token = token.ok_or(HandOverFailure::Unexpected(kind::TOKEN))?;
         let taken_over = runtime.block_on(data_plane.take_over(parts, move || taken(token)))?;
         // The engines run here whether or not the predecessor hears it: it has lost the token.
         if let Err(error) = self.line.say(kind::RUNNING, b"", NONE) {
@@ -134,16 +139,34 @@ impl Successor {
         Ok(taken_over.pods)
     }
 
-    /// Says that every pod is served, and takes the agent's own listeners and counters. Blocks.
-    ///
-    /// # Errors
-    /// When the predecessor is gone: listeners are to be opened anew then.
-    pub(crate) fn succeed(self) -> Result<(Doors, WrittenMetrics), HandOverFailure> {
+    /// The token; the doors that come behind it are kept. An older predecessor sends them with its farewell only.
+    fn token(&mut self, parcel: Parcel) -> Result<OwnedFd, HandOverFailure> {
+        let names: Vec<String> = if parcel.bytes.is_empty() { Vec::new() } else { parse(&parcel)? };
+        let mut fds = parcel.fds.into_iter();
+        let token = fds.next().ok_or(HandOverFailure::Unexpected(kind::TOKEN))?;
+        self.doors = named(&names, fds);
+        Ok(token)
+    }
+
+    /// Says that every pod is served, and takes the agent's own listeners and counters. Blocks. Without counters the
+    /// predecessor is gone, and the listeners are those that came before.
+    pub(crate) fn succeed(self) -> (Doors, Result<WrittenMetrics, HandOverFailure>) {
+        match self.hear_farewell() {
+            Ok((doors, metrics)) => (doors, Ok(metrics)),
+            Err(error) => (self.doors, Err(error)),
+        }
+    }
+
+    fn hear_farewell(&self) -> Result<(Doors, WrittenMetrics), HandOverFailure> {
         self.line.say(kind::SERVING, b"", NONE)?;
         let parcel = self.line.hear(kind::FAREWELL)?;
         let Farewell { doors, metrics } = parse(&parcel)?;
-        let named = doors.iter().zip(parcel.fds);
-        let handed = named.filter_map(|(name, fd)| Some((Door::of(name)?, fd)));
-        Ok((Doors::handed_over(handed), metrics))
+        Ok((named(&doors, parcel.fds.into_iter()), metrics))
     }
+}
+
+/// Doors by name; those that this version does not know are closed.
+fn named(names: &[String], fds: impl Iterator<Item = OwnedFd>) -> Doors {
+    let known = names.iter().zip(fds).filter_map(|(name, fd)| Some((Door::of(name)?, fd)));
+    Doors::handed_over(known)
 }

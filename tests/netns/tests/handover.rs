@@ -245,6 +245,39 @@ fn a_stranger_is_refused_by_name(mesh: &mut Mesh) -> anyhow::Result<()> {
     live.finish().map(drop)
 }
 
+/// Peers that dial the tunnel port and say nothing, or half a word, do not hold a hand-over up: everybody else's tunnels wait
+/// while it goes on.
+fn silent_and_slow_peers_hold_nobody_up(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let server = mesh.lab.pod("server").ipv4.to_string();
+    let dial = format!(
+        "import socket, sys\n\
+         all = [socket.create_connection(('{server}', 15008)) for _ in range(40)]\n\
+         for one in all[:20]: one.sendall(bytes.fromhex('16030100c8010000c4'))\n\
+         print('dialled', flush=True)\n\
+         sys.stdin.read()\n"
+    );
+    let mut command = mesh_netns::process::in_namespace(Some(mesh.lab.outside()), "python3");
+    let mut attacker =
+        command.args(["-c", &dial]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut line = String::new();
+    BufReader::new(attacker.stdout.take().context("no output")?).read_line(&mut line)?;
+    ensure!(line.trim() == "dialled", "the attacker said {line:?}");
+    let live = mesh.live()?;
+    let index = mesh.lab.node_index("b");
+    let begun = Instant::now();
+    let predecessor = mesh.lab.start_successor(index, &[])?;
+    ended_well(predecessor)?;
+    let took = begun.elapsed();
+    mesh.lab.node_mut("b").wait_ready()?;
+    live.finish()?;
+    drop(attacker.stdin.take());
+    attacker.kill()?;
+    attacker.wait()?;
+    // A handshake may take 10 s; the successor starts in about one.
+    ensure!(took < Duration::from_secs(9), "the hand-over took {took:?}");
+    mesh.works()
+}
+
 type Work = fn(&mut Mesh) -> anyhow::Result<()>;
 
 const WORK: &[(&str, Work)] = &[
@@ -254,6 +287,7 @@ const WORK: &[(&str, Work)] = &[
     ("the_number_of_engines_may_change", the_number_of_engines_may_change),
     ("a_killed_successor_does_no_harm", a_killed_successor_does_no_harm),
     ("a_stranger_is_refused_by_name", a_stranger_is_refused_by_name),
+    ("silent_and_slow_peers_hold_nobody_up", silent_and_slow_peers_hold_nobody_up),
 ];
 
 fn main() -> anyhow::Result<()> {

@@ -63,7 +63,14 @@ impl Ops {
 
     /// Writes everything down. Afterwards the engine must have no turn, unless it is certain that the successor's never
     /// will.
+    ///
+    /// # Errors
+    /// For want of descriptors; [`WouldBlock`](io::ErrorKind::WouldBlock) while peers' handshakes are in flight, which
+    /// cannot be written.
     pub(super) fn write_worker(&mut self) -> io::Result<WrittenWorker> {
+        if self.accepting() > 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let engine = self.engine.hand_over(&mut self.sockets, self.now);
         let sockets = self.sockets.written()?;
         let listeners = self

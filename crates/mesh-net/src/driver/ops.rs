@@ -506,6 +506,40 @@ impl Ops {
         }
     }
 
+    /// Ends every handshake that a peer has begun.
+    pub fn end_accepting(&mut self) {
+        for sock in self.accepted_handshakes(|_| true) {
+            self.drop_attempt(sock, HandshakeError::TimedOut { connecting: false });
+        }
+    }
+
+    /// Takes back the sockets of handshakes that peers are to begin, of which no byte was read: they can be begun anew.
+    pub fn take_untouched(&mut self) -> Vec<(SockId, ListenerTag, Ends)> {
+        let mut taken = Vec::new();
+        for sock in self.accepted_handshakes(Handshake::is_untouched) {
+            let Some(InFlight { attempt, .. }) = self.forget(sock) else { continue };
+            self.sockets.set_owner(sock, Owner::Parked);
+            match (attempt, self.ends(sock)) {
+                (Attempt::Accept { tag, .. }, Some(ends)) => taken.push((sock, tag, ends)),
+                // Its peer has gone.
+                (attempt, _) => {
+                    self.abort(sock);
+                    self.fail(attempt, HandshakeError::Closed);
+                }
+            }
+        }
+        taken
+    }
+
+    fn accepted_handshakes(&self, which: impl Fn(&Handshake) -> bool) -> Vec<SockId> {
+        let accepted = |in_flight: &InFlight| matches!(in_flight.attempt, Attempt::Accept { .. });
+        self.in_flight
+            .iter()
+            .filter(|(_, in_flight)| accepted(in_flight) && which(&in_flight.handshake))
+            .map(|(sock, _)| *sock)
+            .collect()
+    }
+
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let handshake = self.deadlines.first().map(|(deadline, _)| *deadline);
         [handshake, self.engine.poll_timeout()].into_iter().flatten().min()

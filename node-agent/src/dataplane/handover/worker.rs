@@ -21,6 +21,7 @@ use super::{HandOverRefused, Verdict};
 use crate::dataplane::flows::{Held, LiveFlow};
 use crate::dataplane::pods::{Pod, PodKey, Port};
 use crate::dataplane::shared::Changed;
+use crate::dataplane::waiting::WaitFor;
 use crate::dataplane::worker::{CapturedConn, NodeWorker, Waiting, answer};
 
 /// One worker, on its way.
@@ -30,6 +31,16 @@ pub(in crate::dataplane) struct HandedWorker {
     pub(super) engine: Zeroizing<Vec<u8>>,
     pub(super) sockets: Vec<OwnedFd>,
     pub(super) listeners: Vec<OwnedFd>,
+}
+
+impl HandedWorker {
+    /// True when it has nothing that would be missed.
+    pub(super) const fn is_empty(&self) -> bool {
+        self.sockets.is_empty()
+            && self.listeners.is_empty()
+            && self.state.flows.is_empty()
+            && self.state.waiting.is_empty()
+    }
 }
 
 /// Who waits for a worker to be written down, and where its verdict comes from.
@@ -221,11 +232,26 @@ impl NodeWorker {
         Ok(())
     }
 
-    /// Holds the tunnel ports, or lets go of them.
-    pub(in crate::dataplane) fn hold_tunnel_ports(&self, ops: &mut Ops, held: bool) {
+    /// Holds the tunnel ports and begins no handshake, or goes on with both. Handshakes of peers that have said nothing yet
+    /// begin anew afterwards, here or at a successor.
+    pub(in crate::dataplane) fn hold_tunnel_ports(&mut self, ops: &mut Ops, held: bool) {
+        self.holds_handshakes = held;
         for (id, port) in self.listener_ids() {
             if port == Port::Hbone {
                 ops.hold_listener(id, held);
+            }
+        }
+        if !held {
+            for waiting in self.take_all_waiting(WaitFor::HandOver) {
+                self.resume(ops, waiting);
+            }
+            return;
+        }
+        for (sock, tag, ends) in ops.take_untouched() {
+            let (key, _port) = PodKey::of(tag);
+            match self.pod(key).map(Arc::clone) {
+                Some(pod) => self.tunnel_accepted(ops, &pod, sock, ends),
+                None => ops.abort(sock),
             }
         }
     }
