@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{StatusCode, header};
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http::{Method, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -51,7 +51,15 @@ impl AdminClient {
     /// # Errors
     /// [`Failure::Unreachable`], [`Failure::NoAnswer`]; [`Failure::Answered`] for any status but 200.
     pub(crate) fn get(&self, target: &str) -> Result<Bytes, Failure> {
-        self.ask(target)
+        self.ask(Method::GET, target, Bytes::new())
+    }
+
+    /// The body of `POST target` with `body`.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub(crate) fn post(&self, target: &str, body: impl Into<Bytes>) -> Result<Bytes, Failure> {
+        self.ask(Method::POST, target, body.into())
     }
 
     /// An answer's JSON as a value.
@@ -63,13 +71,13 @@ impl AdminClient {
             .map_err(|source| Failure::Unreadable { who: self.daemon.name(), source })
     }
 
-    fn ask(&self, target: &str) -> Result<Bytes, Failure> {
+    fn ask(&self, method: Method, target: &str, body: Bytes) -> Result<Bytes, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|source| self.unreachable(source))?;
         let answered = runtime.block_on(async {
-            tokio::time::timeout(self.timeout, Box::pin(self.converse(target))).await
+            tokio::time::timeout(self.timeout, Box::pin(self.converse(method, target, body))).await
         });
         let (status, body) = answered.map_err(|_elapsed| {
             self.no_answer(format!("none in {} s", self.timeout.as_secs()))
@@ -77,7 +85,12 @@ impl AdminClient {
         if status == StatusCode::OK { Ok(body) } else { Err(self.refusal(status, &body)) }
     }
 
-    async fn converse(&self, target: &str) -> Result<(StatusCode, Bytes), Failure> {
+    async fn converse(
+        &self,
+        method: Method,
+        target: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), Failure> {
         let stream =
             UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(error))?;
         let broken = |error: &dyn std::error::Error| self.no_answer(chain(error));
@@ -85,10 +98,11 @@ impl AdminClient {
             .await
             .map_err(|error| broken(&error))?;
         let request = http::Request::builder()
+            .method(method)
             .uri(target)
             .header(header::HOST, "localhost")
             .header(header::CONNECTION, "close")
-            .body(Empty::<Bytes>::new())
+            .body(Full::new(body))
             .map_err(|error| broken(&error))?;
         // Driven beside the request; its failure shows there too.
         let driven = tokio::spawn(connection);

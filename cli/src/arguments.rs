@@ -97,6 +97,9 @@ Reads the journal of the agent's unit, or a file, or standard input:
     /// This node's pods: take one in, let one go, list them
     #[command(subcommand)]
     Pod(PodCommand),
+    /// This node's agent itself
+    #[command(subcommand)]
+    Agent(AgentCommand),
     /// A script that completes command lines: culvert completions bash > /etc/bash_completion.d/culvert
     Completions {
         /// Of which shell
@@ -189,6 +192,19 @@ pub(crate) struct ConnectionsArgs {
     /// Only those of this pod: NAMESPACE/NAME
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub(crate) pod: Option<String>,
+}
+
+/// What to do with the agent.
+#[derive(Debug, Subcommand)]
+pub(crate) enum AgentCommand {
+    /// Have another version take over: no connection is lost.
+    ///
+    /// The running agent starts the program with its own arguments; that one takes over its connections, and the old one ends.
+    Upgrade {
+        /// The program; default: the file from which the running agent was started
+        #[arg(long, value_name = "PATH")]
+        binary: Option<PathBuf>,
+    },
 }
 
 /// What to do with pods.

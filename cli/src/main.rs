@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod agent;
 mod arguments;
 mod certs;
 mod check;
@@ -40,6 +41,7 @@ fn run(arguments: &Arguments) -> Result<Ending, Failure> {
         Command::Connections(filter) => connections::run(filter, reach, *output),
         Command::Certs => certs::run(reach, *output),
         Command::Logs(lines) => logs::run(lines, reach),
+        Command::Agent(action) => agent::run(action, reach, *output),
         Command::Pod(action) => pod::run(action, reach, *output),
         Command::Completions { shell } => completions(*shell),
     }

@@ -17,7 +17,9 @@ use crate::capture::KernelGate;
 use crate::control::ads::Standing;
 use crate::dataplane::DataPlane;
 use crate::enrolment::enroller::Enroller;
+use crate::error::error_chain;
 use crate::picture::Picture;
+use crate::upgrade::Upgrade;
 
 /// Most policies that are listed as refusing in the place of unreadable ones.
 const MAX_DENYING: usize = 100;
@@ -43,6 +45,8 @@ pub(crate) struct Desk {
     pub(crate) metrics: Metrics,
     /// The log level.
     pub(crate) log: LogHandle,
+    /// Successors that were asked for.
+    pub(crate) upgrade: Upgrade,
 }
 
 impl Desk {
@@ -65,6 +69,7 @@ impl Desk {
         let routes = self.add_metrics(self.ready_routes());
         let routes = self.add_views(routes);
         let (shown, changed) = (self.log.clone(), self.log.clone());
+        let (last, upgrade) = (self.upgrade.clone(), self.upgrade.clone());
         routes
             .get("/logging", move |_request| {
                 let reply = level(&shown);
@@ -72,6 +77,14 @@ impl Desk {
             })
             .post("/logging", move |request| {
                 let reply = change_level(&changed, &request);
+                async move { reply }
+            })
+            .get("/upgrade", move |_request| {
+                let reply = Reply::json(&last.last());
+                async move { reply }
+            })
+            .post("/upgrade", move |request| {
+                let reply = start_successor(&upgrade, &request);
                 async move { reply }
             })
     }
@@ -153,6 +166,7 @@ impl Desk {
         };
         json!({
             "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
             "node": self.node,
             "ready": self.readiness.is_ready(),
             "waitingFor": self.readiness.waiting_for(),
@@ -253,6 +267,17 @@ fn ready(readiness: &Readiness, pending_pods: usize) -> Reply {
     } else {
         // Source: ztunnel answers 500 with the same words.
         Reply::with(StatusCode::INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", text)
+    }
+}
+
+/// The body is the path of the program; empty: the one that runs, from where it was started.
+fn start_successor(upgrade: &Upgrade, request: &Request) -> Reply {
+    let Ok(program) = std::str::from_utf8(&request.body) else {
+        return Reply::error(StatusCode::BAD_REQUEST, "the path is not UTF-8");
+    };
+    match upgrade.start(program.trim()) {
+        Ok(started) => Reply::json(&started),
+        Err(refused) => Reply::error(StatusCode::CONFLICT, &error_chain(&refused)),
     }
 }
 

@@ -14,6 +14,7 @@ use mesh_ebpf::{Capture, FeatureReport, monotonic_now};
 use mesh_identity::{Svid, TrustBundle};
 use mesh_model::CloseReason;
 use mesh_resolve::{ResolveSettings, WorkloadIndex};
+use mesh_runtime::supervisor::{Notice, notify};
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain as DrainSignal};
 use mesh_runtime::{DrainTrigger, Logging, Metrics, Readiness, Reply, Routes};
 use mesh_wire::NodeIdentity;
@@ -48,6 +49,7 @@ use crate::health;
 use crate::identity::{IdentityRequests, Rotation};
 use crate::picture::Picture;
 use crate::telemetry::FlowReports;
+use crate::upgrade::Upgrade;
 
 /// Between rounds of looking after the kernel's tables.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
@@ -174,6 +176,8 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
             "told to end before it took over: the agent that runs goes on"
         );
         take_over(running, &data_plane, &dns, &gate, &runtime)?;
+        // Before the predecessor ends, which would be the end of the service.
+        tell_supervisor(Notice::Succeeded);
     }
     adopt(&enroller, &wanted.borrow().clone(), &capture).await?;
     pods_pending.done();
@@ -188,6 +192,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         readiness: readiness.clone(),
         metrics,
         log: logging.handle(),
+        upgrade: Upgrade::default(),
     };
     let plugin_pending = readiness.pending("cni plugin");
     if let Some(running) = running {
@@ -249,6 +254,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     tasks.spawn(health::watch(Arc::clone(&data_plane), readiness.clone(), stop.clone()));
     tasks.spawn(tend_kernel(Arc::clone(&capture), stop.clone()));
     tasks.spawn(until_synced(standing.subscribe(), control_pending, stop.clone()));
+    tell_supervisor(Notice::Ready);
     tracing::info!(node, "the agent runs");
 
     let handed_over = Arc::clone(&predecessor)
@@ -264,6 +270,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         anyhow::ensure!(ended == Ended::HandedOver, "the successor is gone");
         return Ok(());
     }
+    tell_supervisor(Notice::Stopping);
     close_doors.begin();
     tracing::info!(grace = ?settings.drain(), "the agent ends; capture stays and refuses new connections");
     stop.cancel();
@@ -566,6 +573,12 @@ async fn until_synced(
             }
         }
         () = stop.cancelled() => {}
+    }
+}
+
+fn tell_supervisor(notice: Notice) {
+    if let Err(error) = notify(notice) {
+        tracing::warn!(%error, ?notice, "the service manager is not told");
     }
 }
 

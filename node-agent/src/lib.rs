@@ -17,3 +17,4 @@ mod identity;
 mod picture;
 mod state_file;
 mod telemetry;
+mod upgrade;

@@ -12,6 +12,7 @@ pub mod log;
 pub mod metric;
 pub mod process;
 pub mod readiness;
+pub mod supervisor;
 
 pub use admin::{AdminLimits, AdminListener, AdminServer, BindError, Reply, Request, Routes};
 pub use cpu::usable_cores;

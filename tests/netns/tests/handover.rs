@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, reason = "what was measured is shown")]
 
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -278,6 +279,32 @@ fn silent_and_slow_peers_hold_nobody_up(mesh: &mut Mesh) -> anyhow::Result<()> {
     mesh.works()
 }
 
+/// `culvert agent upgrade`: the agent starts its successor itself. A program that is none changes nothing.
+fn an_upgrade_by_hand_is_noticed_by_nobody(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let live = mesh.live()?;
+    let refused = mesh.lab.node("a").culvert(&["agent", "upgrade", "--binary", "/bin/true"])?;
+    ensure!(!refused.success(), "/bin/true took over");
+    let said = refused.stderr;
+    ensure!(said.contains("before it took over"), "{said}");
+    let foreign = mesh.lab.folder().join("foreign");
+    std::fs::copy("/bin/true", &foreign)?;
+    std::fs::set_permissions(&foreign, PermissionsExt::from_mode(0o777))?;
+    let foreign = foreign.to_string_lossy().into_owned();
+    let refused = mesh.lab.node("a").culvert(&["agent", "upgrade", "--binary", &foreign])?;
+    ensure!(!refused.success(), "a program that others can write took over");
+    let said = refused.stderr;
+    ensure!(said.contains("written by others"), "{said}");
+    for _ in 0..2 {
+        let done = mesh.lab.node("a").culvert(&["agent", "upgrade"])?;
+        let said = done.output()?;
+        ensure!(said.contains("has taken over"), "{said}");
+    }
+    live.finish()?;
+    // The last one is nobody's child: it hands over to one of this suite's own.
+    mesh.hand_over("a", &[])?;
+    mesh.works()
+}
+
 type Work = fn(&mut Mesh) -> anyhow::Result<()>;
 
 const WORK: &[(&str, Work)] = &[
@@ -288,6 +315,7 @@ const WORK: &[(&str, Work)] = &[
     ("a_killed_successor_does_no_harm", a_killed_successor_does_no_harm),
     ("a_stranger_is_refused_by_name", a_stranger_is_refused_by_name),
     ("silent_and_slow_peers_hold_nobody_up", silent_and_slow_peers_hold_nobody_up),
+    ("an_upgrade_by_hand_is_noticed_by_nobody", an_upgrade_by_hand_is_noticed_by_nobody),
 ];
 
 fn main() -> anyhow::Result<()> {
