@@ -19,6 +19,7 @@ mod ztunnel;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -41,9 +42,9 @@ enum Verb {
         /// Folder for results.json and results.svg.
         #[arg(long, default_value = "target/bench")]
         output: PathBuf,
-        /// Only rows whose name contains this text.
-        #[arg(long)]
-        only: Option<String>,
+        /// Only rows whose name contains one of these texts, separated by commas.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<String>,
         /// A look: fewer and shorter rounds, fewer streams and pods.
         #[arg(long)]
         quick: bool,
@@ -56,6 +57,9 @@ enum Verb {
         /// Pods of another node that come and go.
         #[arg(long, default_value_t = 2000)]
         churn: u16,
+        /// Seconds for which rest is watched.
+        #[arg(long, default_value_t = 60)]
+        watch_s: u64,
     },
     /// Serve the load.
     Serve { port: u16 },
@@ -82,7 +86,7 @@ enum Verb {
 fn main() -> anyhow::Result<()> {
     cpu::raise_descriptor_limit()?;
     match Arguments::parse().verb {
-        Verb::Run { rounds, duration_ms, output, only, quick, streams, pods, churn } => {
+        Verb::Run { rounds, duration_ms, output, only, quick, streams, pods, churn, watch_s } => {
             run::run(&run::Settings {
                 rounds,
                 duration_ms,
@@ -92,6 +96,7 @@ fn main() -> anyhow::Result<()> {
                 streams,
                 pods,
                 churn,
+                watch: Duration::from_secs(watch_s),
             })
         }
         Verb::Serve { port } => serve::serve(port),

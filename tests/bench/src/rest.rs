@@ -15,7 +15,7 @@ const GROUP: &str = "at rest";
 const OPENING: Duration = Duration::from_secs(120);
 /// How long the agents may take to hear of pods that came or went.
 const CHURNING: Duration = Duration::from_secs(60);
-/// How long after a load memory is looked at.
+/// How long after the start, or after a load, memory is looked at.
 const SETTLING: Duration = Duration::from_secs(15);
 
 /// How much of everything.
@@ -38,7 +38,7 @@ pub(crate) fn rss(pids: &[u32]) -> anyhow::Result<f64> {
 }
 
 /// Memory of the relays, by way: `culvert` an agent, `stock` a relay.
-pub(crate) fn memory(topology: &Topology, name: &str) -> anyhow::Result<Row> {
+fn memory(topology: &Topology, name: &str) -> anyhow::Result<Row> {
     let mut row = Row::new(GROUP, name, "MiB", false);
     for way in topology.ways(Distance::AcrossNodes) {
         if way.name == STOCK || way.name == CULVERT {

@@ -16,19 +16,18 @@ pub(crate) struct Settings {
     pub(crate) rounds: usize,
     pub(crate) duration_ms: u64,
     pub(crate) output: PathBuf,
-    pub(crate) only: Option<String>,
+    pub(crate) only: Vec<String>,
     pub(crate) quick: bool,
     pub(crate) streams: usize,
     pub(crate) pods: usize,
     pub(crate) churn: u16,
+    pub(crate) watch: Duration,
 }
 
 /// Of a look: rounds and milliseconds.
 const QUICK: (usize, u64) = (2, 600);
 const QUICK_EXTENT: Extent =
     Extent { streams: 500, pods: 40, churn: 500, watch: Duration::from_secs(10) };
-/// How long rest is watched in a full run. Seconds.
-const WATCH: u64 = 60;
 
 /// Measures and reports.
 pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
@@ -36,16 +35,16 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     let (count, duration_ms, extent) = if settings.quick {
         (QUICK.0, QUICK.1, QUICK_EXTENT)
     } else {
-        let &Settings { streams, pods, churn, .. } = settings;
-        let extent = Extent { streams, pods, churn, watch: Duration::from_secs(WATCH) };
-        (settings.rounds, settings.duration_ms, extent)
+        let &Settings { streams, pods, churn, watch, .. } = settings;
+        (settings.rounds, settings.duration_ms, Extent { streams, pods, churn, watch })
     };
-    let wanted =
-        |name: &str| settings.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
+    let wanted = |name: &str| {
+        settings.only.is_empty() || settings.only.iter().any(|only| name.contains(only.as_str()))
+    };
     let machine = cpu::machine();
     let mut topology = Topology::start()?;
     let mut rows = Vec::new();
-    let mut rest = vec![rest::memory(&topology, "RSS with 20 pods, idle")?];
+    let mut rest = vec![rest::memory_after(&topology, "RSS with 20 pods, idle")?];
     for measurement in MEASUREMENTS.iter().filter(|measurement| wanted(measurement.name)) {
         rows.extend(rounds(&topology, measurement, count, duration_ms)?);
     }
