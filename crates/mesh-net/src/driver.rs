@@ -499,7 +499,7 @@ impl<H: Handler> Worker<H> {
     fn turn(&mut self) -> bool {
         let mut more = false;
         for _ in 0..ROUNDS_PER_TURN {
-            more = self.ops.engine.turn(&mut self.ops.sockets, self.ops.now);
+            more = self.ops.engine_turn();
             if !self.answer() {
                 return more;
             }

@@ -168,6 +168,12 @@ impl Ops {
         })
     }
 
+    /// One turn of the engine. Not generic, so that the engine's code for these sockets is made in this crate, at the
+    /// level of optimisation that the workspace has for it, and not in that of whoever writes the handler.
+    pub(super) fn engine_turn(&mut self) -> bool {
+        self.engine.turn(&mut self.sockets, self.now)
+    }
+
     /// The time of this turn.
     #[must_use]
     pub const fn now(&self) -> Instant {
