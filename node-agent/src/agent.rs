@@ -253,6 +253,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     ));
     tasks.spawn(health::watch(Arc::clone(&data_plane), readiness.clone(), stop.clone()));
     tasks.spawn(tend_kernel(Arc::clone(&capture), stop.clone()));
+    tasks.spawn(crate::program_pages::let_go_after_start(stop.clone()));
     tasks.spawn(until_synced(standing.subscribe(), control_pending, stop.clone()));
     tell_supervisor(Notice::Ready);
     tracing::info!(node, "the agent runs");

@@ -15,6 +15,7 @@ mod handover;
 mod health;
 mod identity;
 mod picture;
+mod program_pages;
 mod state_file;
 mod telemetry;
 mod upgrade;
