@@ -13,6 +13,7 @@ use std::time::Duration;
 use mesh_ebpf_abi::{Address, ClientKey, Counter, LAYOUT, Port, maps as shapes, port};
 
 use crate::direct::{self, DirectEvent, DirectFlow, DirectPair};
+use crate::foreign::ForeignLayouts;
 use crate::guard::{self, Guards};
 use crate::maps::{self, Maps};
 use crate::object::{self, CGROUP_HOOKS, CgroupHook, Programs};
@@ -47,6 +48,23 @@ pub struct Enrolled {
     pub steered: bool,
 }
 
+impl Enrolled {
+    /// Nothing of its capture has been taken away.
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        self.steered && !self.guarded.is_empty()
+    }
+}
+
+/// What was found of interfaces that pods got after their enrolment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Interfaces {
+    /// Host-side ends that are under guard from now on.
+    pub guarded: usize,
+    /// Interfaces that lead out of a pod past every guard, by name.
+    pub unguardable: Vec<(NetnsCookie, String)>,
+}
+
 /// What a sweep of the flow table did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
@@ -59,7 +77,7 @@ pub struct Swept {
 /// Loaded capture. Cheap to share in an `Arc`; dropping it detaches nothing.
 ///
 /// [`label`](Self::label), [`orig_dst`](Self::orig_dst) and [`orig_resolver`](Self::orig_resolver)
-/// take no lock and may be called from any thread, also from one that is in a pod's namespace. The
+/// take no lock that is held for long, and may be called from any thread, also from one that is in a pod's namespace. The
 /// others take one lock and work for up to some milliseconds.
 #[derive(Debug)]
 pub struct Capture {
@@ -69,6 +87,7 @@ pub struct Capture {
     features: FeatureReport,
     node: NetnsCookie,
     pods: Mutex<Pods>,
+    foreign: ForeignLayouts,
 }
 
 impl Capture {
@@ -78,8 +97,15 @@ impl Capture {
     /// Fails when the kernel lacks what every supported one has, when there is no bpffs or cgroup2
     /// root, or when the pinned maps have another shape. What was attached then stays attached.
     pub fn load_or_adopt(config: &CaptureConfig) -> Result<Self, CaptureError> {
+        Self::load_layout(config, LAYOUT)
+    }
+
+    /// As [`load_or_adopt`](Self::load_or_adopt), by a build whose layout has another number: for tests of what an
+    /// upgrade finds.
+    #[doc(hidden)]
+    pub fn load_layout(config: &CaptureConfig, layout: u32) -> Result<Self, CaptureError> {
         let cgroup_root = cgroup::find_root(config.cgroup_root.as_deref())?;
-        let pins = Pins::prepare(&config.bpffs)?;
+        let pins = Pins::prepare(&config.bpffs, layout)?;
         let adopted = check_pinned_maps(&pins)?;
         let programs = object::load(&pins.maps())?;
         let maps = Maps::open(&pins.maps())?;
@@ -91,7 +117,8 @@ impl Capture {
         let pods = Pods::adopt(parts, programs.steer_inbound)?;
         let features =
             FeatureReport { cgroup_order, guard: guards.attachment(), cgroup_root, adopted };
-        Ok(Self { maps, pins, guards, features, node: cookie, pods: Mutex::new(pods) })
+        let foreign = ForeignLayouts::open(&pins)?;
+        Ok(Self { maps, pins, guards, features, node: cookie, pods: Mutex::new(pods), foreign })
     }
 
     /// What the kernel was found to have.
@@ -107,13 +134,18 @@ impl Capture {
     /// The agent's listeners are given before, with [`set_listener`](Self::set_listener): `slots` of
     /// them on each of its ports, over which new connections are spread. What has none is refused.
     pub fn enroll(&self, pod: &PodCapture, slots: u16) -> Result<NetnsCookie, CaptureError> {
-        self.pods().enroll(self.parts(), pod, slots)
+        let mut pods = self.pods();
+        let cookie = pods.enroll(self.parts(), pod, slots)?;
+        self.foreign.release(cookie)?;
+        Ok(cookie)
     }
 
     /// Switches capture off and removes all that `enroll` made. Ok also when it is not enrolled.
     /// Connections through the agent go on as long as the agent relays them.
     pub fn unenroll(&self, pod: NetnsCookie) -> Result<(), CaptureError> {
-        self.pods().unenroll(self.parts(), pod)
+        let mut pods = self.pods();
+        pods.unenroll(self.parts(), pod)?;
+        self.foreign.release(pod)
     }
 
     /// Gives or replaces a listener of the agent in a pod: its port, and its number among those of
@@ -135,6 +167,7 @@ impl Capture {
     /// before `connect`. UDP sockets of a pod with `deny_udp` have to be bound to a pod address
     /// first, since the guard knows their flow only then.
     pub fn label(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        self.foreign.label(socket)?;
         sys::map_update(self.maps.labels.fd(), &sys::fd_number(socket), &1_u32)
     }
 
@@ -166,6 +199,18 @@ impl Capture {
     pub fn enrolled(&self) -> Result<Vec<Enrolled>, CaptureError> {
         let _pods = self.pods();
         pods::enrolled(self.parts())
+    }
+
+    /// One pod of them; none when it is not enrolled.
+    pub fn find(&self, pod: NetnsCookie) -> Result<Option<Enrolled>, CaptureError> {
+        let _pods = self.pods();
+        pods::find(self.parts(), pod)
+    }
+
+    /// Puts interfaces under guard that pods got after they were enrolled, and names those for which that is impossible.
+    /// Call it every 30 s or so. Pods that were not enrolled by this process are left out.
+    pub fn guard_new_interfaces(&self) -> Result<Interfaces, CaptureError> {
+        self.pods().guard_new_interfaces(self.parts())
     }
 
     /// The cookie of the namespace at `path`.
@@ -273,15 +318,29 @@ impl Capture {
         self.pins.foreign_layouts().map_err(CaptureError::kernel("listing pinned layouts"))
     }
 
-    /// Detaches those. Call it after the agent has enrolled all its pods here, so that there is
-    /// never a moment without capture.
+    /// The namespaces that those capture. Each is released when it is enrolled here, or unenrolled.
+    pub fn foreign_pods(&self) -> Result<Vec<NetnsCookie>, CaptureError> {
+        self.foreign.captured()
+    }
+
+    /// Detaches those of them that capture no pod any more; the layouts that stay. Call it when pods have been enrolled
+    /// here, and again until none stays: where an old layout captures a pod, its connections are refused.
+    pub fn retire_foreign_layouts(&self) -> Result<Vec<u32>, CaptureError> {
+        let _pods = self.pods();
+        self.foreign.retire()
+    }
+
+    /// Detaches all of them, whatever they capture. Call it when the agent has enrolled all its pods here, so that there
+    /// is never a moment without capture.
     pub fn remove_foreign_layouts(&self) -> Result<(), CaptureError> {
         let _pods = self.pods();
         for layout in self.foreign_layouts()? {
             self.pins
-                .remove_layout(layout)
+                .of_layout(layout)
+                .remove_layout()
                 .map_err(CaptureError::kernel("removing a pinned layout"))?;
         }
+        self.foreign.clear();
         Ok(())
     }
 
@@ -294,7 +353,7 @@ impl Capture {
         }
         drop(pods);
         self.remove_foreign_layouts()?;
-        self.pins.remove_layout(LAYOUT).map_err(CaptureError::kernel("removing the pins"))
+        self.pins.remove_layout().map_err(CaptureError::kernel("removing the pins"))
     }
 
     fn parts(&self) -> Parts<'_> {

@@ -34,12 +34,21 @@ pub(crate) enum Uplinks {
     Unguardable(Interface),
 }
 
-/// Finds the host-side ends of a pod's interfaces. What lives wholly inside the pod (dummies,
-/// bridges, tunnels over its veth) needs no guard; what leads out any other way cannot have one.
-pub(crate) fn uplinks(pod: &[Interface], node: &[Interface]) -> Uplinks {
+/// The interfaces that lead out of a pod.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct WaysOut {
+    /// Indices of host-side ends that a guard can stand on.
+    pub(crate) guardable: Vec<u32>,
+    /// Those whose other end is not a veth on this node.
+    pub(crate) unguardable: Vec<Interface>,
+}
+
+/// Finds the ways out of a pod. What lives wholly inside the pod (dummies, bridges, tunnels over its veth) needs no
+/// guard; what leads out otherwise than by a veth to this node cannot have one.
+pub(crate) fn ways_out(pod: &[Interface], node: &[Interface]) -> WaysOut {
     let on_node: BTreeMap<u32, &Interface> =
         node.iter().map(|interface| (interface.index, interface)).collect();
-    let mut found = Vec::new();
+    let mut found = WaysOut::default();
     for interface in pod.iter().filter(|interface| !interface.is_loopback) {
         let leads_out = interface.kind.is_none() || interface.link_is_elsewhere;
         if !leads_out {
@@ -51,11 +60,23 @@ pub(crate) fn uplinks(pod: &[Interface], node: &[Interface]) -> Uplinks {
                 && other.link == Some(interface.index)
         });
         match other_end {
-            Some(other) => found.push(other.index),
-            None => return Uplinks::Unguardable(interface.clone()),
+            Some(other) => found.guardable.push(other.index),
+            None => found.unguardable.push(interface.clone()),
         }
     }
-    if found.is_empty() { Uplinks::None } else { Uplinks::Guardable(found) }
+    found
+}
+
+/// The host-side ends of a pod that is to be enrolled, all of which must be guardable.
+pub(crate) fn uplinks(pod: &[Interface], node: &[Interface]) -> Uplinks {
+    let WaysOut { guardable, mut unguardable } = ways_out(pod, node);
+    if !unguardable.is_empty() {
+        Uplinks::Unguardable(unguardable.swap_remove(0))
+    } else if guardable.is_empty() {
+        Uplinks::None
+    } else {
+        Uplinks::Guardable(guardable)
+    }
 }
 
 const RTM_NEWLINK: u16 = 16;

@@ -11,6 +11,7 @@ mod direct;
 mod error;
 mod established;
 mod features;
+mod foreign;
 mod guard;
 mod interface;
 mod maps;
@@ -21,7 +22,7 @@ mod pods;
 mod rules;
 mod sys;
 
-pub use capture::{Capture, Enrolled, NetnsCookie, Swept};
+pub use capture::{Capture, Enrolled, Interfaces, NetnsCookie, Swept};
 pub use config::{
     CaptureConfig, GuardPreference, MAX_ADDRESSES, MAX_NETWORKS, MAX_PORTS, PodCapture,
     PodSettings, Selection,

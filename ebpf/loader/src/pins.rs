@@ -12,8 +12,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use mesh_ebpf_abi::LAYOUT;
-
 use crate::capture::NetnsCookie;
 use crate::{CaptureError, sys};
 
@@ -21,12 +19,13 @@ use crate::{CaptureError, sys};
 #[derive(Debug)]
 pub(crate) struct Pins {
     base: PathBuf,
+    layout: u32,
 }
 
 impl Pins {
     /// Makes the directories.
-    pub(crate) fn prepare(base: &Path) -> Result<Self, CaptureError> {
-        let pins = Self { base: base.to_owned() };
+    pub(crate) fn prepare(base: &Path, layout: u32) -> Result<Self, CaptureError> {
+        let pins = Self { base: base.to_owned(), layout };
         std::fs::create_dir_all(base).map_err(CaptureError::kernel("making the pin directory"))?;
         if !sys::is_bpffs(base).map_err(CaptureError::kernel("looking at the pin directory"))? {
             return Err(CaptureError::NotBpffs { path: base.to_owned() });
@@ -38,8 +37,17 @@ impl Pins {
         Ok(pins)
     }
 
+    /// Those of another layout, which another build made.
+    pub(crate) fn of_layout(&self, layout: u32) -> Self {
+        Self { base: self.base.clone(), layout }
+    }
+
+    pub(crate) const fn layout(&self) -> u32 {
+        self.layout
+    }
+
     fn root(&self) -> PathBuf {
-        self.base.join(format!("v{LAYOUT}"))
+        self.base.join(format!("v{}", self.layout))
     }
 
     pub(crate) fn maps(&self) -> PathBuf {
@@ -78,14 +86,15 @@ impl Pins {
             let name = entry?.file_name();
             let layout: Option<u32> =
                 name.to_str().and_then(|name| name.strip_prefix('v')?.parse().ok());
-            layouts.extend(layout.filter(|layout| *layout != LAYOUT));
+            layouts.extend(layout.filter(|layout| *layout != self.layout));
         }
         layouts.sort_unstable();
         Ok(layouts)
     }
 
-    pub(crate) fn remove_layout(&self, layout: u32) -> io::Result<()> {
-        remove_tree(&self.base.join(format!("v{layout}")))
+    /// Detaches all of it.
+    pub(crate) fn remove_layout(&self) -> io::Result<()> {
+        remove_tree(&self.root())
     }
 }
 

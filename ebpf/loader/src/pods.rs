@@ -10,10 +10,10 @@ use mesh_ebpf_abi::{
     maps as shapes, protocol,
 };
 
-use crate::capture::{Enrolled, NetnsCookie, Swept};
+use crate::capture::{Enrolled, Interfaces, NetnsCookie, Swept};
 use crate::established::{self, Connection};
 use crate::guard::Guards;
-use crate::interface::{self, Uplinks};
+use crate::interface::{self, Interface, Uplinks, WaysOut};
 use crate::maps::Maps;
 use crate::object::SK_LOOKUP;
 use crate::pins::{self, Pins};
@@ -263,6 +263,43 @@ impl Pods {
         Ok(swept)
     }
 
+    /// See [`Capture::guard_new_interfaces`](crate::Capture::guard_new_interfaces).
+    pub(crate) fn guard_new_interfaces(
+        &self,
+        parts: Parts<'_>,
+    ) -> Result<Interfaces, CaptureError> {
+        let on_node = parts
+            .guards
+            .on_node(interface::list)
+            .map_err(CaptureError::kernel("listing the node's interfaces"))?;
+        let guards: BTreeMap<u32, u64> = parts.maps.guards.elements()?.into_iter().collect();
+        let mut found = Interfaces::default();
+        for &pod in self.namespaces.keys() {
+            let Some(inside) = self.interfaces(pod) else { continue };
+            let WaysOut { guardable, unguardable } = interface::ways_out(&inside, &on_node);
+            for interface in guardable {
+                if guards.get(&interface) != Some(&pod.0) {
+                    parts.maps.guards.insert(&interface, &pod.0)?;
+                    parts.guards.ensure(&parts.pins.pod(pod), interface)?;
+                    found.guarded += 1;
+                }
+            }
+            let names = unguardable.into_iter().map(|interface| (pod, interface.name));
+            found.unguardable.extend(names);
+        }
+        Ok(found)
+    }
+
+    /// The interfaces of a pod; none when its namespace is gone.
+    fn interfaces(&self, pod: NetnsCookie) -> Option<Vec<Interface>> {
+        let namespace = netns::open(self.namespaces.get(&pod)?).ok()?;
+        let listed = netns::inside(namespace.as_fd(), || {
+            // Another pod's namespace may have been mounted at the same path.
+            (sys::network_namespace_cookie().ok() == Some(pod.0)).then(interface::list)
+        });
+        listed.ok()??.ok()
+    }
+
     /// The flows of open sockets in a pod, sorted; none when that cannot be told.
     fn open_flows(&self, pod: NetnsCookie) -> Option<Vec<FlowKey>> {
         let path = self.namespaces.get(&pod)?;
@@ -282,40 +319,65 @@ impl Pods {
     }
 }
 
-/// See [`Capture::enrolled`](crate::Capture::enrolled).
+/// See [`Capture::enrolled`](crate::Capture::enrolled). Walks each map once.
 pub(crate) fn enrolled(parts: Parts<'_>) -> Result<Vec<Enrolled>, CaptureError> {
-    let owners = parts.maps.addresses.elements()?;
+    let mut guards: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+    for (interface, owner) in parts.maps.guards.elements()? {
+        guards.entry(owner).or_default().push(interface);
+    }
+    let mut addresses: BTreeMap<u64, Vec<Address>> = BTreeMap::new();
+    for (address, owner) in parts.maps.addresses.elements()? {
+        addresses.entry(owner).or_default().push(address);
+    }
     let mut pods = Vec::new();
     for (cookie, pod) in parts.maps.pods.elements()? {
-        let cookie = NetnsCookie(cookie);
-        let directory = parts.pins.pod(cookie);
-        let mut guarded = Vec::new();
-        for interface in guarded_interfaces(parts, cookie)? {
-            if parts.guards.is_attached(&directory, interface)? {
-                guarded.push(interface);
-            }
-        }
-        let steered = match sys::open_pin(&directory.join("steer_inbound")) {
-            Ok(Some(link)) => sys::link_is_attached(link.as_fd())
-                .map_err(CaptureError::kernel("looking at a pod's link"))?,
-            Ok(None) => false,
-            Err(source) => {
-                return Err(CaptureError::Kernel { what: "opening a pod's link", source });
-            }
-        };
-        let mut addresses: Vec<_> = owners
-            .iter()
-            .filter(|(_, owner)| *owner == cookie.0)
-            .map(|(address, _)| *address)
-            .collect();
-        // The pod's first addresses of each family first.
-        addresses
-            .sort_by_key(|address| (*address != pod.ipv4, *address != pod.ipv6, address.octets()));
-        let addresses = addresses.iter().map(Address::ip).collect();
-        pods.push(Enrolled { cookie, addresses, guarded, steered });
+        let guards = guards.remove(&cookie).unwrap_or_default();
+        let addresses = addresses.remove(&cookie).unwrap_or_default();
+        pods.push(describe(parts, NetnsCookie(cookie), &pod, &guards, addresses)?);
     }
     pods.sort_by_key(|pod| pod.cookie);
     Ok(pods)
+}
+
+/// See [`Capture::find`](crate::Capture::find).
+pub(crate) fn find(
+    parts: Parts<'_>,
+    cookie: NetnsCookie,
+) -> Result<Option<Enrolled>, CaptureError> {
+    let Some(pod) = parts.maps.pods.get(&cookie.0)? else { return Ok(None) };
+    let guards = guarded_interfaces(parts, cookie)?;
+    let owned =
+        parts.maps.addresses.elements()?.into_iter().filter(|(_, owner)| *owner == cookie.0);
+    let addresses = owned.map(|(address, _)| address).collect();
+    describe(parts, cookie, &pod, &guards, addresses).map(Some)
+}
+
+fn describe(
+    parts: Parts<'_>,
+    cookie: NetnsCookie,
+    pod: &Pod,
+    guards: &[u32],
+    mut addresses: Vec<Address>,
+) -> Result<Enrolled, CaptureError> {
+    let directory = parts.pins.pod(cookie);
+    let mut guarded = Vec::new();
+    for &interface in guards {
+        if parts.guards.is_attached(&directory, interface)? {
+            guarded.push(interface);
+        }
+    }
+    let steered = match sys::open_pin(&directory.join("steer_inbound")) {
+        Ok(Some(link)) => sys::link_is_attached(link.as_fd())
+            .map_err(CaptureError::kernel("looking at a pod's link"))?,
+        Ok(None) => false,
+        Err(source) => {
+            return Err(CaptureError::Kernel { what: "opening a pod's link", source });
+        }
+    };
+    // The pod's first addresses of each family first.
+    addresses.sort_by_key(|address| (*address != pod.ipv4, *address != pod.ipv6, address.octets()));
+    let addresses = addresses.iter().map(Address::ip).collect();
+    Ok(Enrolled { cookie, addresses, guarded, steered })
 }
 
 /// Checks all guards; how many were attached again.

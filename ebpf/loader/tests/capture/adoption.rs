@@ -5,7 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use mesh_ebpf::{Capture, CaptureError, CgroupOrder, GuardAttachment, PodSettings};
 
-use crate::lab::{Lab, OUTSIDE_V4, OUTSIDE_V6, POD_V4, at, dial, ip, refused, run};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::lab::{
+    Lab, OUTSIDE_V4, OUTSIDE_V6, POD_V4, at, borrow, dial, greet, ip, listener, read_line, refused,
+    run,
+};
 
 #[test]
 fn what_is_pinned_captures_without_a_process_and_is_adopted() {
@@ -119,6 +124,92 @@ fn another_layout_is_found_and_removed() {
     assert_eq!(capture.foreign_layouts().unwrap(), [999]);
     capture.remove_foreign_layouts().unwrap();
     assert!(capture.foreign_layouts().unwrap().is_empty());
+}
+
+/// An upgrade to a build whose maps have other shapes: the old capture stays attached, and refuses whatever bears no label
+/// of its own, until the pod is captured by the new one. Nothing leaves in the meantime.
+#[test]
+fn a_pod_of_another_layout_is_taken_over_without_a_gap() {
+    let lab = Lab::new();
+    let outside = lab.outside.inside(|| listener(80));
+    greet(&outside, |_, _| "in the clear".to_owned());
+    let old = Arc::new(Capture::load_layout(&lab.config(), 998).unwrap());
+    let agent = lab.enroll(&old, PodSettings::default());
+    let cookie = agent.cookie;
+    lab.pod.inside(|| {
+        assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), format!("outbound {OUTSIDE_V4}:80"));
+    });
+    // The old agent's process ends.
+    drop(agent);
+    drop(Arc::into_inner(old));
+    let (stop, refusals) = (AtomicBool::new(false), AtomicU32::new(0));
+    let capture = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            lab.pod.inside(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let answer = dial(at(OUTSIDE_V4, 80));
+                    assert_ne!(answer.as_deref().ok(), Some("in the clear"));
+                    refusals.fetch_add(u32::from(answer.is_err()), Ordering::Relaxed);
+                }
+            });
+        });
+        // Ends the thread also when an assertion fails.
+        let _stop = StopOnDrop(&stop);
+        let capture = lab.capture();
+        assert_eq!(capture.foreign_layouts().unwrap(), [998]);
+        assert_eq!(capture.foreign_pods().unwrap(), [cookie]);
+        assert_eq!(capture.retire_foreign_layouts().unwrap(), [998], "it captures a pod");
+        // What the new agent dials in the pod is not sent back to it.
+        lab.pod.inside(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+            capture.label(borrow(&socket)).unwrap();
+            socket.connect(&at(OUTSIDE_V4, 80).into()).unwrap();
+            assert_eq!(read_line(&socket.into()).unwrap(), "in the clear");
+        });
+        // Its listeners may take the agent's ports, which the old capture guards.
+        let agent = lab.enroll(&capture, PodSettings::default());
+        assert!(capture.foreign_pods().unwrap().is_empty());
+        lab.pod.inside(|| {
+            assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), format!("outbound {OUTSIDE_V4}:80"));
+        });
+        lab.outside.inside(|| {
+            assert_eq!(dial(at(POD_V4, 80)).unwrap(), format!("inbound {POD_V4}:80"));
+        });
+        assert!(capture.retire_foreign_layouts().unwrap().is_empty());
+        assert!(capture.foreign_layouts().unwrap().is_empty());
+        lab.pod.inside(|| {
+            assert_eq!(dial(at(OUTSIDE_V6, 80)).unwrap(), format!("outbound [{OUTSIDE_V6}]:80"));
+        });
+        drop(agent);
+        capture
+    });
+    assert!(refusals.load(Ordering::Relaxed) > 0, "closed while nobody served");
+    capture.detach_all().unwrap();
+}
+
+/// A pod that leaves the mesh before it was captured anew is not left to an old layout for ever.
+#[test]
+fn unenrolling_frees_a_pod_of_another_layout() {
+    let lab = Lab::new();
+    let outside = lab.outside.inside(|| listener(80));
+    greet(&outside, |_, _| "in the clear".to_owned());
+    let old = Arc::new(Capture::load_layout(&lab.config(), 998).unwrap());
+    let cookie = lab.enroll(&old, PodSettings::default()).cookie;
+    drop(Arc::into_inner(old));
+    let capture = lab.capture();
+    lab.pod.inside(|| assert!(refused(&dial(at(OUTSIDE_V4, 80)))));
+    capture.unenroll(cookie).unwrap();
+    lab.pod.inside(|| assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), "in the clear"));
+    assert!(capture.retire_foreign_layouts().unwrap().is_empty());
+    capture.detach_all().unwrap();
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]

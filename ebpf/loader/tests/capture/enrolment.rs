@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-use mesh_ebpf::{Capture, CaptureError, PodSettings, monotonic_now};
+use mesh_ebpf::{Capture, CaptureError, Interfaces, PodSettings, monotonic_now};
 
 use crate::lab::{
     Lab, OUTSIDE_V4, OUTSIDE_V6, PATIENCE, POD_V4, POD_V6, at, dial, greet, ip, listener,
@@ -131,4 +131,46 @@ fn unenrolling_lets_traffic_go_direct_and_removes_everything() {
     greet(&application, |_, _| "application".to_owned());
     lab.pod.inside(|| assert_eq!(dial(at(OUTSIDE_V4, 80)).unwrap(), "outside"));
     lab.outside.inside(|| assert_eq!(dial(at(POD_V4, 8080)).unwrap(), "application"));
+}
+
+/// What another CNI plugin adds to a running pod (Multus) is guarded at the next look, or named.
+#[test]
+fn interfaces_added_after_enrolment_are_guarded_or_named() {
+    let lab = Lab::new();
+    let capture = lab.capture();
+    let agent = lab.enroll(&capture, PodSettings::default());
+    assert_eq!(capture.guard_new_interfaces().unwrap(), Interfaces::default());
+    let pod = lab.pod.path.file_name().unwrap().to_str().unwrap();
+    run(&format!(
+        "ip link add vmore type veth peer name eth1 netns {pod}
+        ip link set vmore up
+        ip -n {pod} link set eth1 up"
+    ));
+    assert_eq!(capture.find(agent.cookie).unwrap().unwrap().guarded.len(), 1);
+    assert_eq!(capture.guard_new_interfaces().unwrap().guarded, 1);
+    let found = capture.find(agent.cookie).unwrap().unwrap();
+    assert!(found.guarded.len() == 2 && found.is_whole(), "{found:?}");
+    assert_eq!(capture.guard_new_interfaces().unwrap().guarded, 0);
+    run(&format!("ip link add link vout name mac0 netns {pod} type macvlan"));
+    let found = capture.guard_new_interfaces().unwrap();
+    assert_eq!(found.unguardable, [(agent.cookie, "mac0".to_owned())]);
+    capture.detach_all().unwrap();
+}
+
+/// A link that somebody takes away is missed.
+#[test]
+fn a_pod_whose_steering_was_detached_is_not_whole() {
+    let lab = Lab::new();
+    let capture = lab.capture();
+    let agent = lab.enroll(&capture, PodSettings::default());
+    assert!(capture.find(agent.cookie).unwrap().unwrap().is_whole());
+    run(&format!(
+        "rm {}",
+        lab.bpffs.join(format!("culvert/v3/pods/{}/steer_inbound", agent.cookie)).display()
+    ));
+    assert!(!capture.find(agent.cookie).unwrap().unwrap().is_whole());
+    assert!(!capture.enrolled().unwrap()[0].is_whole());
+    capture.unenroll(agent.cookie).unwrap();
+    assert_eq!(capture.find(agent.cookie).unwrap(), None);
+    capture.detach_all().unwrap();
 }
