@@ -74,7 +74,6 @@ impl Refused {
                 SignError::NoPossession => "no_possession",
                 SignError::UnsupportedKey(_) => "unsupported_key",
                 SignError::WrongTrustDomain { .. } => "foreign_trust_domain",
-                SignError::TtlTooLong { .. } => "lifetime",
                 SignError::IssuerExpired => "issuer_expired",
                 SignError::Failed(_) => "failed",
             },
@@ -94,8 +93,7 @@ impl Refused {
                 SignError::Malformed
                 | SignError::NoPossession
                 | SignError::UnsupportedKey(_)
-                | SignError::WrongTrustDomain { .. }
-                | SignError::TtlTooLong { .. } => Status::invalid_argument(text),
+                | SignError::WrongTrustDomain { .. } => Status::invalid_argument(text),
                 SignError::IssuerExpired | SignError::Failed(_) => Status::unavailable(text),
             },
         }

@@ -92,7 +92,7 @@ pub struct RunArgs {
         long = "exclude-namespace",
         env = "CULVERT_EXCLUDE_NAMESPACES",
         value_delimiter = ',',
-        default_value = "kube-system"
+        default_values = mesh_model::EXCLUDED_NAMESPACES
     )]
     pub exclude_namespaces: Vec<String>,
     /// NAMESPACE/NAME of the service account whose bound tokens prove a node's agent (source kubernetes only)
@@ -110,6 +110,14 @@ pub struct RunArgs {
     /// PEM file of certificate revocation lists, watched, added to the CA's own
     #[arg(long, env = "CULVERT_CRL_FILE")]
     pub crl_file: Option<PathBuf>,
+    /// Longest life of a pod's certificate, whatever its agent asks for
+    #[arg(
+        long,
+        env = "CULVERT_MAX_CERTIFICATE_TTL",
+        default_value = "24h",
+        value_parser = parse_duration
+    )]
+    pub max_certificate_ttl: Duration,
     /// How long changes are collected before agents are told
     #[arg(long, env = "CULVERT_DEBOUNCE", default_value = "10ms", value_parser = parse_duration)]
     pub debounce: Duration,

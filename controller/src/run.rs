@@ -90,6 +90,7 @@ impl Controller {
         let now = SystemTime::now();
         let authority = Arc::new(
             Authority::open(files.clone(), &args.trust_domain, now)
+                .and_then(|authority| authority.with_longest_life(args.max_certificate_ttl, now))
                 .context("certificate authority")?,
         );
         // A new authority may have been made twice at once: only one is in the Secret.

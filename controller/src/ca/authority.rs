@@ -77,6 +77,7 @@ struct Loaded {
 #[derive(Debug)]
 pub struct Authority {
     files: StateDir,
+    config: CaConfig,
     loaded: Mutex<Loaded>,
 }
 
@@ -91,12 +92,13 @@ impl Authority {
         now: SystemTime,
     ) -> Result<Self, AuthorityError> {
         let _lock = files.lock()?;
-        let loaded = match load(&files, now) {
+        let config = CaConfig::default();
+        let loaded = match load(&files, &config, now) {
             Ok(loaded) => loaded,
             Err(AuthorityError::Missing) => {
-                let core = CaCore::create(trust_domain, CaConfig::default(), now)?;
+                let core = CaCore::create(trust_domain, config.clone(), now)?;
                 store(&files, &core, None)?;
-                load(&files, now)?
+                load(&files, &config, now)?
             }
             Err(error) => return Err(error),
         };
@@ -106,7 +108,21 @@ impl Authority {
                 wanted: trust_domain.to_owned(),
             });
         }
-        Ok(Self { files, loaded: Mutex::new(loaded) })
+        Ok(Self { files, config, loaded: Mutex::new(loaded) })
+    }
+
+    /// Lets requests ask for lives of leaves of up to `longest`, instead of a day.
+    ///
+    /// # Errors
+    /// When its file cannot be used.
+    pub fn with_longest_life(
+        mut self,
+        longest: Duration,
+        now: SystemTime,
+    ) -> Result<Self, AuthorityError> {
+        self.config.max_ttl = longest;
+        *self.lock() = load(&self.files, &self.config, now)?;
+        Ok(self)
     }
 
     /// Opens the authority that is there.
@@ -114,8 +130,9 @@ impl Authority {
     /// # Errors
     /// When there is none, or its file cannot be used.
     pub fn open_existing(files: StateDir, now: SystemTime) -> Result<Self, AuthorityError> {
-        let loaded = load(&files, now)?;
-        Ok(Self { files, loaded: Mutex::new(loaded) })
+        let config = CaConfig::default();
+        let loaded = load(&files, &config, now)?;
+        Ok(Self { files, config, loaded: Mutex::new(loaded) })
     }
 
     /// Certifies a key; see [`CaCore::sign`].
@@ -165,7 +182,7 @@ impl Authority {
     pub fn tick(&self, now: SystemTime) -> Result<bool, AuthorityError> {
         let mut changed = false;
         if self.files.stamp(FILE)? != self.lock().stamp {
-            *self.lock() = load(&self.files, now)?;
+            *self.lock() = load(&self.files, &self.config, now)?;
             changed = true;
         }
         let due = self.lock().activate_root_at.is_some_and(|at| at <= now);
@@ -178,7 +195,7 @@ impl Authority {
             changed = true;
         }
         // Looked at on a copy first, so that the file is only written when there is something to write.
-        let mut trial = CaCore::load(&self.lock().core.state(), CaConfig::default())?;
+        let mut trial = CaCore::load(&self.lock().core.state(), self.config.clone())?;
         if trial.maintain(now)? {
             self.change(now, |core, _| core.maintain(now).map(|_| ()))?;
             changed = true;
@@ -227,10 +244,10 @@ impl Authority {
         change: impl FnOnce(&mut CaCore, &mut Option<SystemTime>) -> Result<(), CaError>,
     ) -> Result<(), AuthorityError> {
         let _lock = self.files.lock()?;
-        let mut loaded = load(&self.files, now)?;
+        let mut loaded = load(&self.files, &self.config, now)?;
         change(&mut loaded.core, &mut loaded.activate_root_at)?;
         store(&self.files, &loaded.core, loaded.activate_root_at)?;
-        *self.lock() = load(&self.files, now)?;
+        *self.lock() = load(&self.files, &self.config, now)?;
         Ok(())
     }
 
@@ -240,11 +257,11 @@ impl Authority {
     }
 }
 
-fn load(files: &StateDir, now: SystemTime) -> Result<Loaded, AuthorityError> {
+fn load(files: &StateDir, config: &CaConfig, now: SystemTime) -> Result<Loaded, AuthorityError> {
     let stamp = files.stamp(FILE)?;
     let text = Zeroizing::new(files.read(FILE)?.ok_or(AuthorityError::Missing)?);
     let stored: Stored = serde_json::from_str(&text).map_err(AuthorityError::Format)?;
-    let core = CaCore::load(&stored.ca, CaConfig::default())?;
+    let core = CaCore::load(&stored.ca, config.clone())?;
     let lists = core.crl_pem(now)?.into();
     Ok(Loaded { core, activate_root_at: stored.activate_root_at, stamp, lists, lists_made: now })
 }
@@ -305,6 +322,26 @@ mod tests {
         assert!(first.tick(now + Duration::from_secs(61)).unwrap());
         assert!(!first.root_bundle_pem().starts_with(&old), "the new root signs");
         assert!(first.root_bundle_pem().contains(&old), "and the old one is still believed");
+    }
+
+    #[test]
+    fn lives_beyond_a_day_are_given_only_where_that_is_allowed() {
+        let (_directory, files) = files();
+        let (now, day) = (SystemTime::now(), Duration::from_secs(86_400));
+        let id = SpiffeId::new("td", "shop", "cart").unwrap();
+        let life = |authority: &Authority| {
+            let (key, request) = mesh_identity::csr(&id).unwrap();
+            let chain = authority.sign(&request, &id, 30 * day, now).unwrap();
+            let answer = mesh_identity::IssuedAnswer::check(&chain, &id, key, now).unwrap();
+            answer.svid.not_after().duration_since(now).unwrap()
+        };
+        let authority = Authority::open(files, "td", now).unwrap();
+        assert!(life(&authority) <= day);
+        let authority = authority.with_longest_life(7 * day, now).unwrap();
+        assert!(life(&authority) > 6 * day && life(&authority) <= 7 * day);
+        // Also after it was read again.
+        authority.revoke("01", now).unwrap();
+        assert!(life(&authority) > 6 * day);
     }
 
     #[test]

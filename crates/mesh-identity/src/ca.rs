@@ -27,14 +27,14 @@ use x509_parser::prelude::{FromDer, X509CertificationRequest};
 
 use self::authority::{Authority, Revocation, random_serial};
 pub use self::state::{AuthorityState, CaState, RevocationState};
-use crate::{CsrKey, tls};
+use crate::CsrKey;
 
 /// How a [`CaCore`] issues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaConfig {
     /// Lifetime of a leaf whose request names none; default 24 h.
     pub default_ttl: Duration,
-    /// Longest lifetime a request may ask for; default 90 days.
+    /// Longest lifetime of a leaf, whatever its request asks for; default 24 h.
     pub max_ttl: Duration,
     /// Lifetime of an intermediate; default one year.
     pub intermediate_ttl: Duration,
@@ -108,14 +108,6 @@ pub enum SignError {
         /// The identity.
         id: SpiffeId,
     },
-    /// A longer lifetime than allowed; the agent's fault.
-    #[error("lifetime of {asked:?} exceeds {max:?}")]
-    TtlTooLong {
-        /// What was asked for.
-        asked: Duration,
-        /// What is allowed.
-        max: Duration,
-    },
     /// The signing certificate itself has expired; the operator's, who did not rotate.
     #[error("the signing certificate has expired")]
     IssuerExpired,
@@ -135,12 +127,7 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 
 impl Default for CaConfig {
     fn default() -> Self {
-        Self {
-            default_ttl: DAY,
-            max_ttl: 90 * DAY,
-            intermediate_ttl: 365 * DAY,
-            root_ttl: 3650 * DAY,
-        }
+        Self { default_ttl: DAY, max_ttl: DAY, intermediate_ttl: 365 * DAY, root_ttl: 3650 * DAY }
     }
 }
 
@@ -211,7 +198,7 @@ impl CaCore {
     /// Certifies the key of `csr_pem` for `id`: leaf, intermediate, and the root bundle as the last element.
     ///
     /// Names and extensions in the request are ignored; `id` is what the caller found the requester entitled to.
-    /// A `ttl` of zero means the default; the issuer's end caps it.
+    /// A `ttl` of zero means the default; [`CaConfig::max_ttl`] and the issuer's end cap it.
     ///
     /// # Errors
     /// Why it is not signed.
@@ -225,9 +212,6 @@ impl CaCore {
         if id.trust_domain() != &*self.trust_domain {
             return Err(SignError::WrongTrustDomain { id: id.clone() });
         }
-        if ttl > self.config.max_ttl {
-            return Err(SignError::TtlTooLong { asked: ttl, max: self.config.max_ttl });
-        }
         let key = requested_key(csr_pem)?;
         let issuer = self.issuer();
         if now >= issuer.not_after() {
@@ -236,6 +220,7 @@ impl CaCore {
         let name =
             Ia5String::try_from(id.as_str()).map_err(|error| SignError::Failed(error.into()))?;
         let ttl = if ttl.is_zero() { self.config.default_ttl } else { ttl };
+        let ttl = ttl.min(self.config.max_ttl);
         let leaf = leaf_params(vec![SanType::URI(name)], ttl, issuer, now)
             .and_then(|params| issuer.sign(&params, &key))
             .map_err(SignError::Failed)?;
@@ -268,8 +253,7 @@ impl CaCore {
         let leaf = issuer.sign(&params, &pair)?;
         let key = CsrKey::from_pkcs8(pair.serialize_der().into());
         let chain = vec![leaf.der().clone(), issuer.der().clone()];
-        CertifiedKey::from_der(chain, key.private_key(), &tls::provider())
-            .map_err(CaError::Unusable)
+        key.certify(chain).map_err(CaError::Unusable)
     }
 
     /// Replaces the intermediate; the old one is kept until its leaves have expired, to revoke them if need be.

@@ -7,7 +7,9 @@ use rcgen::{
     CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, SanType,
     string::Ia5String,
 };
-use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::crypto::aws_lc_rs::sign::any_ecdsa_type;
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use zeroize::{Zeroize, Zeroizing};
 
 /// The private key behind a signing request, ECDSA P-256; wiped when dropped, and never printed.
@@ -48,9 +50,15 @@ impl CsrKey {
         self.pkcs8.clone()
     }
 
-    /// The key as rustls takes it; rustls wipes nothing, so this is called once per certificate.
-    pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {
-        PrivatePkcs8KeyDer::from(self.pkcs8.to_vec()).into()
+    /// Chain and key as rustls takes them. The key is read where it lies: rustls wipes no copy that it is given.
+    pub(crate) fn certify(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+    ) -> Result<CertifiedKey, rustls::Error> {
+        let der = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(self.pkcs8.as_slice()));
+        let certified = CertifiedKey::new(chain, any_ecdsa_type(&der)?);
+        certified.keys_match()?;
+        Ok(certified)
     }
 }
 

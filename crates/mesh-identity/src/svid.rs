@@ -6,12 +6,12 @@ use std::time::{Duration, SystemTime};
 
 use mesh_model::SpiffeId;
 use rustls::sign::CertifiedKey;
+use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::certificate::{parse, spiffe_id, unix_time, validity};
 use crate::peer::{Side, verify_chain};
-use crate::{CsrKey, InvalidBundle, PeerRejection, TrustBundle, tls};
+use crate::{CsrKey, InvalidBundle, PeerRejection, TrustBundle};
 
 /// A workload's certificate chain with its key: what it proves itself by.
 ///
@@ -156,8 +156,7 @@ impl Svid {
         }
         let (not_before, not_after) = validity(&leaf);
         let serial = leaf.raw_serial().to_vec();
-        let certified = CertifiedKey::from_der(chain, key.private_key(), &tls::provider())
-            .map_err(InvalidAnswer::WrongKey)?;
+        let certified = key.certify(chain).map_err(InvalidAnswer::WrongKey)?;
         Ok(Self {
             id: presented,
             key,
@@ -184,12 +183,6 @@ impl Svid {
     #[must_use]
     pub fn certified_key(&self) -> Arc<CertifiedKey> {
         Arc::clone(&self.certified)
-    }
-
-    /// A copy of the private key, PKCS#8. Prefer [`certified_key`](Self::certified_key), which makes none.
-    #[must_use]
-    pub fn private_key(&self) -> PrivateKeyDer<'static> {
-        self.key.private_key()
     }
 
     /// Serial number of the leaf, big-endian.

@@ -48,7 +48,7 @@ static GOOD: LazyLock<Good> = LazyLock::new(|| {
     let crl_pem = ca.crl_pem(now()).unwrap();
     let bundle = TrustBundle::from_pem(DOMAIN, &ca.root_bundle_pem(), &crl_pem).unwrap();
     Good {
-        key: svid.private_key().secret_der().to_vec(),
+        key: svid.key().to_pkcs8().to_vec(),
         request: CertificateSigningRequestDer::from_pem_slice(request.as_bytes()).unwrap().to_vec(),
         list: CertificateRevocationListDer::from_pem_slice(crl_pem.as_bytes()).unwrap().to_vec(),
         bundle: Arc::new(bundle),

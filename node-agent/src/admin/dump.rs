@@ -325,8 +325,7 @@ mod tests {
         let (key, request) = csr(&id).unwrap();
         let chain = ca.sign(&request, &id, Duration::ZERO, now).unwrap();
         let svid = IssuedAnswer::check(&chain, &id, key, now).unwrap().svid;
-        let private = svid.private_key();
-        let private = private.secret_der();
+        let private = svid.key().to_pkcs8();
         // The scalar: an OCTET STRING of 32 bytes behind version 1. Source: RFC 5915 §3.
         let marker = [2, 1, 1, 4, 32];
         let at = private.windows(5).position(|window| window == marker).unwrap() + 5;

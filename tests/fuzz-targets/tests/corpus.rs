@@ -52,7 +52,7 @@ fn fixtures_are_made_on_demand() {
     let answer = ca.sign(&request, &id, Duration::from_secs(24 * 3600), now).unwrap();
     let svid = IssuedAnswer::check(&answer, &id, key, now).unwrap().svid;
     ca.revoke_leaf(svid.serial(), now);
-    let key = rcgen::KeyPair::try_from(svid.private_key().secret_der()).unwrap().serialize_pem();
+    let key = rcgen::KeyPair::try_from(svid.key().to_pkcs8().as_slice()).unwrap().serialize_pem();
     let files = [
         ("leaf.pem", answer[0].clone()),
         ("intermediate.pem", answer[1].clone()),
