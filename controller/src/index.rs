@@ -54,7 +54,8 @@ pub struct IndexSettings {
     pub istio_labels: bool,
     /// What becomes of unknown destinations in namespaces that do not say; default allow.
     pub unknown_egress: UnknownEgress,
-    /// Namespaces whose pods are never captured, whatever their labels say; default `kube-system`.
+    /// Namespaces whose pods are never captured, whatever their labels say; default
+    /// [`mesh_model::EXCLUDED_NAMESPACES`].
     pub excluded_namespaces: BTreeSet<Arc<str>>,
 }
 
@@ -68,7 +69,7 @@ impl Default for IndexSettings {
             root_namespace: "istio-system".into(),
             istio_labels: false,
             unknown_egress: UnknownEgress::Allow,
-            excluded_namespaces: ["kube-system".into()].into(),
+            excluded_namespaces: mesh_model::EXCLUDED_NAMESPACES.map(Into::into).into(),
         }
     }
 }

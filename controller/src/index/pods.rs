@@ -84,7 +84,7 @@ fn is_selected(view: View<'_>, meta: &Metadata, ours: Option<&str>, twin: Option
 pub(super) fn of_pod(view: View<'_>, key: &Key, pod: &Pod, ambient: bool) -> Option<PodSettings> {
     (!pod.host_network && !pod.node.is_empty()).then(|| PodSettings {
         uid: pod_uid(key, view.settings),
-        pod_uid: pod.meta.uid.clone(),
+        pod_uid: node_uid(&pod.meta),
         key: key.clone(),
         node: pod.node.clone(),
         service_account: pod.service_account.clone(),
@@ -92,6 +92,12 @@ pub(super) fn of_pod(view: View<'_>, key: &Key, pod: &Pod, ambient: bool) -> Opt
         probe_ports: pod.probe_ports.clone(),
         capture: pod.capture.clone(),
     })
+}
+
+/// The uid that the pod has on its node, in cgroups and in `CNI_ARGS`. A static pod's is its kubelet's hash of its file; the
+/// mirror of it in the API has another. Source: Kubernetes' annotation `kubernetes.io/config.mirror`.
+fn node_uid(meta: &Metadata) -> Arc<str> {
+    meta.annotation("kubernetes.io/config.mirror").map_or_else(|| meta.uid.clone(), Arc::from)
 }
 
 /// The settings of a WorkloadEntry that is bound to a node.

@@ -151,6 +151,27 @@ fn pods_join_by_label_only() {
     }
 }
 
+/// A static pod's mirror has a uid of its own in the API; on its node the pod has its kubelet's.
+#[test]
+fn a_static_pod_is_named_as_its_node_names_it() {
+    let pod_uid = |annotations: &str| {
+        let index = index_of(&format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: p, namespace: shop, uid: of-the-api, annotations: {{{annotations}}}}}, spec: {{nodeName: n}}, status: {{podIP: 10.0.0.1}}}}"
+        ));
+        index.pods().next().unwrap().pod_uid.to_string()
+    };
+    assert_eq!(pod_uid(""), "of-the-api");
+    assert_eq!(pod_uid("kubernetes.io/config.mirror: of-the-kubelet"), "of-the-kubelet");
+}
+
+/// What the mesh itself needs to start is held out by all of its programs, or by none.
+#[test]
+fn the_default_exclusions_are_everybodys() {
+    let excluded = IndexSettings::default().excluded_namespaces;
+    assert!(mesh_model::EXCLUDED_NAMESPACES.iter().all(|name| excluded.contains(*name)));
+    assert_eq!(excluded.len(), mesh_model::EXCLUDED_NAMESPACES.len());
+}
+
 #[test]
 fn some_pods_are_never_captured() {
     for (spec, status, workload_exists, settings_exist) in [

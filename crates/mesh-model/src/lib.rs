@@ -31,6 +31,10 @@ pub use workload::{
     TunnelProtocol, Workload, WorkloadKind, WorkloadUid,
 };
 
+/// Namespaces whose pods are never the mesh's unless an operator says otherwise: what a cluster and the mesh itself need to
+/// start. The controller, the agent and the CNI plugin have to agree, or a pod would be held out by one and awaited by another.
+pub const EXCLUDED_NAMESPACES: [&str; 2] = ["kube-system", "culvert-system"];
+
 /// Ports the agent takes inside every enrolled pod's network namespace.
 ///
 /// Source: HBONE as Istio ambient speaks it; the numbers are constants there as well.

@@ -32,7 +32,7 @@ pub struct Config {
 }
 
 /// Excluded unless configured: what the mesh itself needs to start, on a node where nothing runs yet.
-pub const DEFAULT_EXCLUDED: [&str; 2] = ["kube-system", "culvert-system"];
+pub const DEFAULT_EXCLUDED: [&str; 2] = mesh_model::EXCLUDED_NAMESPACES;
 
 /// Largest configuration read, bytes. Real ones have a few thousand.
 pub const MAX_CONFIG_BYTES: usize = 1024 * 1024;
