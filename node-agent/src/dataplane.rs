@@ -213,6 +213,12 @@ impl DataPlane {
         }
     }
 
+    /// Flows of a pod that are open, also of one that leaves; none of a pod that is not served.
+    #[must_use]
+    pub fn open_flows(&self, uid: &PodUid) -> usize {
+        self.pods().get(uid).map_or(0, |pod| pod.open())
+    }
+
     /// Closes the pod on all workers at once and waits for all.
     async fn close(&self, key: PodKey, drain: Drain) {
         let mut replies = Vec::with_capacity(self.workers.len());
@@ -258,6 +264,11 @@ impl DataPlane {
         self.pods().clear();
     }
 
+    /// Ends or begins admission for want of memory: new connections and requests are refused as overloaded, open ones go on.
+    pub fn set_memory_short(&self, short: bool) {
+        self.budget.set_memory_short(short);
+    }
+
     /// What the data plane has counted.
     #[must_use]
     pub fn stats(&self) -> DataPlaneStats {
@@ -269,6 +280,7 @@ impl DataPlane {
             stuck_workers: self.watchdog.stuck(),
             sockets: self.budget.used(),
             socket_limit: self.budget.limit(),
+            memory_is_short: self.budget.memory_is_short(),
             ..self.stats.read()
         }
     }

@@ -9,7 +9,6 @@ use mesh_authorize::{Decision, Permit, authorize};
 use mesh_identity::PeerRejection;
 use mesh_model::{CloseReason, Direction, Flow, SpiffeId, ports};
 use mesh_net::driver::ops::{Answering, Ends, Incoming, ListenerTag, Ops};
-use mesh_net::handshake::HandshakeError;
 use mesh_net::socket::{self, AppSource};
 use mesh_resolve::{Authority, ResolvedFlow, Route, resolve_inbound};
 use mesh_telemetry::EarlyDenial;
@@ -25,13 +24,14 @@ use crate::dataplane::telemetry::{PeerHead, Story, response_head};
 use crate::dataplane::tls::CertificateStamp;
 use crate::dataplane::tunnels::ServerTunnel;
 use crate::dataplane::waiting::WaitFor;
-use crate::dataplane::worker::{CapturedConn, NodeWorker, Refusal, Waiting};
+use crate::dataplane::worker::{CapturedConn, MEMORY_IS_SHORT, NodeWorker, Refusal, Waiting};
 use crate::error::error_chain;
 
 /// A CONNECT that has not been answered.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) id: RequestId,
+    pub(super) tunnel: TunnelId,
     pub(super) pod: Arc<Pod>,
     flow: Flow,
     peer: SpiffeId,
@@ -97,7 +97,7 @@ impl NodeWorker {
         tag: ListenerTag,
         peer: SocketAddr,
         reason: CloseReason,
-        error: &HandshakeError,
+        error: &dyn std::error::Error,
     ) {
         let (key, _port) = PodKey::of(tag);
         let own = self.pod(key).and_then(|pod| pod.address_like(peer));
@@ -125,6 +125,9 @@ impl NodeWorker {
         let own = CertificateStamp(stamp);
         self.tunnels.accepted(tunnel, ServerTunnel { pod, own, peer, ends });
         self.retire_ended(ops);
+        if let Some(rejection) = self.judge_proved(ops, tunnel) {
+            return self.tunnel_refused(tag, ends.peer, rejection.close_reason(), &rejection);
+        }
         // Replaced during the handshake: the peer is told, and dials again for its next stream.
         if !self.tls.is_in_force(&self.snapshot(), own) {
             ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
@@ -154,6 +157,10 @@ impl NodeWorker {
             .map(|slot| Held { slot, client_port: None });
         let refusal = match (&authority, &held) {
             (Err(error), _) => Some(Refusal::new(CloseReason::WrongDestination, error)),
+            (Ok(_), None) if ops.memory_is_short() => Some(Refusal {
+                detail: Some(MEMORY_IS_SHORT.into()),
+                ..Refusal::from(CloseReason::Overloaded)
+            }),
             (Ok(_), None) => Some(CloseReason::Overloaded.into()),
             (Ok(_), Some(_)) if has_ended => {
                 ops.engine.retire(Retire::Tunnel(tunnel), ops.now());
@@ -164,6 +171,7 @@ impl NodeWorker {
         };
         let request = Request {
             id: request,
+            tunnel,
             pod,
             flow,
             peer: peer.id().clone(),

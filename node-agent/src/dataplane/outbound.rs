@@ -267,6 +267,10 @@ impl NodeWorker {
         let own = self.tunnels.dialled(dial, tunnel, peer);
         let (Some(own), Some(tunnel)) = (own, tunnel) else { return };
         self.retire_ended(ops);
+        // What waited for the tunnel is on it by now, and is cut.
+        if self.judge_proved(ops, tunnel).is_some() {
+            return;
+        }
         // The certificate may have been replaced during the handshake. What waited for the tunnel is on it by now.
         if !self.tls.is_in_force(&self.snapshot(), own.stamp) {
             ops.engine.retire(Retire::Tunnel(tunnel), ops.now());

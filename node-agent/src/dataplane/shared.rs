@@ -177,6 +177,8 @@ pub enum Drain {
     Now,
     /// No new ones; those open may end by themselves for this long.
     Graceful(Duration),
+    /// No new ones; those open end by themselves: the pod lives on.
+    WhenOver,
 }
 
 /// Bounds of the data plane. What goes beyond is refused as overloaded.

@@ -20,7 +20,7 @@ pub(super) struct Stats {
 /// What the data plane has counted since it started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DataPlaneStats {
-    /// Connections reset because there were no descriptors left.
+    /// Connections reset because there were no descriptors left, or memory was short.
     pub shed: u64,
     /// Connections to port 15001 that capture knows nothing about; all refused.
     pub no_orig_dst: u64,
@@ -38,6 +38,8 @@ pub struct DataPlaneStats {
     pub sockets: u64,
     /// Sockets that the data plane may use.
     pub socket_limit: u64,
+    /// Nothing is admitted for want of memory.
+    pub memory_is_short: bool,
     /// Pods served.
     pub pods: usize,
     /// Engines, each on a thread of its own.

@@ -222,6 +222,15 @@ impl Tunnels {
         }
     }
 
+    /// The certificate that the far end of a tunnel has shown.
+    pub(super) fn certificate(&self, id: TunnelId) -> Option<&PeerCertificate> {
+        match self.up.get(&id)? {
+            Tunnel::Dialled { peer, .. } | Tunnel::Accepted(ServerTunnel { peer, .. }) => {
+                Some(peer)
+            }
+        }
+    }
+
     pub(super) fn distrust(&mut self, id: TunnelId) {
         self.distrusted.insert(id);
     }

@@ -112,7 +112,8 @@ struct ServedListener {
 /// A pod that is served no more but has flows left.
 #[derive(Debug)]
 struct Leaving {
-    deadline: Instant,
+    /// When its flows are cut; none for one that lives on outside the mesh.
+    deadline: Option<Instant>,
     replies: Vec<oneshot::Sender<()>>,
 }
 
@@ -152,6 +153,12 @@ pub(super) struct NodeWorker {
 
 /// How often the byte counts of open flows are reported.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why a connection is refused that descriptors were left for.
+pub(super) const MEMORY_IS_SHORT: &str = "the agent's memory is short";
+
+/// How long flows of a pod that lives on may go on after a hand-over, unless the successor says better.
+const HANDED_PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
 /// What a worker is made of.
 pub(super) struct WorkerParts {
@@ -293,6 +300,19 @@ impl NodeWorker {
     /// Takes something out of the waiting room.
     pub(super) fn take_waiting(&mut self, wait: WaitId) -> Option<Waiting> {
         self.waiting.take(wait)
+    }
+
+    /// Takes out the CONNECTs of a tunnel that wait.
+    pub(super) fn take_requests(&mut self, tunnel: TunnelId) -> Vec<Request> {
+        let of_tunnel =
+            |waiting: &Waiting| matches!(waiting, Waiting::Request(r) if r.tunnel == tunnel);
+        let taken = self.waiting.take_where(of_tunnel).into_iter();
+        taken
+            .filter_map(|waiting| match waiting {
+                Waiting::Request(request) => Some(request),
+                Waiting::Conn(_) | Waiting::Name { .. } | Waiting::Handshake { .. } => None,
+            })
+            .collect()
     }
 
     /// The id that the next thing parked will have.
@@ -442,13 +462,13 @@ impl NodeWorker {
         for listener in served.listeners.drain(..) {
             ops.remove_listener(listener.id);
         }
-        let grace = match drain {
-            Drain::Now => Duration::ZERO,
-            Drain::Graceful(grace) => grace,
-        };
         // A second removal replaces the deadline of the first; both callers are told at the end.
-        let deadline = ops.now() + grace;
-        served.pod.leaves(deadline);
+        let deadline = match drain {
+            Drain::Now => Some(ops.now()),
+            Drain::Graceful(grace) => Some(ops.now() + grace),
+            Drain::WhenOver => None,
+        };
+        served.pod.leaves(deadline.unwrap_or_else(|| ops.now() + HANDED_PATIENCE));
         let leaving =
             self.leaving.entry(key).or_insert_with(|| Leaving { deadline, replies: Vec::new() });
         leaving.deadline = deadline;
@@ -468,7 +488,10 @@ impl NodeWorker {
         let gone: Vec<PodKey> = self
             .leaving
             .iter()
-            .filter(|(key, leaving)| leaving.deadline <= now || self.flows.count_of(**key) == 0)
+            .filter(|(key, leaving)| {
+                leaving.deadline.is_some_and(|deadline| deadline <= now)
+                    || self.flows.count_of(**key) == 0
+            })
             .map(|(key, _)| *key)
             .collect();
         for key in gone {
@@ -631,7 +654,11 @@ impl Handler for NodeWorker {
             Direction::Outbound => Story::outbound(flow, None, None),
             Direction::InboundPlaintext | Direction::InboundTunnel => Story::plaintext(flow, None),
         };
-        self.flows.refused(story, CloseReason::Overloaded.into(), ops.now());
+        let mut refusal = Refusal::from(CloseReason::Overloaded);
+        if ops.memory_is_short() {
+            refusal.detail = Some(MEMORY_IS_SHORT.into());
+        }
+        self.flows.refused(story, refusal, ops.now());
     }
 
     fn dial(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>) {
@@ -755,7 +782,7 @@ impl Handler for NodeWorker {
     fn poll_timeout(&self) -> Option<Instant> {
         let rejudge = self.rejudge.due();
         let report = (!self.flows.is_empty()).then_some(self.next_report);
-        let leaving = self.leaving.values().map(|leaving| leaving.deadline).min();
+        let leaving = self.leaving.values().filter_map(|leaving| leaving.deadline).min();
         [self.waiting.next_deadline(), rejudge, report, leaving, self.look_at_ends]
             .into_iter()
             .flatten()

@@ -125,6 +125,107 @@ fn client_hello() -> Vec<u8> {
     hello
 }
 
+/// A certificate is revoked while its handshake is under way, which judges by the lists of its beginning.
+#[test]
+fn a_peer_that_is_revoked_during_its_handshake_is_not_let_in() {
+    let mut mesh = Mesh::with(with_limits(Limits::default()));
+    let svid = issue(&mesh.ca, &identity("client"));
+    let trust = mesh.client.shared.snapshot.load().trust.clone();
+    let shake_hands = |mesh: &Mesh, meanwhile: &mut dyn FnMut()| {
+        let config = mesh_identity::tls::client(&svid, trust.clone(), vec![identity("server")]);
+        let name = rustls_pki_types::ServerName::try_from("any.invalid").unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+        let mut wire = mesh.client.pod.connect_plain(mesh.server.pod.v4(15008)).unwrap();
+        wire.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        client.write_tls(&mut wire).unwrap();
+        // The server has chosen what it judges by once it has answered.
+        wire.peek(&mut [0]).unwrap();
+        meanwhile();
+        while client.is_handshaking() {
+            client.complete_io(&mut wire).unwrap();
+        }
+        while client.wants_write() {
+            client.write_tls(&mut wire).unwrap();
+        }
+        (client, wire)
+    };
+    let (held, _wire) = shake_hands(&mesh, &mut || {});
+    assert!(!held.is_handshaking());
+    mesh.ca.revoke_leaf(svid.serial(), SystemTime::now());
+    let list = mesh.ca.crl_pem(SystemTime::now()).unwrap();
+    let roots = mesh.ca.root_bundle_pem();
+    let revoking = mesh_identity::TrustBundle::from_pem("cluster.local", &roots, &list).unwrap();
+    let revoking = Arc::new(revoking);
+    // The first is cut by the round that the change begins; the second has to be met when it is up.
+    let server = &mesh.server;
+    let (_client, mut wire) = shake_hands(&mesh, &mut || {
+        server.change(Changed::TRUST, |snapshot| snapshot.trust = Arc::clone(&revoking));
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_millis(300) {
+            thread::yield_now();
+        }
+    });
+    wait_for_failed(&mesh.server, CloseReason::CertRevoked, 1);
+    let mut rest = Vec::new();
+    let ended = wire.read_to_end(&mut rest);
+    let timed_out = [ErrorKind::WouldBlock, ErrorKind::TimedOut];
+    assert!(!ended.is_err_and(|error| timed_out.contains(&error.kind())), "it stays open");
+}
+
+/// A request that waits for the pod's workload is refused with its tunnel, and not delivered when the workload has come.
+#[test]
+fn a_request_that_waits_is_refused_when_its_peer_is_revoked() {
+    let config = DataPlaneConfig { workers: 1, ..DataPlaneConfig::default() };
+    let mut mesh = Mesh::with(config);
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    exchange(&mesh, target, 100);
+    let before = mesh.server.ledger.ended(1).len();
+    mesh.server.change(Changed::INDEX, |snapshot| {
+        let removed_workloads = vec![workload("server", &[]).uid];
+        snapshot.index.apply(IndexDelta { removed_workloads, ..IndexDelta::default() });
+    });
+    let mut waits: TcpStream = mesh.client.dial(target).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    let serial = mesh.client.shared.snapshot.load().svids[&identity("client")].serial().to_vec();
+    mesh.ca.revoke_leaf(&serial, SystemTime::now());
+    let list = mesh.ca.crl_pem(SystemTime::now()).unwrap();
+    let roots = mesh.ca.root_bundle_pem();
+    let trust = mesh_identity::TrustBundle::from_pem("cluster.local", &roots, &list).unwrap();
+    let trust = Arc::new(trust);
+    let begun = Instant::now();
+    mesh.server.change(Changed::TRUST, |snapshot| snapshot.trust = Arc::clone(&trust));
+    assert_eq!(read_error(&mut waits), ErrorKind::ConnectionReset);
+    assert!(begun.elapsed() < Duration::from_secs(3), "only its patience has ended it");
+    let refused = &mesh.server.ledger.ended(before + 1)[before];
+    assert_eq!(refused.reason, CloseReason::CertRevoked);
+}
+
+/// While memory is short what is new is refused by that name, and what is open goes on.
+#[test]
+fn nothing_is_admitted_while_memory_is_short() {
+    let mesh = Mesh::new();
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    let mut open = mesh.client.dial(target).unwrap();
+    say_hello(&mut open);
+    mesh.client.plane.set_memory_short(true);
+    let mut refused: TcpStream = mesh.client.dial(target).unwrap();
+    assert_eq!(read_error(&mut refused), ErrorKind::ConnectionReset);
+    say_hello(&mut open);
+    let record = &mesh.client.ledger.ended(1)[0];
+    assert_eq!(record.reason, CloseReason::Overloaded);
+    assert!(record.detail.as_deref().is_some_and(|detail| detail.contains("memory")), "{record:?}");
+    mesh.client.plane.set_memory_short(false);
+    // The other end is short: the peer's request is refused.
+    mesh.server.plane.set_memory_short(true);
+    let mut refused: TcpStream = mesh.client.dial(target).unwrap();
+    assert_eq!(read_error(&mut refused), ErrorKind::ConnectionReset);
+    say_hello(&mut open);
+    mesh.server.plane.set_memory_short(false);
+    exchange(&mesh, target, 10_000);
+}
+
 #[test]
 fn a_target_that_never_shakes_hands_is_given_up_in_time() {
     let limits = Limits { handshake_timeout: Duration::from_millis(500), ..Limits::default() };

@@ -426,6 +426,32 @@ fn a_leaving_pod_lets_its_flows_end_or_cuts_them_at_the_deadline() {
     }
 }
 
+/// A pod that leaves the mesh and lives on: no deadline ends its flows, and a later one may.
+#[test]
+fn flows_of_a_pod_that_lives_on_end_by_themselves() {
+    let mesh = Mesh::new();
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    let mut held = mesh.client.dial(target).unwrap();
+    let hello = |stream: &mut TcpStream| {
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+    };
+    hello(&mut held);
+    let leaving = mesh.client.plane.remove_pod(&mesh.client.uid, Drain::WhenOver);
+    let waited = mesh
+        .runtime
+        .block_on(async { tokio::time::timeout(Duration::from_millis(500), leaving).await });
+    assert!(waited.is_err(), "the pod was gone before its flow");
+    hello(&mut held);
+    assert_eq!(mesh.client.plane.open_flows(&mesh.client.uid), 1);
+    held.shutdown(Shutdown::Both).unwrap();
+    drop(held);
+    mesh.runtime.block_on(mesh.client.plane.remove_pod(&mesh.client.uid, Drain::WhenOver));
+    assert_eq!(mesh.client.plane.open_flows(&mesh.client.uid), 0);
+    assert_ne!(mesh.client.ledger.ended(1)[0].reason, CloseReason::Drained);
+}
+
 #[test]
 fn a_pod_that_is_gone_takes_its_flows_with_it() {
     let mesh = Mesh::new();

@@ -1,6 +1,6 @@
-//! How many descriptors the data plane may use, counted over all workers.
+//! How many descriptors the data plane may use, counted over all workers; none while memory is short.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Counts sockets against the descriptor limit, so that admission ends before the kernel refuses.
 ///
@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct DescriptorBudget {
     limit: u64,
     used: AtomicU64,
+    memory_is_short: AtomicBool,
 }
 
 /// Descriptors that the data plane leaves to the rest of the agent.
@@ -20,13 +21,29 @@ impl DescriptorBudget {
     pub const fn under(descriptor_limit: u64) -> Self {
         let tenth = descriptor_limit / 10;
         let kept = if tenth > KEPT_FOR_OTHERS { tenth } else { KEPT_FOR_OTHERS };
-        Self { limit: descriptor_limit.saturating_sub(kept), used: AtomicU64::new(0) }
+        Self {
+            limit: descriptor_limit.saturating_sub(kept),
+            used: AtomicU64::new(0),
+            memory_is_short: AtomicBool::new(false),
+        }
     }
 
-    /// True when `more` further sockets fit.
+    /// True when `more` further sockets fit, and memory is not short.
     #[must_use]
     pub fn has_room(&self, more: u64) -> bool {
-        self.used.load(Ordering::Relaxed).saturating_add(more) <= self.limit
+        !self.memory_is_short()
+            && self.used.load(Ordering::Relaxed).saturating_add(more) <= self.limit
+    }
+
+    /// Ends or begins admission for want of memory. Sockets that are there are not touched.
+    pub fn set_memory_short(&self, short: bool) {
+        self.memory_is_short.store(short, Ordering::Relaxed);
+    }
+
+    /// Whether nothing is admitted for want of memory.
+    #[must_use]
+    pub fn memory_is_short(&self) -> bool {
+        self.memory_is_short.load(Ordering::Relaxed)
     }
 
     /// Sockets in use.
@@ -62,6 +79,10 @@ mod tests {
         budget.take();
         assert!(budget.has_room(1) && !budget.has_room(2));
         budget.give_back();
+        assert!(budget.has_room(2));
+        budget.set_memory_short(true);
+        assert!(!budget.has_room(1));
+        budget.set_memory_short(false);
         assert!(budget.has_room(2));
         assert_eq!(DescriptorBudget::under(10).limit(), 0);
         assert_eq!(DescriptorBudget::under(1_000_000).limit(), 900_000);

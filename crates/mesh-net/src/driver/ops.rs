@@ -198,10 +198,16 @@ impl Ops {
         self.accepting.len()
     }
 
-    /// True when `more` sockets fit under the descriptor limit.
+    /// True when `more` sockets fit under the descriptor limit, and memory is not short.
     #[must_use]
     pub fn has_room(&self, more: u64) -> bool {
         self.budget.has_room(more)
+    }
+
+    /// Whether nothing is admitted for want of memory.
+    #[must_use]
+    pub fn memory_is_short(&self) -> bool {
+        self.budget.memory_is_short()
     }
 
     /// Adds a socket that the handler made, for the engine. It may still be connecting.
