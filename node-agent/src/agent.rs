@@ -1,5 +1,6 @@
 //! The agent's parts, put together: what starts when, who knows whom, and how it ends.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -10,9 +11,9 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use mesh_authorize::PolicySet;
-use mesh_ebpf::{Capture, FeatureReport, monotonic_now};
+use mesh_ebpf::{Capture, FeatureReport};
 use mesh_identity::{Svid, TrustBundle};
-use mesh_model::CloseReason;
+use mesh_model::{CloseReason, PodUid};
 use mesh_resolve::{ResolveSettings, WorkloadIndex};
 use mesh_runtime::supervisor::{Notice, notify};
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain as DrainSignal};
@@ -33,13 +34,14 @@ use crate::control::report::report_pods;
 use crate::control::saved::SavedWorld;
 use crate::control::session::ControllerSession;
 use crate::control::world::World;
-use crate::dataplane::{DataPlane, DataPlaneConfig, FlowSink, Shared, Snapshot};
+use crate::dataplane::{DataPlane, DataPlaneConfig, Drain, FlowSink, Shared, Snapshot};
 use crate::dns::DnsDesk;
 use crate::dns::lookup::PodResolver;
+use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments};
 use crate::enrolment::desk::EnrolmentDesk;
 use crate::enrolment::enroller::{Enroller, EnrollerConfig};
+use crate::enrolment::namespace;
 use crate::enrolment::server::Enrolment;
-use crate::enrolment::{attachment::PodAttachments, namespace};
 use crate::error::error_chain;
 use crate::handover::Place;
 use crate::handover::doors::{Door, Doors};
@@ -49,10 +51,8 @@ use crate::health;
 use crate::identity::{IdentityRequests, Rotation};
 use crate::picture::Picture;
 use crate::telemetry::FlowReports;
+use crate::tend::{node_addresses, retire_foreign_layouts, tend_kernel};
 use crate::upgrade::Upgrade;
-
-/// Between rounds of looking after the kernel's tables.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Runs the agent until it is told to end. Capture stays: what is pinned refuses new connections until a successor
 /// serves them.
@@ -102,7 +102,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     let reports = Arc::new(reports);
     let certificates = running.as_mut().map(Successor::certificates).unwrap_or_default();
     let shared = Arc::new(Shared {
-        snapshot: ArcSwap::from_pointee(first_picture(certificates)),
+        snapshot: ArcSwap::from_pointee(first_picture(certificates, settings.resolving())),
         flows: Arc::clone(&reports) as Arc<dyn FlowSink>,
         identities: Arc::new(requests),
         resolver: Arc::new(PodResolver::new(Arc::clone(&dns), runtime.clone())),
@@ -127,7 +127,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     let mut control = Control::new(
         session.clone(),
         (&node_identity(&settings, &node)).into(),
-        World::new(settings.denied()),
+        World::new(settings.denied(), settings.missing_policies()),
         SavedWorld::new(&settings.state_dir),
         Outlets {
             picture: Arc::clone(&picture),
@@ -157,7 +157,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
                 file: settings.state_dir.join("enrolled.json"),
                 boot_id,
                 host_cookie,
-                drain: settings.drain(),
+                excluded: settings.cni_exclude_namespaces.iter().cloned().collect(),
             },
             attachments,
         )
@@ -308,7 +308,7 @@ pub fn uninstall(settings: &Settings) -> anyhow::Result<()> {
         file: settings.state_dir.join("enrolled.json"),
         boot_id: boot_id()?,
         host_cookie: namespace::host_cookie()?,
-        drain: Duration::ZERO,
+        excluded: BTreeSet::new(),
     };
     let left = Enroller::open(config, Arc::new(KernelOnly))
         .context("reading the list of enrolled pods")?
@@ -387,26 +387,28 @@ fn make_settings_writable() -> io::Result<()> {
 struct KernelOnly;
 
 impl PodAttachments for KernelOnly {
-    fn attach(
-        &self,
-        _pod: &crate::enrolment::attachment::AttachedPod,
-    ) -> Result<(), crate::enrolment::attachment::AttachError> {
+    fn attach(&self, _pod: &AttachedPod) -> Result<(), AttachError> {
         Ok(())
     }
 
-    fn detach(
-        &self,
-        _uid: &mesh_model::PodUid,
-        _cookie: u64,
-        _drain: Duration,
-    ) -> Result<(), crate::enrolment::attachment::AttachError> {
+    fn detach(&self, _uid: &PodUid, _cookie: u64, _drain: Drain) -> Result<(), AttachError> {
         Ok(())
     }
 
-    fn captured(
-        &self,
-    ) -> Result<std::collections::BTreeSet<u64>, crate::enrolment::attachment::AttachError> {
-        Ok(std::collections::BTreeSet::new())
+    fn lingers(&self, _uid: &PodUid) -> bool {
+        false
+    }
+
+    fn captured(&self) -> Result<BTreeSet<u64>, AttachError> {
+        Ok(BTreeSet::new())
+    }
+
+    fn whole(&self) -> Result<BTreeSet<u64>, AttachError> {
+        Ok(BTreeSet::new())
+    }
+
+    fn is_whole(&self, _cookie: u64) -> Result<bool, AttachError> {
+        Ok(false)
     }
 }
 
@@ -434,6 +436,8 @@ async fn adopt(
         tracing::info!(?adopted, "pods of an earlier life are taken up");
         if adopted.pending == 0 && adopted.orphans == 0 {
             capture.remove_foreign_layouts().context("removing capture of another version")?;
+        } else {
+            retire_foreign_layouts(&capture);
         }
         anyhow::Ok(())
     })
@@ -523,45 +527,6 @@ fn succeed(running: Successor, metrics: &Metrics) -> Doors {
     doors
 }
 
-/// Flows that ended leave the kernel's table, guards that another tool removed come back, and the node's addresses,
-/// from which probes come, are kept current.
-async fn tend_kernel(capture: Arc<Capture>, stop: CancellationToken) {
-    let mut interval = tokio::time::interval(SWEEP_INTERVAL);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            _ = interval.tick() => {}
-            () = stop.cancelled() => return,
-        }
-        let capture = Arc::clone(&capture);
-        let tended = tokio::task::spawn_blocking(move || tend_once(&capture)).await;
-        if let Err(error) = tended {
-            tracing::error!(%error, "the kernel's tables were not looked after");
-        }
-    }
-}
-
-fn tend_once(capture: &Capture) {
-    if let Err(error) = capture.sweep_flows(monotonic_now()) {
-        tracing::warn!(%error, "ended flows stay in the kernel's table");
-    }
-    match capture.verify_guards() {
-        Ok(0) => {}
-        Ok(gone) => {
-            metrics::counter!("culvert_guards_restored_total")
-                .increment(u64::try_from(gone).unwrap_or(u64::MAX));
-            tracing::error!(gone, "another tool had removed guards of pods; they are back");
-        }
-        Err(error) => tracing::error!(%error, "guards of pods cannot be verified"),
-    }
-    let told = node_addresses().map_err(|error| error.to_string()).and_then(|addresses| {
-        capture.set_node_addresses(&addresses).map_err(|error| error.to_string())
-    });
-    if let Err(error) = told {
-        tracing::warn!(error, "the node's addresses are not current; probes may be refused");
-    }
-}
-
 async fn until_synced(
     mut standing: watch::Receiver<Standing>,
     pending: mesh_runtime::Pending,
@@ -594,13 +559,13 @@ async fn await_signals(trigger: DrainTrigger) {
 }
 
 /// What is known at the beginning: nothing but a predecessor's certificates.
-fn first_picture(certificates: Vec<Svid>) -> Snapshot {
+fn first_picture(certificates: Vec<Svid>, settings: ResolveSettings) -> Snapshot {
     let svids = certificates.into_iter().map(|svid| (svid.id().clone(), Arc::new(svid)));
     Snapshot {
         index: WorkloadIndex::default(),
         policies: PolicySet::default(),
         synced: false,
-        settings: ResolveSettings::default(),
+        settings,
         trust: Arc::new(TrustBundle::default()),
         svids: svids.collect(),
     }
@@ -621,26 +586,6 @@ fn node_identity(settings: &Settings, node: &str) -> NodeIdentity {
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }
-
-/// The node's own addresses; link-local ones too, from which a kubelet may probe.
-fn node_addresses() -> io::Result<Vec<IpAddr>> {
-    let interfaces = nix::ifaddrs::getifaddrs()?;
-    let mut addresses: Vec<IpAddr> = interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-        })
-        .filter(|ip| !ip.is_loopback())
-        .collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    addresses.truncate(MAX_NODE_ADDRESSES);
-    Ok(addresses)
-}
-
-/// Bound of the kernel's table. Source: `Capture::set_node_addresses`.
-const MAX_NODE_ADDRESSES: usize = 1024;
 
 /// The node's nameservers, for pods whose own are not known. Source: resolv.conf(5).
 fn nameservers() -> Vec<IpAddr> {

@@ -6,7 +6,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use mesh_ebpf::{Capture, CaptureError, NetnsCookie, PodCapture, port};
 use mesh_model::{PodUid, ports};
@@ -207,24 +206,39 @@ impl PodAttachments for Attachments {
         added
     }
 
-    fn detach(&self, uid: &PodUid, cookie: u64, drain: Duration) -> Result<(), AttachError> {
+    fn detach(&self, uid: &PodUid, cookie: u64, drain: Drain) -> Result<(), AttachError> {
         self.gate.capture.unenroll(NetnsCookie(cookie)).map_err(kernel_refused)?;
         self.dns.remove(uid);
-        if drain.is_zero() {
-            self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));
-        } else {
-            let (data_plane, uid) = (Arc::clone(&self.data_plane), uid.clone());
-            self.runtime.spawn(async move {
-                data_plane.remove_pod(&uid, Drain::Graceful(drain)).await;
-            });
+        match drain {
+            Drain::Now => self.runtime.block_on(self.data_plane.remove_pod(uid, drain)),
+            Drain::Graceful(_) | Drain::WhenOver => {
+                let (data_plane, uid) = (Arc::clone(&self.data_plane), uid.clone());
+                self.runtime.spawn(async move { data_plane.remove_pod(&uid, drain).await });
+            }
         }
         self.unstage(uid);
         Ok(())
     }
 
+    fn lingers(&self, uid: &PodUid) -> bool {
+        self.data_plane.open_flows(uid) > 0
+    }
+
     fn captured(&self) -> Result<BTreeSet<u64>, AttachError> {
         let enrolled = self.gate.capture.enrolled().map_err(kernel_refused)?;
-        Ok(enrolled.into_iter().map(|pod| pod.cookie.0).collect())
+        let foreign = self.gate.capture.foreign_pods().map_err(kernel_refused)?;
+        let ours = enrolled.into_iter().map(|pod| pod.cookie);
+        Ok(ours.chain(foreign).map(|cookie| cookie.0).collect())
+    }
+
+    fn whole(&self) -> Result<BTreeSet<u64>, AttachError> {
+        let enrolled = self.gate.capture.enrolled().map_err(kernel_refused)?;
+        Ok(enrolled.iter().filter(|pod| pod.is_whole()).map(|pod| pod.cookie.0).collect())
+    }
+
+    fn is_whole(&self, cookie: u64) -> Result<bool, AttachError> {
+        let found = self.gate.capture.find(NetnsCookie(cookie)).map_err(kernel_refused)?;
+        Ok(found.is_some_and(|pod| pod.is_whole()))
     }
 }
 
@@ -255,11 +269,12 @@ fn ordered(pod: &AttachedPod) -> Vec<std::net::IpAddr> {
     pod.addresses.iter().copied().collect()
 }
 
+/// Whether the pod's sockets can stay. What is captured of it is no matter: that is changed in the kernel's tables alone,
+/// and its connections go on.
 fn same_sockets(before: &PodSockets, now: &PodSockets) -> bool {
     before.cookie == now.cookie
         && before.addresses == now.addresses
         && before.service_account == now.service_account
-        && before.capture_inbound == now.capture_inbound
 }
 
 fn kernel_refused(error: CaptureError) -> AttachError {

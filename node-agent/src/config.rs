@@ -6,7 +6,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use mesh_authorize::MissingPolicy;
 use mesh_ebpf::GuardPreference;
+use mesh_resolve::{ResolveSettings, WaypointEnforcement};
 use mesh_telemetry::LogFormat;
 
 use crate::cni::CniFolders;
@@ -118,7 +120,7 @@ pub struct Settings {
     /// Engines of the data path, each on a thread of its own; default: usable cores.
     #[arg(long, env = "CULVERT_WORKERS")]
     pub workers: Option<usize>,
-    /// How long connections may go on when the agent stops or a pod leaves the mesh, seconds.
+    /// How long connections may go on when the agent stops, seconds. Those of a pod that leaves the mesh go on until they end.
     #[arg(long, env = "CULVERT_DRAIN_SECONDS", default_value_t = 5)]
     pub drain_seconds: u64,
     /// Enrolled pods may not send UDP, except DNS to the agent.
@@ -127,6 +129,30 @@ pub struct Settings {
     /// Enrolled pods may not send ICMP, except what IPv6 needs.
     #[arg(long, env = "CULVERT_DENY_ICMP")]
     pub deny_icmp: bool,
+    /// Whether traffic may pass by the waypoint that its destination is bound to when that is away.
+    #[arg(long, env = "CULVERT_WAYPOINTS", value_enum, default_value = "required")]
+    pub waypoints: Waypoints,
+    /// Where to be as lenient as ztunnel, in a mesh of both. May repeat.
+    #[arg(long, env = "CULVERT_COMPAT", value_enum, value_delimiter = ',')]
+    pub compat: Vec<Compat>,
+}
+
+/// What happens to traffic that does not pass the waypoint bound to its destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Waypoints {
+    /// It is refused.
+    Required,
+    /// It goes on without, unjudged by what the waypoint enforces.
+    Preferred,
+}
+
+/// A strictness that can be given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compat {
+    /// A CONNECT may name any known host, and any authority for a workload with an application tunnel.
+    ForeignAuthority,
+    /// A policy that is named and was not received yet refuses nobody.
+    MissingPolicy,
 }
 
 /// Where to listen, or nowhere.
@@ -245,7 +271,7 @@ impl Settings {
         self.run_dir.join("handover.sock")
     }
 
-    /// How long connections may go on when something ends.
+    /// How long connections may go on when the agent stops.
     #[must_use]
     pub const fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)
@@ -284,6 +310,27 @@ impl Settings {
             root: self.controller_root.clone(),
             node: node.to_owned(),
             credential,
+        }
+    }
+
+    /// How connections are routed.
+    pub(crate) fn resolving(&self) -> ResolveSettings {
+        ResolveSettings {
+            waypoints: match self.waypoints {
+                Waypoints::Required => WaypointEnforcement::Required,
+                Waypoints::Preferred => WaypointEnforcement::Preferred,
+            },
+            accept_foreign_authority: self.compat.contains(&Compat::ForeignAuthority),
+            ..ResolveSettings::default()
+        }
+    }
+
+    /// What becomes of flows whose policies are not known.
+    pub(crate) fn missing_policies(&self) -> MissingPolicy {
+        if self.compat.contains(&Compat::MissingPolicy) {
+            MissingPolicy::Ignore
+        } else {
+            MissingPolicy::Deny
         }
     }
 
@@ -326,6 +373,22 @@ mod tests {
         assert_eq!(settings.ready_address, ready);
         assert!(settings.check().is_ok());
         assert!("localhost:1".parse::<ListenAddress>().is_err());
+    }
+
+    #[test]
+    fn strictness_is_given_up_only_where_that_is_asked_for() {
+        let parse =
+            |flags: &[&str]| Arguments::parse_from(["culvert-agent"].iter().chain(flags)).settings;
+        let strict = parse(&[]);
+        assert_eq!(strict.resolving(), ResolveSettings::default());
+        assert_eq!(strict.missing_policies(), MissingPolicy::Deny);
+        let flags = ["--waypoints", "preferred", "--compat", "foreign-authority,missing-policy"];
+        let lenient = parse(&flags);
+        assert_eq!(lenient.resolving().waypoints, WaypointEnforcement::Preferred);
+        assert!(lenient.resolving().accept_foreign_authority);
+        assert_eq!(lenient.missing_policies(), MissingPolicy::Ignore);
+        let one = parse(&["--compat", "missing-policy"]);
+        assert_eq!(one.resolving(), ResolveSettings::default());
     }
 
     #[test]

@@ -16,4 +16,4 @@ pub(crate) mod squatter;
 pub(crate) mod sysctl;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -7,13 +7,15 @@ use mesh_runtime::{Pending, Readiness};
 use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::{DataPlane, DataPlaneStats};
+use crate::memory::MemoryMeter;
 
 /// Between looks at the data plane.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 /// Looks without a shed connection after which descriptors count as enough again.
 const QUIET_LOOKS: u32 = 10;
 
-/// The agent is not ready while it cannot serve: an engine that hangs, or no descriptors for new connections.
+/// The agent is not ready while it cannot serve: an engine that hangs, or no descriptors or memory for
+/// new connections.
 pub(crate) async fn watch(
     data_plane: Arc<DataPlane>,
     readiness: Readiness,
@@ -21,13 +23,22 @@ pub(crate) async fn watch(
 ) {
     let mut interval = tokio::time::interval(HEALTH_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut engines, mut descriptors) = (None, None);
+    let (mut engines, mut descriptors, mut memory) = (None, None, None);
     let mut exhaustion = Exhaustion::default();
+    let mut meter = MemoryMeter::of_this_process();
     loop {
         tokio::select! {
             _ = interval.tick() => {}
             () = stop.cancelled() => return,
         }
+        let short = meter.look();
+        data_plane.set_memory_short(short);
+        if short && memory.is_none() {
+            tracing::error!(
+                "the agent's memory is short: new connections are refused, open ones go on; raise its memory limit"
+            );
+        }
+        follow(&mut memory, short, || readiness.pending("memory"));
         let stats = data_plane.stats();
         let exhausted = exhaustion.look(&stats);
         follow(&mut engines, stats.stuck_workers > 0, || readiness.pending("engines"));
@@ -62,7 +73,8 @@ struct Exhaustion {
 
 impl Exhaustion {
     fn look(&mut self, stats: &DataPlaneStats) -> bool {
-        self.quiet = if stats.shed > self.shed {
+        // What is shed for want of memory says nothing of descriptors.
+        self.quiet = if stats.shed > self.shed && !stats.memory_is_short {
             Some(0)
         } else {
             self.quiet.map(|quiet| quiet + 1).filter(|quiet| *quiet < QUIET_LOOKS)

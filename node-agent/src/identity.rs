@@ -274,3 +274,6 @@ async fn ask(
     IssuedAnswer::check(&answer.cert_chain, id, key, SystemTime::now())
         .map_err(|error| error_chain(&error))
 }
+
+#[cfg(test)]
+mod tests;

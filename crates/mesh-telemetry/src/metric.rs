@@ -91,6 +91,8 @@ metrics! {
     HANDSHAKES = "culvert_tls_handshakes_total", Counter, "TLS handshakes, by result";
     /// Labels: `phase` (enrolled, pending, draining, excluded).
     PODS = "culvert_pods", Gauge, "pods of this node known to the agent";
+    /// No labels.
+    INTERFACES_UNGUARDED = "culvert_interfaces_unguarded", Gauge, "interfaces that pods got after enrolment and that no guard can stand on";
     /// Labels: `request` (enroll, unenroll, check, gc), `result` (ok, excluded, retry, refused).
     ENROLMENTS = "culvert_enrolment_requests_total", Counter, "enrolment requests, by result";
     /// No labels.

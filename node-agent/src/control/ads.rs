@@ -200,7 +200,7 @@ impl Control {
     }
 
     async fn converse(&mut self, heard: &mut bool) -> Result<StreamEnd, StreamEnd> {
-        let channel = self.session.connect().await?;
+        let channel = self.session.connect(self.world.roots.as_deref()).await?;
         let bearer = self.session.bearer(&channel).await?;
         let (requests, outgoing) = mpsc::channel(REQUESTS);
         for request in self.held.start(&self.node) {

@@ -117,8 +117,9 @@ impl ControllerSession {
         Self { config: Arc::new(config), token: Arc::new(Mutex::new(None)) }
     }
 
-    /// A new connection, with the roots as they are now.
-    pub(crate) async fn connect(&self) -> Result<Channel, SessionError> {
+    /// A new connection. The controller is judged by the roots in the file as they are now, and by `told`, those that it named
+    /// last: after a rotation its certificate chains to one that the file does not have.
+    pub(crate) async fn connect(&self, told: Option<&str>) -> Result<Channel, SessionError> {
         let address = &self.config.address;
         let failed = |source| SessionError::Connect { address: address.clone(), source };
         let mut endpoint = Endpoint::from(address.clone())
@@ -129,7 +130,9 @@ impl ControllerSession {
             .tcp_nodelay(true);
         if address.scheme_str() == Some("https") {
             let roots = read(&self.config.root)?;
-            let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(roots));
+            let told = told.map(Certificate::from_pem);
+            let roots = std::iter::once(Certificate::from_pem(roots)).chain(told);
+            let tls = ClientTlsConfig::new().ca_certificates(roots);
             endpoint = endpoint.tls_config(tls).map_err(failed)?;
         }
         endpoint.connect().await.map_err(failed)

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use mesh_authorize::{PolicyName, PolicySet};
+use mesh_authorize::{MissingPolicy, PolicyName, PolicySet};
 use mesh_enroll::PodName;
 use mesh_identity::{InvalidBundle, TrustBundle};
 use mesh_model::{NamespacedHostname, WorkloadUid};
@@ -25,6 +25,8 @@ pub(crate) struct World {
     pub(crate) policies: PolicySet,
     /// Whom to trust; of the last settings that were usable.
     pub(crate) trust: Option<Arc<TrustBundle>>,
+    /// The roots of it, PEM.
+    pub(crate) roots: Option<Arc<str>>,
     /// Settings of the mesh.
     pub(crate) mesh: Option<MeshConfig>,
     pods: BTreeMap<WorkloadUid, (PodConfig, Option<(PodName, WantedPod)>)>,
@@ -43,12 +45,15 @@ pub(crate) struct Touched {
 
 impl World {
     /// Nothing was said yet.
-    pub(crate) fn new(denied: Denied) -> Self {
+    pub(crate) fn new(denied: Denied, missing: MissingPolicy) -> Self {
+        let mut policies = PolicySet::default();
+        policies.set_missing(missing);
         Self {
             denied,
             index: WorkloadIndex::default(),
-            policies: PolicySet::default(),
+            policies,
             trust: None,
+            roots: None,
             mesh: None,
             pods: BTreeMap::new(),
             egress_set: BTreeSet::new(),
@@ -155,6 +160,7 @@ impl World {
     fn apply_mesh(&mut self, config: MeshConfig, touched: &mut Touched) {
         match self.trust_of(&config) {
             Ok(trust) => {
+                self.roots = Some(Arc::clone(&config.root_pem));
                 if self.trust.as_deref() != Some(&trust) {
                     self.trust = Some(Arc::new(trust));
                     touched.add(Changed::TRUST);
@@ -252,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_policy_that_cannot_be_read_is_in_force_as_a_refusal() {
-        let mut world = World::new(Denied::default());
+        let mut world = World::new(Denied::default(), MissingPolicy::Deny);
         let mut client = DeltaClientState::new(&ResourceKind::ALL);
         let (update, _) = client.handle(policies(&["shop/p"], &[])).unwrap();
         let touched = world.apply(update);

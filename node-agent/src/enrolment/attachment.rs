@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use mesh_ebpf::PodSettings;
 use mesh_enroll::PodRef;
 use mesh_model::PodUid;
 use mesh_net::Netns;
+
+use crate::dataplane::Drain;
 
 /// A pod that is about to be captured, or is.
 #[derive(Clone, Debug)]
@@ -33,11 +34,17 @@ pub(crate) trait PodAttachments: Send + Sync {
     /// Sockets first, programs next, the map entry that switches capture on last. On an error nothing is left behind.
     /// Attaching an attached pod applies changed settings and repairs what is missing.
     fn attach(&self, pod: &AttachedPod) -> Result<(), AttachError>;
-    /// Switches capture off; established connections may go on for `drain`, and forever refused are new ones over the mesh.
-    /// Detaching what is not attached succeeds.
-    fn detach(&self, uid: &PodUid, cookie: u64, drain: Duration) -> Result<(), AttachError>;
-    /// The cookies of the namespaces that the kernel captures, ours or left behind.
+    /// Switches capture off; established connections may go on as `drain` says, and forever refused are new ones over the
+    /// mesh. Detaching what is not attached succeeds, and a second call replaces the drain of the first.
+    fn detach(&self, uid: &PodUid, cookie: u64, drain: Drain) -> Result<(), AttachError>;
+    /// Whether connections of a detached pod still go on.
+    fn lingers(&self, uid: &PodUid) -> bool;
+    /// The cookies of the namespaces that the kernel captures: ours, left behind, or captured by another version.
     fn captured(&self) -> Result<BTreeSet<u64>, AttachError>;
+    /// Those of them whose capture is as [`attach`](Self::attach) left it.
+    fn whole(&self) -> Result<BTreeSet<u64>, AttachError>;
+    /// Whether one of them is.
+    fn is_whole(&self, cookie: u64) -> Result<bool, AttachError>;
 }
 
 /// A pod could not be attached or detached.

@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_ebpf::PodSettings;
 use mesh_enroll::{
@@ -22,6 +22,7 @@ use super::error::EnrollError;
 use super::namespace::{self, PodNamespace};
 use super::phases::{Entry, Phases};
 use super::record::{Record, RecordFile};
+use crate::dataplane::Drain;
 use crate::error::error_chain;
 use crate::state_file;
 
@@ -34,8 +35,8 @@ pub(crate) struct EnrollerConfig {
     pub(crate) boot_id: String,
     /// The node's own network namespace.
     pub(crate) host_cookie: u64,
-    /// How long connections of a pod that leaves the mesh may go on. Seconds; default 30.
-    pub(crate) drain: Duration,
+    /// Namespaces that the node leaves alone: pods of theirs that run already are not looked for.
+    pub(crate) excluded: BTreeSet<String>,
 }
 
 /// What the controller wants of a pod.
@@ -103,7 +104,7 @@ impl Enroller {
             }
             pods.insert(uid, Entry::new(record));
         }
-        let phases = Phases { attachments, host_cookie: config.host_cookie, drain: config.drain };
+        let phases = Phases { attachments, host_cookie: config.host_cookie };
         Ok(Self { config, phases, pods: Mutex::new(pods), revision: AtomicU64::new(0) })
     }
 
@@ -179,7 +180,13 @@ impl Enroller {
                 entry.record.phase.as_str(),
                 entry.detail
             )),
-            PodPhase::Enrolled => match self.phases.defect(entry) {
+            PodPhase::Enrolled => match self
+                .phases
+                .attachments
+                .is_whole(entry.record.cookie)
+                .map_err(EnrollError::from)
+                .and_then(|whole| self.phases.defect(entry, whole))
+            {
                 Ok(None) => EnrollReply::Ok,
                 Ok(Some(what)) => not_as_expected(what),
                 Err(error) => error.refusal().into(),
@@ -187,12 +194,16 @@ impl Enroller {
         }
     }
 
-    /// Lets go every sandbox of the container runtime that is not in `valid`.
+    /// Lets go sandboxes of the container runtime that are not in `valid` and whose namespace is gone.
+    ///
+    /// A list names the attachments of one network, and a runtime may have several, so that a sandbox which is not in it may
+    /// well live: one with a namespace stays captured.
     pub(crate) fn collect(&self, valid: &BTreeSet<ContainerId>) -> EnrollReply {
         let mut pods = self.lock();
         let gone: Vec<PodUid> = pods
             .iter()
             .filter(|(_, entry)| !entry.record.live && !valid.contains(&entry.record.container_id))
+            .filter(|(_, entry)| entry.has_vanished())
             .map(|(uid, _)| uid.clone())
             .collect();
         let mut outcome = EnrollReply::Ok;
@@ -213,7 +224,10 @@ impl Enroller {
         let pods = self.lock();
         let known: BTreeSet<&PodName> = pods.values().map(|entry| &entry.record.pod.name).collect();
         let is_missing = |(name, pod): &(&PodName, &WantedPod)| {
-            pod.captured && !pod.uid.is_empty() && !known.contains(*name)
+            pod.captured
+                && !pod.uid.is_empty()
+                && !known.contains(*name)
+                && !self.config.excluded.contains(name.namespace())
         };
         let missing = wanted.iter().filter(is_missing);
         missing.map(|(name, pod)| (name.clone(), pod.clone())).collect()
@@ -235,8 +249,7 @@ impl Enroller {
         let mut left = Vec::new();
         for (uid, entry) in std::mem::take(&mut *pods) {
             let undone = left.len();
-            let detached =
-                self.phases.attachments.detach(&uid, entry.record.cookie, Duration::ZERO);
+            let detached = self.phases.attachments.detach(&uid, entry.record.cookie, Drain::Now);
             if let Err(error) = detached {
                 left.push(format!("{}: {}", entry.record.pod.name, error_chain(&error)));
             }
@@ -340,9 +353,12 @@ impl Enroller {
         entry.record.originals = namespace.originals(&entry.record.originals)?;
         self.write(pods)?;
         let Some(entry) = pods.get_mut(uid) else { return Ok(()) };
+        let captured_before = entry.record.phase == PodPhase::Enrolled;
         self.phases.capture(entry)?;
         let written = self.write(pods);
+        // A pod that was captured stays so, whatever its record says: never open for want of a disk.
         if written.is_err()
+            && !captured_before
             && let Some(entry) = pods.get_mut(uid)
         {
             self.phases.undo(entry);
@@ -358,7 +374,7 @@ impl Enroller {
     ) -> Result<(), EnrollError> {
         if let Some(entry) = pods.get(uid) {
             if entry.record.phase != PodPhase::Excluded {
-                self.phases.attachments.detach(uid, entry.record.cookie, Duration::ZERO)?;
+                self.phases.attachments.detach(uid, entry.record.cookie, Drain::Now)?;
             }
             pods.remove(uid);
         }

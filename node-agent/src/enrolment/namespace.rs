@@ -139,7 +139,20 @@ impl PodNamespace {
 
     /// The first thing that is not as [`prepare`](Self::prepare) leaves it.
     pub(crate) fn drifted(&self) -> Result<Option<&'static str>, NamespaceError> {
-        within(&self.netns, "read kernel settings", || Ok(sysctl::drifted()))
+        let setting = within(&self.netns, "read kernel settings", || Ok(sysctl::drifted()))?;
+        if setting.is_some() {
+            return Ok(setting);
+        }
+        let mut netlink = within(&self.netns, "open a routing socket", Netlink::open)?;
+        for family in families(self.has_ipv6()?) {
+            let leads = netlink
+                .leads_to_loopback(family, RULE)
+                .map_err(NamespaceError::kernel("look up a route"))?;
+            if !leads {
+                return Ok(Some("the route of marked packets to lo"));
+            }
+        }
+        Ok(None)
     }
 
     fn has_ipv6(&self) -> Result<bool, NamespaceError> {

@@ -4,6 +4,7 @@
 //! pod's; afterwards any thread may use it. Source: `rtnetlink(7)`, Linux `uapi/linux/{rtnetlink,fib_rules}.h`.
 
 use std::io;
+use std::net::Ipv6Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::socket::sockopt::ReceiveTimeout;
@@ -115,6 +116,33 @@ impl Netlink {
         self.change(change, (libc::RTM_NEWRULE, libc::RTM_DELRULE), &body)
     }
 
+    /// Whether a packet with the rule's mark to some far address is led to `lo` by the rule's table, which needs
+    /// [`mark_rule`](Self::mark_rule), [`local_default`](Self::local_default) and [`loopback_up`](Self::loopback_up):
+    /// `ip route get ADDRESS mark MARK fibmatch`.
+    pub(crate) fn leads_to_loopback(&mut self, family: Family, rule: MarkRule) -> io::Result<bool> {
+        let far = family.far_address();
+        let bits = u8::try_from(far.len() * 8).unwrap_or(u8::MAX);
+        let mut body = vec![family.number(), bits, 0, 0, 0, 0, 0, 0];
+        body.extend(RTM_F_LOOKUP_TABLE.to_ne_bytes());
+        let length = u16::try_from(4 + far.len()).unwrap_or(u16::MAX);
+        body.extend(length.to_ne_bytes());
+        body.extend(libc::RTA_DST.to_ne_bytes());
+        body.extend(far);
+        attribute(&mut body, RTA_MARK, rule.mark);
+        self.send(libc::RTM_GETROUTE, 0, &body)?;
+        let mut answer = [0; 4096];
+        let length = recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+        let answer = &answer[..length];
+        if let Some(Err(error)) = acknowledgement(answer, self.sequence) {
+            let nowhere = [libc::ENETUNREACH, libc::EHOSTUNREACH, libc::EINVAL, libc::EACCES];
+            return match error.raw_os_error() {
+                Some(code) if nowhere.contains(&code) => Ok(false),
+                _ => Err(error),
+            };
+        }
+        Ok(route_of(answer) == Some((rule.table, libc::RTN_LOCAL)))
+    }
+
     fn change(&mut self, change: Change, (add, remove): (u16, u16), body: &[u8]) -> io::Result<()> {
         let (kind, flags, harmless): (u16, libc::c_int, &[i32]) = match change {
             Change::Add => (add, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &[libc::EEXIST]),
@@ -130,8 +158,19 @@ impl Netlink {
 
     /// Sends one request and waits for its acknowledgement.
     fn request(&mut self, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
+        self.send(kind, libc::NLM_F_ACK | flags, body)?;
+        loop {
+            let mut answer = [0; 4096];
+            let length = recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+            if let Some(done) = acknowledgement(&answer[..length], self.sequence) {
+                return done;
+            }
+        }
+    }
+
+    fn send(&mut self, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
         self.sequence += 1;
-        let flags = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags)
+        let flags = u16::try_from(libc::NLM_F_REQUEST | flags)
             .map_err(|_too_wide| io::Error::from(io::ErrorKind::InvalidInput))?;
         let length = u32::try_from(HEADER_BYTES + body.len())
             .map_err(|_too_long| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -143,13 +182,7 @@ impl Netlink {
         message.extend(0_u32.to_ne_bytes()); // port: the kernel's choice
         message.extend(body);
         send(self.socket.as_raw_fd(), &message, MsgFlags::empty())?;
-        loop {
-            let mut answer = [0; 4096];
-            let length = recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-            if let Some(done) = acknowledgement(&answer[..length], self.sequence) {
-                return done;
-            }
-        }
+        Ok(())
     }
 }
 
@@ -170,6 +203,9 @@ const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
 const FRA_TABLE: u16 = 15;
 const FRA_FWMASK: u16 = 16;
+const RTA_MARK: u16 = 16;
+/// The answer names the table that was found.
+const RTM_F_LOOKUP_TABLE: u32 = 0x1000;
 
 impl Family {
     fn number(self) -> u8 {
@@ -179,6 +215,14 @@ impl Family {
         };
         u8::try_from(number).unwrap_or_default()
     }
+
+    /// An address for documentation, which no pod has. Source: RFC 5737, RFC 3849.
+    fn far_address(self) -> Vec<u8> {
+        match self {
+            Self::V4 => [198, 51, 100, 1].to_vec(),
+            Self::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets().to_vec(),
+        }
+    }
 }
 
 /// A 32-bit attribute; its 8 bytes need no padding.
@@ -186,6 +230,13 @@ fn attribute(body: &mut Vec<u8>, kind: u16, value: u32) {
     body.extend(8_u16.to_ne_bytes());
     body.extend(kind.to_ne_bytes());
     body.extend(value.to_ne_bytes());
+}
+
+/// Table and type of a route in an answer to `RTM_GETROUTE`.
+fn route_of(answer: &[u8]) -> Option<(u8, u8)> {
+    let kind = u16::from_ne_bytes([*answer.get(4)?, *answer.get(5)?]);
+    let route = answer.get(HEADER_BYTES..HEADER_BYTES + 8)?;
+    (kind == libc::RTM_NEWROUTE).then(|| (route[4], route[7]))
 }
 
 /// The result in a datagram of answers, if it holds that of request `sequence`.
@@ -240,6 +291,9 @@ mod tests {
         let good = answer(1, 0);
         for length in 0..good.len() {
             assert!(acknowledgement(&good[..length], 1).is_none(), "{length}");
+        }
+        for length in 0..24 {
+            assert_eq!(route_of(&vec![0; length]), None);
         }
         let mut endless = good.clone();
         endless[0] = 0;

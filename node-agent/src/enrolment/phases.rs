@@ -5,7 +5,7 @@
 //!   (unknown) ────────► Excluded ───────────────┐
 //!       │                  ▲                     ▼       attach, write
 //!       └──── enroll ──────┼──────────────► Pending ───────────────► Enrolled
-//!                          │ drained            ▲  retry                 │ unenroll, configure (mode NONE)
+//!                          │ last flow ended    ▲  retry                 │ unenroll, configure (mode NONE)
 //!                      Draining ◄───────────────┴────────────────────────┘
 //! ```
 //! Every phase is left for nothing when the sandbox goes.
@@ -23,6 +23,7 @@ use super::attachment::{AttachedPod, PodAttachments};
 use super::error::EnrollError;
 use super::namespace::{self, NamespaceError, PodNamespace};
 use super::record::Record;
+use crate::dataplane::Drain;
 use crate::error::error_chain;
 
 /// One pod, with what does not outlive the process.
@@ -47,9 +48,10 @@ pub(super) struct Phases {
     pub(super) attachments: Arc<dyn PodAttachments>,
     /// The node's own network namespace.
     pub(super) host_cookie: u64,
-    /// How long connections of a pod that leaves the mesh may go on.
-    pub(super) drain: Duration,
 }
+
+/// Between looks at whether the last connection of a pod that left has ended.
+const DRAIN_LOOK: Duration = Duration::from_secs(1);
 
 impl Phases {
     /// The steps of enrolment, in order; what was done is undone when a later one fails.
@@ -88,7 +90,7 @@ impl Phases {
     /// Takes back what a failed [`capture`](Self::capture) did, as far as it goes.
     pub(super) fn undo(&self, entry: &Entry) {
         let uid = &entry.record.pod.uid;
-        if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Duration::ZERO) {
+        if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Drain::Now) {
             tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "enrolment not undone");
         }
         if let Some(netns) = &entry.netns
@@ -109,7 +111,7 @@ impl Phases {
         Ok(namespace)
     }
 
-    /// Switches capture off; the pod's connections may go on until the drain is over. Whether there was something to do.
+    /// Switches capture off; the pod's connections may go on until they end. Whether there was something to do.
     pub(super) fn start_draining(
         &self,
         entry: &mut Entry,
@@ -119,18 +121,32 @@ impl Phases {
             PodPhase::Excluded | PodPhase::Draining => return Ok(false),
             PodPhase::Pending | PodPhase::Enrolled => {}
         }
-        self.attachments.detach(&entry.record.pod.uid, entry.record.cookie, self.drain)?;
+        self.attachments.detach(&entry.record.pod.uid, entry.record.cookie, Drain::WhenOver)?;
         entry.record.phase = PodPhase::Draining;
         "its last connections finish".clone_into(&mut entry.detail);
-        entry.due = Some(now + self.drain);
+        entry.due = Some(now + DRAIN_LOOK);
         Ok(true)
     }
 
-    /// Restores the namespace of a pod that has drained. It stays known, so that it can come back.
-    pub(super) fn finish_draining(&self, entry: &mut Entry, now: Instant) {
+    /// Goes on with a drain that another process began: its last connections may have been handed over.
+    pub(super) fn resume_draining(&self, entry: &mut Entry, now: Instant) {
+        let uid = &entry.record.pod.uid;
+        if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Drain::WhenOver) {
+            tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "a pod cannot be let go yet");
+        }
+        entry.due = Some(now + DRAIN_LOOK);
+    }
+
+    /// Restores the namespace of a pod that has drained. It stays known, so that it can come back. Whether it has: its
+    /// connections need the routes for as long as they go on.
+    pub(super) fn finish_draining(&self, entry: &mut Entry, now: Instant) -> bool {
+        if self.attachments.lingers(&entry.record.pod.uid) {
+            entry.due = Some(now + DRAIN_LOOK);
+            return false;
+        }
         let restored = self
             .attachments
-            .detach(&entry.record.pod.uid, entry.record.cookie, Duration::ZERO)
+            .detach(&entry.record.pod.uid, entry.record.cookie, Drain::Now)
             .map_err(EnrollError::from)
             .and_then(|()| {
                 let path = PathBuf::from(entry.record.netns.as_str());
@@ -152,12 +168,13 @@ impl Phases {
                 entry.failures = 0;
             }
         }
+        true
     }
 
     /// Forgets what the kernel has of a pod that is gone.
     pub(super) fn detach_gone(&self, entry: &Entry) {
         let uid = &entry.record.pod.uid;
-        if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Duration::ZERO) {
+        if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Drain::Now) {
             tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "a gone pod leaves traces");
         }
     }
@@ -180,18 +197,18 @@ impl Phases {
         true
     }
 
-    /// What is not as enrolment left it.
-    pub(super) fn defect(&self, entry: &Entry) -> Result<Option<String>, EnrollError> {
+    /// What is not as enrolment left it; `whole` is what the kernel says of its capture.
+    pub(super) fn defect(&self, entry: &Entry, whole: bool) -> Result<Option<String>, EnrollError> {
         let path = Path::new(entry.record.netns.as_str());
         let namespace = PodNamespace::open(path, &entry.record.ips, self.host_cookie)?;
         if namespace.netns.cookie() != entry.record.cookie {
             return Ok(Some("its network namespace is another one".to_owned()));
         }
-        if let Some(setting) = namespace.drifted()? {
-            return Ok(Some(format!("{setting} was changed in the pod's network namespace")));
+        if let Some(what) = namespace.drifted()? {
+            return Ok(Some(format!("{what} was changed in the pod's network namespace")));
         }
-        if !self.attachments.captured()?.contains(&entry.record.cookie) {
-            return Ok(Some("the kernel does not capture it".to_owned()));
+        if !whole {
+            return Ok(Some("the kernel does not capture all of it".to_owned()));
         }
         Ok(None)
     }

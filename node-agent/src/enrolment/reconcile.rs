@@ -1,7 +1,7 @@
 //! What keeps the list of pods true: over restarts, with the controller's wishes, with what happens in the pods.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_enroll::{PodName, PodPhase};
 use mesh_model::PodUid;
@@ -9,6 +9,7 @@ use mesh_model::PodUid;
 use super::enroller::{Enroller, WantedPod};
 use super::phases::Entry;
 use super::search;
+use crate::dataplane::Drain;
 use crate::error::error_chain;
 
 /// What [`Enroller::adopt`] found.
@@ -42,8 +43,7 @@ impl Enroller {
             }
             match entry.record.phase {
                 PodPhase::Excluded => {}
-                // Its last connections may have been handed over with it.
-                PodPhase::Draining => entry.due = Some(now + self.phases.drain),
+                PodPhase::Draining => self.phases.resume_draining(&mut entry, now),
                 PodPhase::Pending | PodPhase::Enrolled => match self.phases.capture(&mut entry) {
                     Ok(()) => adopted.enrolled += 1,
                     Err(error) => {
@@ -143,8 +143,7 @@ impl Enroller {
                     }
                 }
                 PodPhase::Draining => {
-                    changed = true;
-                    self.phases.finish_draining(entry, now);
+                    changed |= self.phases.finish_draining(entry, now);
                 }
                 PodPhase::Excluded | PodPhase::Enrolled => entry.due = None,
             }
@@ -159,11 +158,19 @@ impl Enroller {
     pub(crate) fn repair(&self) -> usize {
         let mut pods = self.lock();
         let mut repaired = 0;
+        // Asked once for all: it walks the kernel's tables, and enrolment waits meanwhile.
+        let whole = match self.phases.attachments.whole() {
+            Ok(whole) => whole,
+            Err(error) => {
+                tracing::warn!(error = %error_chain(&error), "captured namespaces cannot be listed");
+                return 0;
+            }
+        };
         for entry in pods.values_mut() {
             if entry.record.phase != PodPhase::Enrolled {
                 continue;
             }
-            match self.phases.defect(entry) {
+            match self.phases.defect(entry, whole.contains(&entry.record.cookie)) {
                 Ok(None) => {}
                 Ok(Some(what)) => {
                     tracing::warn!(pod = %entry.record.pod.name, what, "capture of the pod was disturbed; repairing");
@@ -206,7 +213,7 @@ impl Enroller {
                     "a namespace is captured, but no pod is known for it; its connections are refused until it is enrolled again"
                 );
             } else if let Err(error) =
-                self.phases.attachments.detach(&PodUid::new(""), cookie, Duration::ZERO)
+                self.phases.attachments.detach(&PodUid::new(""), cookie, Drain::Now)
             {
                 tracing::warn!(cookie, error = %error_chain(&error), "traces of a gone pod remain");
             }

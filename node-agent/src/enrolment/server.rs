@@ -26,6 +26,7 @@ pub(crate) struct Enrolment {
     enroller: Arc<Enroller>,
     wanted: watch::Receiver<Arc<WantedPods>>,
     changed: watch::Sender<u64>,
+    word_patience: Duration,
 }
 
 /// Requests served at once; further ones wait in the socket's queue.
@@ -43,7 +44,8 @@ const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
 impl Enrolment {
     /// Enrolment over an enroller and what the controller wants.
     pub(crate) fn new(enroller: Arc<Enroller>, wanted: watch::Receiver<Arc<WantedPods>>) -> Self {
-        Self { enroller, wanted, changed: watch::Sender::new(0) }
+        let changed = watch::Sender::new(0);
+        Self { enroller, wanted, changed, word_patience: WORD_PATIENCE }
     }
 
     /// Pods that are to be captured and that nobody has told of.
@@ -191,8 +193,8 @@ impl Enrolment {
     }
 
     async fn enroll(&self, request: Enroll) -> EnrollReply {
-        let name = request.pod.name.clone();
-        let Some(wanted) = self.word_on(&name).await else {
+        let Some(wanted) = self.word_on(&request).await else {
+            let name = &request.pod.name;
             let reason = format!("the controller has not said whether {name} is in the mesh");
             let remedy = "see that the controller runs and knows the pod: culvert status";
             return retry(&reason, remedy);
@@ -216,17 +218,33 @@ impl Enrolment {
         }
     }
 
-    /// Waits until the controller has said something about a pod.
-    async fn word_on(&self, name: &PodName) -> Option<WantedPod> {
+    /// Waits until the controller has said something about a pod, and not about another of the same name before it.
+    ///
+    /// A word about another is not taken, unless it says that the pod is captured: in doubt it is.
+    async fn word_on(&self, request: &Enroll) -> Option<WantedPod> {
+        let name = &request.pod.name;
         let mut wanted = self.wanted.clone();
-        let known = wanted.wait_for(|list| list.pods.contains_key(name));
-        let list = tokio::time::timeout(WORD_PATIENCE, known).await.ok()?.ok()?;
-        list.pods.get(name).cloned()
+        let known = wanted
+            .wait_for(|list| list.pods.get(name).is_some_and(|wanted| is_about(wanted, request)));
+        match tokio::time::timeout(self.word_patience, known).await {
+            Ok(list) => list.ok()?.pods.get(name).cloned(),
+            Err(_late) => {
+                let list = Arc::clone(&self.wanted.borrow());
+                list.pods.get(name).filter(|wanted| wanted.captured).cloned()
+            }
+        }
     }
 
     fn announce(&self) {
         self.changed.send_modify(|revision| *revision = revision.wrapping_add(1));
     }
+}
+
+/// Whether the controller's word is about the pod of `request`. Where one of them does not know the uid the name decides:
+/// manifests need not have one, and runtimes that give none have the sandbox's id stand in.
+fn is_about(wanted: &WantedPod, request: &Enroll) -> bool {
+    let asked = request.pod.uid.as_str();
+    wanted.uid.is_empty() || wanted.uid == asked || asked == request.container_id.as_str()
 }
 
 /// Opens the socket, in place of one that a dead agent left.
@@ -276,3 +294,6 @@ fn refused(reason: &str, remedy: &str) -> Refusal {
 fn retry(reason: &str, remedy: &str) -> EnrollReply {
     Refusal { reason: reason.to_owned(), remedy: remedy.to_owned(), retryable: true }.into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,12 +17,21 @@ use super::attachment::{AttachError, AttachedPod, PodAttachments};
 use super::enroller::{Enroller, EnrollerConfig, WantedPod};
 use super::namespace;
 use super::reconcile::Adopted;
+use crate::dataplane::Drain;
 
 /// What a fake kernel captures.
 #[derive(Debug, Default)]
-struct FakeAttachments {
+pub(crate) struct FakeAttachments {
     pods: Mutex<BTreeMap<u64, AttachedPod>>,
     failing: Mutex<bool>,
+    /// Pods of which some, not all, has been taken away.
+    damaged: Mutex<BTreeSet<u64>>,
+    /// A folder that is moved away by the next attachment.
+    doomed: Mutex<Option<PathBuf>>,
+    lingering: Mutex<bool>,
+    drains: Mutex<Vec<Drain>>,
+    /// How often all captured pods were asked for.
+    walks: Mutex<usize>,
 }
 
 impl FakeAttachments {
@@ -30,7 +39,7 @@ impl FakeAttachments {
         *self.failing.lock().unwrap() = failing;
     }
 
-    fn captures(&self, netns: &TestNetns) -> bool {
+    pub(crate) fn captures(&self, netns: &TestNetns) -> bool {
         self.pods.lock().unwrap().contains_key(&netns.cookie())
     }
 }
@@ -46,21 +55,41 @@ impl PodAttachments for FakeAttachments {
             });
         }
         self.pods.lock().unwrap().insert(pod.netns.cookie(), pod.clone());
+        self.damaged.lock().unwrap().remove(&pod.netns.cookie());
+        if let Some(folder) = self.doomed.lock().unwrap().take() {
+            std::fs::rename(&folder, folder.with_extension("away")).unwrap();
+        }
         Ok(())
     }
 
-    fn detach(&self, _uid: &PodUid, cookie: u64, _drain: Duration) -> Result<(), AttachError> {
+    fn detach(&self, _uid: &PodUid, cookie: u64, drain: Drain) -> Result<(), AttachError> {
         self.pods.lock().unwrap().remove(&cookie);
+        self.drains.lock().unwrap().push(drain);
         Ok(())
+    }
+
+    fn lingers(&self, _uid: &PodUid) -> bool {
+        *self.lingering.lock().unwrap()
     }
 
     fn captured(&self) -> Result<BTreeSet<u64>, AttachError> {
+        *self.walks.lock().unwrap() += 1;
         Ok(self.pods.lock().unwrap().keys().copied().collect())
+    }
+
+    fn whole(&self) -> Result<BTreeSet<u64>, AttachError> {
+        let captured = self.captured()?;
+        Ok(captured.difference(&self.damaged.lock().unwrap()).copied().collect())
+    }
+
+    fn is_whole(&self, cookie: u64) -> Result<bool, AttachError> {
+        let damaged = self.damaged.lock().unwrap().contains(&cookie);
+        Ok(!damaged && self.pods.lock().unwrap().contains_key(&cookie))
     }
 }
 
 /// A network namespace with one interface, gone when dropped.
-pub(super) struct TestNetns(String);
+pub(crate) struct TestNetns(String);
 
 impl TestNetns {
     fn new(name: &str) -> Self {
@@ -74,7 +103,7 @@ impl TestNetns {
         Self(name)
     }
 
-    pub(super) fn with_addresses(name: &str) -> Self {
+    pub(crate) fn with_addresses(name: &str) -> Self {
         let netns = Self::new(name);
         netns.ip("addr add 10.9.0.2/24 dev eth0");
         netns.ip("addr add fd09::2/64 dev eth0 nodad");
@@ -85,7 +114,7 @@ impl TestNetns {
         ip(&format!("-n {} {args}", self.0))
     }
 
-    pub(super) fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.0)
     }
 
@@ -131,17 +160,17 @@ fn ip(args: &str) -> String {
 }
 
 /// One node: a folder and a fake kernel that outlive the agent.
-struct Node {
-    folder: tempfile::TempDir,
-    kernel: Arc<FakeAttachments>,
+pub(crate) struct Node {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) kernel: Arc<FakeAttachments>,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { folder: tempfile::tempdir().unwrap(), kernel: Arc::default() }
     }
 
-    fn start(&self) -> Enroller {
+    pub(crate) fn start(&self) -> Enroller {
         self.start_in_boot("boot-1")
     }
 
@@ -150,7 +179,7 @@ impl Node {
             file: self.file(),
             boot_id: boot_id.to_owned(),
             host_cookie: namespace::host_cookie().unwrap(),
-            drain: Duration::from_secs(5),
+            excluded: BTreeSet::from(["kube-system".to_owned()]),
         };
         let kernel: Arc<FakeAttachments> = Arc::clone(&self.kernel);
         Enroller::open(config, kernel).unwrap()
@@ -161,7 +190,7 @@ impl Node {
     }
 }
 
-fn request(name: &str, container: &str, netns: &TestNetns, ips: &[&str]) -> Enroll {
+pub(crate) fn request(name: &str, container: &str, netns: &TestNetns, ips: &[&str]) -> Enroll {
     Enroll {
         pod: PodRef::new(&format!("uid-{name}"), "shop", name, "").unwrap(),
         netns: NetnsPath::new(&netns.path().to_string_lossy()).unwrap(),
@@ -172,7 +201,7 @@ fn request(name: &str, container: &str, netns: &TestNetns, ips: &[&str]) -> Enro
     }
 }
 
-fn wanted() -> WantedPod {
+pub(crate) fn wanted() -> WantedPod {
     WantedPod {
         uid: String::new(),
         captured: true,
@@ -186,7 +215,7 @@ fn wanted_list(captured: bool) -> BTreeMap<PodName, WantedPod> {
     BTreeMap::from([(PodName::new("shop", "cart").unwrap(), wanted)])
 }
 
-fn refusal(reply: EnrollReply) -> Refusal {
+pub(crate) fn refusal(reply: EnrollReply) -> Refusal {
     match reply {
         EnrollReply::Refused(refusal) => refusal,
         EnrollReply::Ok | EnrollReply::Excluded { .. } | EnrollReply::Pods { .. } => {
@@ -199,7 +228,7 @@ fn phase(enroller: &Enroller) -> Option<PodPhase> {
     enroller.list().first().map(|pod| pod.phase)
 }
 
-const IPS: [&str; 2] = ["10.9.0.2", "fd09::2"];
+pub(crate) const IPS: [&str; 2] = ["10.9.0.2", "fd09::2"];
 
 #[test]
 fn a_pod_enters_and_leaves_without_a_trace() {
@@ -266,6 +295,25 @@ fn a_full_disk_refuses_the_pod() {
     assert!(refused.retryable && refused.remedy.contains("state folder"));
     assert_eq!(netns.traces(), before);
     assert!(!node.kernel.captures(&netns));
+}
+
+/// The runtime asks again for a pod that is captured, and the disk is full by then: the pod stays captured.
+#[test]
+fn a_full_disk_opens_no_pod_that_is_captured() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("second"));
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    let enrolled = netns.traces();
+    // The first write succeeds, the one after the attachment does not.
+    *node.kernel.doomed.lock().unwrap() = Some(node.folder.path().to_owned());
+    let refused = refusal(enroller.enroll(&request, &wanted()));
+    std::fs::rename(node.folder.path().with_extension("away"), node.folder.path()).unwrap();
+    assert!(refused.retryable && refused.remedy.contains("state folder"), "{}", refused.reason);
+    assert!(node.kernel.captures(&netns), "captured before, captured after");
+    assert_eq!(netns.traces(), enrolled);
+    assert_eq!(phase(&enroller), Some(PodPhase::Enrolled));
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
 }
 
 #[test]
@@ -433,6 +481,34 @@ fn labels_take_running_pods_in_and_out() {
     assert_eq!(phase(&enroller), Some(PodPhase::Excluded));
 }
 
+/// A pod that leaves the mesh and lives on keeps its connections, however long they last, and what they need.
+#[test]
+fn a_pod_that_leaves_is_restored_when_its_last_connection_has_ended() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("linger"));
+    let before = netns.traces();
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    let now = Instant::now();
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    let enrolled = netns.traces();
+    *node.kernel.lingering.lock().unwrap() = true;
+    enroller.configure(&wanted_list(false), now);
+    assert!(!node.kernel.captures(&netns));
+    enroller.tick(now + Duration::from_secs(24 * 3600));
+    assert_eq!(*node.kernel.drains.lock().unwrap(), [Drain::WhenOver]);
+    assert_eq!((phase(&enroller), netns.traces()), (Some(PodPhase::Draining), enrolled));
+    // Neither does a restart of the agent end them, where they were handed over.
+    drop(enroller);
+    let enroller = node.start();
+    assert_eq!(enroller.adopt(&wanted_list(false), now), Adopted::default());
+    enroller.tick(now + Duration::from_secs(60));
+    assert_eq!(*node.kernel.drains.lock().unwrap(), [Drain::WhenOver, Drain::WhenOver]);
+    assert_eq!(phase(&enroller), Some(PodPhase::Draining));
+    *node.kernel.lingering.lock().unwrap() = false;
+    enroller.tick(now + Duration::from_secs(120));
+    assert_eq!((phase(&enroller), netns.traces()), (Some(PodPhase::Excluded), before));
+}
+
 #[test]
 fn an_operators_word_outlasts_the_label() {
     let (node, netns) = (Node::new(), TestNetns::with_addresses("operator"));
@@ -477,10 +553,52 @@ fn what_a_pod_undoes_is_noticed_and_repaired() {
     assert!(refusal(enroller.check(&check)).reason.contains("does not capture"));
     assert_eq!(enroller.repair(), 1);
     assert_eq!(enroller.repair(), 0);
+    node.kernel.damaged.lock().unwrap().insert(netns.cookie());
+    assert!(refusal(enroller.check(&check)).reason.contains("does not capture all"));
+    assert_eq!(enroller.repair(), 1);
+    assert_eq!(enroller.repair(), 0);
 }
 
 #[test]
-fn collection_spares_the_valid_and_the_operators() {
+fn deleted_routes_and_rules_are_repaired() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("routes"));
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    let enrolled = netns.traces();
+    let check = PodSelector::Container(request.container_id.clone());
+    for damage in [
+        "rule del pref 50",
+        "-6 rule del pref 50",
+        "route flush table 133",
+        "-6 route flush table 133",
+        "link set lo down",
+    ] {
+        netns.ip(damage);
+        assert!(refusal(enroller.check(&check)).reason.contains("marked packets"), "{damage}");
+        assert_eq!(enroller.repair(), 1, "{damage}");
+        assert_eq!(netns.traces(), enrolled, "{damage}");
+        assert_eq!(enroller.repair(), 0, "{damage}");
+    }
+}
+
+#[test]
+fn a_round_of_repairs_walks_the_kernels_tables_once() {
+    let node = Node::new();
+    let spaces: Vec<TestNetns> =
+        (0..4).map(|number| TestNetns::with_addresses(&format!("walk{number}"))).collect();
+    let enroller = node.start();
+    for (number, netns) in spaces.iter().enumerate() {
+        let request = request(&format!("pod-{number}"), &format!("c{number}"), netns, &IPS);
+        assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    }
+    *node.kernel.walks.lock().unwrap() = 0;
+    assert_eq!(enroller.repair(), 0);
+    assert_eq!(*node.kernel.walks.lock().unwrap(), 1);
+}
+
+#[test]
+fn collection_takes_only_what_is_neither_valid_nor_there() {
     let (node, a, b, c) = (
         Node::new(),
         TestNetns::with_addresses("gca"),
@@ -493,9 +611,28 @@ fn collection_spares_the_valid_and_the_operators() {
     for request in [request("a", "c1", &a, &IPS), request("b", "c2", &b, &IPS), by_hand] {
         assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
     }
+    // The list of another network: none of these is in it.
+    assert_eq!(enroller.collect(&BTreeSet::new()), EnrollReply::Ok);
+    assert!([&a, &b, &c].iter().all(|netns| node.kernel.captures(netns)));
+    let gone = b.cookie();
+    drop(b);
     let valid = BTreeSet::from([ContainerId::new("c1").unwrap()]);
     assert_eq!(enroller.collect(&valid), EnrollReply::Ok);
-    assert!(node.kernel.captures(&a) && !node.kernel.captures(&b) && node.kernel.captures(&c));
+    assert!(node.kernel.captures(&a) && node.kernel.captures(&c));
+    assert!(!node.kernel.pods.lock().unwrap().contains_key(&gone));
+}
+
+/// A namespace that the CNI plugin leaves alone is not taken in from behind.
+#[test]
+fn running_pods_of_excluded_namespaces_are_not_looked_for() {
+    let enroller = Node::new().start();
+    let named = |namespace: &str| {
+        let wanted = WantedPod { uid: "u".to_owned(), ..wanted() };
+        (PodName::new(namespace, "cart").unwrap(), wanted)
+    };
+    let wanted = BTreeMap::from([named("shop"), named("kube-system")]);
+    let missing: Vec<String> = enroller.missing(&wanted).keys().map(ToString::to_string).collect();
+    assert_eq!(missing, ["shop/cart"]);
 }
 
 #[test]
