@@ -185,8 +185,11 @@ impl Lab {
         });
         ready.with_context(|| format!("controller:\n{}", process.log_tail(30)))?;
         self.controller = Some(process);
-        let root = self.controller_command(&["ca", "root"])?;
-        Ok(std::fs::write(self.controller_root(), root)?)
+        // As an operator gives it to the nodes: once.
+        if !self.controller_root().exists() {
+            std::fs::write(self.controller_root(), self.controller_command(&["ca", "root"])?)?;
+        }
+        Ok(())
     }
 
     /// Kills the controller.

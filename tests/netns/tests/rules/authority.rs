@@ -49,6 +49,21 @@ pub(crate) fn root_rotates_under_traffic(mesh: &mut Mesh) -> anyhow::Result<()> 
     ensure!(roots == 2, "{roots} roots are believed during the overlap");
     let made = traffic.finish_whole()?;
     ensure!(made > 20, "only {made} connections were made meanwhile");
+    // The controller proves itself under the new root by now, which the file that the agents were given does not have.
+    let logs = [LogFromNow::of(mesh, "a")?, LogFromNow::of(mesh, "b")?];
+    mesh.lab.kill_controller();
+    mesh.lab.start_controller()?;
+    for log in &logs {
+        log.line(&["the controller is connected"])?;
+    }
+    // Neither does an agent that starts anew have it, but for what it has saved.
+    let log = LogFromNow::of(mesh, "a")?;
+    let index = mesh.lab.node_index("a");
+    mesh.lab.node_mut("a").stop_agent()?;
+    mesh.lab.start_agent(index)?;
+    mesh.lab.node_mut("a").wait_ready()?;
+    log.line(&["the controller is connected"])?;
+    mesh.wait_for("client", mesh.server())?;
     mesh.lab.delete_pod("newcomer")
 }
 

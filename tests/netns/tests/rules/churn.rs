@@ -12,7 +12,7 @@ use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{Traffic, manifest};
 
 use crate::authority::hold_open;
-use crate::mesh::{LogFromNow, Mesh, field};
+use crate::mesh::{AMBIENT, LogFromNow, Mesh, field};
 
 const PODS: u16 = 2000;
 
@@ -79,6 +79,47 @@ fn give_next(mesh: &Mesh, ip: IpAddr, range: u8) -> anyhow::Result<()> {
     };
     let file = format!("node-b/ipam/lab/last_reserved_ip.{range}");
     Ok(std::fs::write(mesh.lab.folder().join(file), before.to_string())?)
+}
+
+/// A pod whose label is taken away keeps its connections for as long as they last, far beyond what an agent that ends would
+/// give them; new ones go past the mesh at once. When the last has ended nothing of the mesh is left in the pod.
+pub(crate) fn label_taken_away(mesh: &mut Mesh) -> anyhow::Result<()> {
+    /// `--drain-seconds` is 5 unless it is given.
+    const DRAIN: Duration = Duration::from_secs(5);
+    let labelled = manifest::namespace("leaving", &[AMBIENT]);
+    mesh.lab.apply(&labelled)?;
+    mesh.lab.run_pod("a", mesh_netns::PodSpec::new("leaving", "leaver"))?;
+    let server = mesh.server();
+    mesh.wait_for("leaver", server)?;
+    let mut held = hold_open(mesh, "leaver", SocketAddr::new(server.ip(), peer::IDLE), 3)?;
+    mesh.lab.apply(&manifest::namespace("leaving", &[]))?;
+    let phase = |mesh: &Mesh, phase: &str| {
+        until(&format!("the pod being {phase}"), PATIENCE, || {
+            let pods = mesh.lab.node("a").culvert(&["pod", "list", "-o", "json"])?.output()?;
+            let pods: Vec<serde_json::Value> = serde_json::from_str(&pods)?;
+            let is_it = |pod: &serde_json::Value| {
+                let text = pod.to_string().to_lowercase();
+                text.contains("leaver") && text.contains(phase)
+            };
+            Ok(pods.iter().any(is_it).then_some(()))
+        })
+    };
+    phase(mesh, "draining")?;
+    let left = Instant::now();
+    let log = LogFromNow::of(mesh, "a")?;
+    while left.elapsed() < DRAIN + Duration::from_secs(3) {
+        ensure!(mesh.reaches("leaver", server)?, "new connections fail while old ones go on");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let through = log.lines(&["src.workload=\"leaver\""])?;
+    ensure!(through.is_empty(), "still by the agent: {through:?}");
+    held.stdin.take().context("no input")?.write_all(b"\n")?;
+    ensure!(held.wait()?.success(), "connections were lost when the label was taken away");
+    phase(mesh, "excluded")?;
+    let rules = mesh.lab.pod("leaver").shell("ip rule show; ip -6 rule show")?.output()?;
+    ensure!(!rules.contains("lookup 133"), "left behind: {rules}");
+    mesh.lab.delete_pod("leaver")?;
+    mesh.lab.delete(&labelled)
 }
 
 /// Puts 2,000 pods in, waits until both agents know them, takes them out, and waits until both have forgotten them.

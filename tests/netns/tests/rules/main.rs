@@ -35,6 +35,8 @@ const STEPS: &[Named<Mesh>] = &[
     ("policy::audit_is_noted_only", policy::audit_is_noted_only),
     ("routing::addresses_of_a_service", routing::service_addresses),
     ("routing::loopback_is_not_reached_from_outside", routing::loopback_only),
+    ("routing::mapped_addresses", routing::mapped_addresses),
+    ("churn::label_taken_away_keeps_connections", churn::label_taken_away),
     ("identity::certificates", identity::certificates),
     ("identity::server_of_another_name", identity::server_of_another_name),
     ("identity::requests", identity::requests),

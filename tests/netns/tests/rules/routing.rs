@@ -9,7 +9,8 @@ use mesh_netns::peer::ports as peer;
 use mesh_netns::process::run;
 use mesh_netns::wait::{PATIENCE, until};
 
-use crate::mesh::Mesh;
+use crate::identity::SERVER;
+use crate::mesh::{LogFromNow, Mesh, field, outside_target};
 
 /// Runs a verb of the lab's peer in a pod.
 fn ask(mesh: &Mesh, pod: &str, arguments: &[&str]) -> anyhow::Result<String> {
@@ -88,4 +89,31 @@ pub(crate) fn loopback_only(mesh: &mut Mesh) -> anyhow::Result<()> {
     serving.kill()?;
     serving.wait()?;
     outcome
+}
+
+/// An IPv6 socket that dials an IPv4-mapped address goes by the tunnel as an IPv4 one does, and sees the peer it dialled.
+pub(crate) fn mapped_addresses(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const DIAL: &str = "import socket, sys\n\
+        s = socket.socket(socket.AF_INET6)\n\
+        s.settimeout(20)\n\
+        s.connect((sys.argv[1], int(sys.argv[2])))\n\
+        s.sendall(b'GET / HTTP/1.0\\r\\n\\r\\n')\n\
+        print(s.getpeername()[0], s.makefile().read())\n";
+    let log = LogFromNow::of(mesh, "a")?;
+    let server = mesh.server();
+    let mapped = format!("::ffff:{}", server.ip());
+    let mut python = mesh.lab.pod("client").command("python3");
+    let python = python.args(["-c", DIAL, &mapped, &server.port().to_string()]);
+    let said = run(python, PATIENCE)?.output()?;
+    ensure!(said.starts_with(&mapped), "the client sees another peer: {said}");
+    ensure!(said.contains("hello from"), "no answer: {said}");
+    let line = log.line(&["direction=\"outbound\"", "src.workload=\"client\"", "dst.identity="])?;
+    ensure!(field(&line, "dst.identity") == Some(SERVER), "not by the tunnel: {line}");
+    let outside = outside_target()?;
+    let mapped = format!("::ffff:{}", outside.ip());
+    let mut python = mesh.lab.pod("client").command("python3");
+    let python = python.args(["-c", DIAL, &mapped, &outside.port().to_string()]);
+    let said = run(python, PATIENCE)?.output()?;
+    ensure!(said.contains("hello from outside"), "outside the mesh: {said}");
+    Ok(())
 }
