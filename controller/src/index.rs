@@ -2,7 +2,7 @@
 //!
 //! [`Index::apply`] stores a batch of changes, marks what they can affect, computes only that again and returns what is
 //! different from before. Nothing here has a clock, a file or a socket, and everything but the enrolment (see
-//! [`enrolment`]) is a function of the set of objects: applying changes in any order and grouping ends in the same result.
+//! [`enrolment`]) and addresses that are remembered (see [`vip`]) is a function of the set of objects: applying changes in any order and grouping ends in the same result.
 
 mod authorization;
 mod enrolment;
@@ -26,7 +26,7 @@ use self::enrolment::Enrolment;
 use self::objects::{Objects, in_namespace, slice_pods, slice_service};
 use self::policies::{PolicySource, Target};
 use self::services::{HostDefinitions, ServiceSource};
-use self::vip::Vips;
+use self::vip::{Kept, Vips};
 use self::workloads::{View, WorkloadSource};
 use crate::manifest::metadata::Metadata;
 use crate::manifest::{Kind, Object, ObjectKey};
@@ -133,6 +133,8 @@ pub struct Index {
     objects: Objects,
     enrolment: Enrolment,
     vips: BTreeMap<NamespacedHostname, Vips>,
+    /// What was assigned before, where that is remembered.
+    kept_vips: Option<Kept>,
     hosts: BTreeMap<Arc<str>, HostDefinitions>,
     hosts_of: BTreeMap<ServiceSource, BTreeSet<Arc<str>>>,
     workloads_of: BTreeMap<WorkloadSource, Vec<WorkloadUid>>,
@@ -165,6 +167,7 @@ impl Index {
             objects: Objects::default(),
             enrolment: Enrolment::default(),
             vips: BTreeMap::new(),
+            kept_vips: None,
             hosts: BTreeMap::new(),
             hosts_of: BTreeMap::new(),
             workloads_of: BTreeMap::new(),
@@ -176,6 +179,18 @@ impl Index {
             egress: BTreeMap::new(),
             pod_networks: Vec::new(),
         }
+    }
+
+    /// Remembers from now on which address each ServiceEntry's host was assigned, beginning with what
+    /// [`kept_addresses`](Self::kept_addresses) gave before.
+    pub fn keep_addresses(&mut self, before: &str) {
+        self.kept_vips = Some(Kept::read(before));
+    }
+
+    /// Which address each ServiceEntry's host was assigned, as text; none when that is not remembered.
+    #[must_use]
+    pub fn kept_addresses(&self) -> Option<String> {
+        self.kept_vips.as_ref().map(Kept::lines)
     }
 
     /// Applies changes together; returns what is different.
@@ -575,7 +590,10 @@ impl Index {
         let reserved: BTreeSet<IpAddr> =
             entries.chain(cluster).copied().filter(|ip| vip::is_assignable(*ip)).collect();
         let hosts = services::hosts_to_allocate(&self.objects);
-        let assigned = vip::assign(hosts.iter(), &reserved);
+        let assigned = match &mut self.kept_vips {
+            Some(kept) => kept.assign(&hosts, &reserved),
+            None => vip::assign(&hosts, &reserved),
+        };
         for (key, entry) in &self.objects.service_entries {
             let moved = entry.hosts.iter().any(|host| {
                 let host =

@@ -147,24 +147,23 @@ fn ports(ports: &[Port]) -> Vec<ServicePort> {
         .collect()
 }
 
-/// The hosts of a ServiceEntry that need addresses of their own.
+/// The hosts of ServiceEntries that need addresses of their own, the oldest first.
 pub(super) fn hosts_to_allocate(objects: &Objects) -> Vec<NamespacedHostname> {
     let needing = objects.service_entries.iter().filter(|(_, object)| {
         object.allocate && object.addresses.is_empty() && object.cidrs.is_empty()
     });
-    let mut hosts: Vec<_> = needing
-        .flat_map(|(key, object)| object.hosts.iter().map(move |host| (key, host)))
-        .filter(|(_, host)| !host.starts_with("*."))
-        .map(|(key, host)| NamespacedHostname {
-            namespace: key.namespace.clone(),
-            hostname: host.clone(),
-        })
-        .collect();
-    hosts.sort_by(|left, right| {
-        (&left.namespace, &left.hostname).cmp(&(&right.namespace, &right.hostname))
-    });
-    hosts.dedup();
-    hosts
+    let mut ages: BTreeMap<NamespacedHostname, i64> = BTreeMap::new();
+    for (key, object) in needing {
+        for host in object.hosts.iter().filter(|host| !host.starts_with("*.")) {
+            let host =
+                NamespacedHostname { namespace: key.namespace.clone(), hostname: host.clone() };
+            let age = ages.entry(host).or_insert(object.meta.created);
+            *age = object.meta.created.min(*age);
+        }
+    }
+    let mut hosts: Vec<_> = ages.into_iter().map(|(host, created)| (created, host)).collect();
+    hosts.sort();
+    hosts.into_iter().map(|(_, host)| host).collect()
 }
 
 /// The waypoint an object is bound to: by its own label, else by its namespace's; `none` binds it to nothing.
