@@ -2,21 +2,27 @@
 //!
 //! The answer is JSON, shared with the command line: [`Question`] in, [`Answer`] out, of `GET /explain?from=…&to=…`.
 
-use std::net::{IpAddr, SocketAddr};
+mod capture;
+mod names;
+mod plain;
+
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mesh_authorize::{Denial, Explanation, Outcome, explain, explain_egress};
 use mesh_model::{
-    ClientAddr, CloseReason, Direction, Flow, FlowId, NetworkMode, OrigDst, PodUid, SpiffeId,
-    TunnelProtocol, Workload,
+    ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid, SpiffeId, Workload,
 };
 use mesh_resolve::{
-    Authority, ResolveSettings, ResolvedFlow, Route, Step, Trace, Unroutable, WorkloadIndex,
+    Authority, ResolveSettings, ResolvedFlow, Route, Step, Trace, Unroutable,
     resolve_inbound_traced, resolve_traced,
 };
 use serde::{Deserialize, Serialize};
 
+use self::capture::Capture;
+use self::names::{find_address, find_workload};
+use self::plain::PlainDial;
 use crate::mesh::Picture;
 
 /// What is asked.
@@ -110,24 +116,18 @@ pub fn answer(
         .find(|own| own.is_ipv4() == ip.is_ipv4())
         .or_else(|| source.addresses.first());
     let client = SocketAddr::new(client.copied().unwrap_or(ip), 0);
-    let flow = |direction, client, target, pod: &Workload| Flow {
-        id: FlowId(0),
-        direction,
-        client: ClientAddr::new(client),
-        orig_dst: OrigDst::new(target),
-        pod: PodUid::new(pod.uid.as_str()),
-        accepted_at: now,
-    };
     let mut stages = Vec::new();
     let mut warnings = Vec::new();
-    match Capture::of(picture, &source) {
+    match Capture::outbound(picture, &source, target) {
         Capture::Captured => {}
         Capture::Unconfirmed(why) => warnings.push(why),
         Capture::Not(why) => {
-            return Ok(plain_source(picture, settings, &source, &why, flow, client, target));
+            let dial = PlainDial { picture, settings, source: &source, client, target, now };
+            return Ok(dial.answer(&why));
         }
+        Capture::Inside(why) => return Ok(at_source(&source, &why)),
     }
-    let outbound = flow(Direction::Outbound, client, target, &source);
+    let outbound = flow(now, Direction::Outbound, client, target, &source);
     let route = match outbound_stage(picture, settings, &outbound, &source) {
         Ok((stage, resolved)) => {
             stages.push(stage);
@@ -147,7 +147,13 @@ pub fn answer(
         let outcome = "the destination is outside the mesh; nothing more decides";
         return Ok(Answer { warnings, ..done(stages, outcome) });
     };
-    match Capture::of(picture, &local) {
+    let captured = match &authority {
+        Some(_) => Capture::of(picture, &local),
+        None => {
+            Capture::inbound(picture, &local, &source, client.ip(), route.route.next_hop().port())
+        }
+    };
+    match captured {
         Capture::Captured => {}
         Capture::Unconfirmed(why) => warnings.push(why),
         Capture::Not(why) if authority.is_some() => {
@@ -161,7 +167,7 @@ pub fn answer(
             let decided = Box::new((stage, CloseReason::TunnelConnectFailed));
             return Ok(Answer { warnings, ..refused(stages, decided) });
         }
-        Capture::Not(why) => {
+        Capture::Not(why) | Capture::Inside(why) => {
             let outcome = format!("{why}: it is reached in plaintext and nothing more decides");
             return Ok(Answer { warnings, ..done(stages, &outcome) });
         }
@@ -169,7 +175,7 @@ pub fn answer(
     let port = authority.as_ref().map_or_else(|| route.route.next_hop().port(), Authority::port);
     let direction =
         if authority.is_some() { Direction::InboundTunnel } else { Direction::InboundPlaintext };
-    let inbound = flow(direction, client, SocketAddr::new(next, port), &local);
+    let inbound = flow(now, direction, client, SocketAddr::new(next, port), &local);
     let answer = inbound_stage(
         picture,
         settings,
@@ -182,75 +188,33 @@ pub fn answer(
     Ok(Answer { warnings, ..answer })
 }
 
-/// Whether a workload's connections are the mesh's.
-enum Capture {
-    /// Its node's agent says so.
-    Captured,
-    /// The mesh holds it to be; its node's agent has not said.
-    Unconfirmed(String),
-    /// It is not.
-    Not(String),
-}
-
-impl Capture {
-    fn of(picture: &Picture, workload: &Workload) -> Self {
-        let Workload { namespace, name, node, .. } = workload;
-        if workload.network_mode != NetworkMode::Standard {
-            return Self::Not(format!("{namespace}/{name} is in its node's network"));
-        }
-        if workload.tunnel_protocol != TunnelProtocol::Hbone {
-            return Self::Not(format!(
-                "{namespace}/{name} is not in the mesh, or its node's agent has yet to capture it"
-            ));
-        }
-        match picture.captured.reported(node, namespace, name) {
-            Some(true) => Self::Captured,
-            Some(false) => Self::Not(format!(
-                "{namespace}/{name} is in the mesh, but the agent of node {node} does not capture it"
-            )),
-            // Nobody's pod: a gateway of another network.
-            None if node.is_empty() => Self::Captured,
-            None => Self::Unconfirmed(format!(
-                "the agent of node {node} has not reported here; {namespace}/{name} is taken as captured"
-            )),
-        }
+fn flow(
+    now: Instant,
+    direction: Direction,
+    client: SocketAddr,
+    target: SocketAddr,
+    pod: &Workload,
+) -> Flow {
+    Flow {
+        id: FlowId(0),
+        direction,
+        client: ClientAddr::new(client),
+        orig_dst: OrigDst::new(target),
+        pod: PodUid::new(pod.uid.as_str()),
+        accepted_at: now,
     }
 }
 
-/// A client that is not captured dials the destination itself, in plaintext.
-fn plain_source(
-    picture: &Picture,
-    settings: &ResolveSettings,
-    source: &Arc<Workload>,
-    why: &str,
-    flow: impl Fn(Direction, SocketAddr, SocketAddr, &Workload) -> Flow,
-    client: SocketAddr,
-    target: SocketAddr,
-) -> Answer {
-    let stage = |outcome: String| Stage {
+/// A connection that ends where it begins.
+fn at_source(source: &Workload, outcome: &str) -> Answer {
+    let stage = Stage {
         side: Side::Source,
         workload: source.uid.to_string(),
         resolve: Vec::new(),
         authorize: None,
-        outcome,
+        outcome: outcome.to_owned(),
     };
-    let on_its_own = || {
-        let outcome = format!("{why}: its own network decides where this goes");
-        done(vec![stage(outcome.clone())], &outcome)
-    };
-    let Some(local) = picture.index.workload_by_ip(&source.network, target.ip()) else {
-        return on_its_own();
-    };
-    let mut warnings = Vec::new();
-    match Capture::of(picture, local) {
-        Capture::Captured => {}
-        Capture::Unconfirmed(why) => warnings.push(why),
-        Capture::Not(_) => return on_its_own(),
-    }
-    let stages = vec![stage(format!("{why}: it dials in plaintext"))];
-    let inbound = flow(Direction::InboundPlaintext, client, target, local);
-    let answer = inbound_stage(picture, settings, stages, &inbound, local, None, None);
-    Answer { warnings, ..answer }
+    done(vec![stage], outcome)
 }
 
 type Refused = (Stage, CloseReason);
@@ -366,59 +330,4 @@ fn denial(explanation: &Explanation) -> Option<Denial> {
         Outcome::Allowed { .. } => None,
         Outcome::Denied(denial) => Some(denial.clone()),
     }
-}
-
-fn find_workload(index: &WorkloadIndex, name: &str) -> Option<Arc<Workload>> {
-    if let Some(found) = index.workload(&mesh_model::WorkloadUid::new(name)) {
-        return Some(Arc::clone(found));
-    }
-    if let Ok(ip) = name.parse::<IpAddr>() {
-        return index
-            .workloads()
-            .find(|workload| workload.addresses.contains(&ip.to_canonical()))
-            .cloned();
-    }
-    let (namespace, name) = name.split_once('/')?;
-    index.workload_by_name(namespace, name).cloned()
-}
-
-/// The address that a client of the source's namespace would dial for a name.
-fn find_address(index: &WorkloadIndex, source: &Workload, name: &str) -> Option<IpAddr> {
-    if let Ok(ip) = name.parse::<IpAddr>() {
-        return Some(ip.to_canonical());
-    }
-    if let Some((namespace, pod)) = name.split_once('/') {
-        if let Some(found) = index.workload_by_name(namespace, pod) {
-            return found.addresses.first().copied();
-        }
-        return service_address(index, source, pod, namespace);
-    }
-    service_address(index, source, name, &source.namespace)
-}
-
-/// As the search domains of a pod in `namespace` would find it.
-fn service_address(
-    index: &WorkloadIndex,
-    source: &Workload,
-    name: &str,
-    namespace: &str,
-) -> Option<IpAddr> {
-    let full = index.services().find(|service| {
-        let host = &*service.key.hostname;
-        let labels: Vec<&str> = host.split('.').collect();
-        let is_kubernetes = labels.get(2) == Some(&"svc");
-        host == name
-            || (is_kubernetes
-                && host
-                    .strip_prefix(name)
-                    .is_some_and(|rest| rest.starts_with('.') && name.contains('.')))
-            || (is_kubernetes
-                && labels.first() == Some(&name)
-                && *service.key.namespace == *namespace)
-    })?;
-    let own = index.find_service_by_hostname(&full.key.hostname, &source.namespace)?;
-    own.vips.first().map(|vip| vip.ip).or_else(|| {
-        let mut endpoints = index.endpoints(&own.key);
-        endpoints.find_map(|endpoint| endpoint.addresses.first().copied())
-    })
 }

@@ -4,15 +4,16 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use imbl::OrdMap;
 use mesh_authorize::{Policy, PolicySet};
-use mesh_model::SpiffeId;
+use mesh_model::{SpiffeId, WorkloadUid};
 use mesh_resolve::{IndexDelta, WorkloadIndex};
 use mesh_wire::MeshConfig;
 use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::ca::revocations::RevocationStatus;
-use crate::index::{Captured, Delta, Index, IndexSettings, NodeReport, PolicyStatus};
+use crate::index::{Captured, Delta, Index, IndexSettings, NodeReport, PodSettings, PolicyStatus};
 use crate::publish::Store;
 use crate::source::{Change, Refusal, SourceEvent, SourceStatus};
 
@@ -39,6 +40,8 @@ pub struct Picture {
     pub policies: PolicySet,
     /// What agents say they capture.
     pub captured: Captured,
+    /// What is captured of each pod, by its workload.
+    pub pods: OrdMap<WorkloadUid, Arc<PodSettings>>,
 }
 
 /// The mesh.
@@ -211,6 +214,11 @@ impl Mesh {
         }
     }
 
+    /// Remembers the addresses that are assigned to hosts of ServiceEntries, see [`Index::keep_addresses`].
+    pub fn keep_addresses(&self, before: &str) {
+        self.lock().index.keep_addresses(before);
+    }
+
     /// Looks at the index.
     pub fn with_index<T>(&self, look: impl FnOnce(&Index) -> T) -> T {
         look(&self.lock().index)
@@ -237,6 +245,12 @@ impl Mesh {
         }
         if let Some(networks) = &delta.pod_networks {
             picture.policies.set_pod_networks(networks);
+        }
+        for uid in &delta.removed_pods {
+            picture.pods.remove(uid);
+        }
+        for pod in &delta.pods {
+            picture.pods.insert(pod.uid.clone(), Arc::clone(pod));
         }
         picture.index.apply(IndexDelta {
             workloads: delta.workloads.iter().map(|workload| workload.as_ref().clone()).collect(),

@@ -1,5 +1,7 @@
 //! The annotations by which a pod, or a WorkloadEntry, tunes its capture.
 
+use std::net::IpAddr;
+
 use mesh_model::IpPrefix;
 
 use super::metadata::{InvalidField, Metadata};
@@ -48,6 +50,62 @@ impl CaptureSettings {
             dns_capture: flag(meta, "dns-capture", true)?,
             bypass_inbound: flag(meta, "bypass-inbound-capture", false)?,
         })
+    }
+
+    /// The annotation that leaves a connection to `ip` and `port` alone; none when it is captured. As `ebpf/programs`
+    /// select: exclusions first, then one inclusion is enough.
+    #[must_use]
+    pub fn leaves_outbound(&self, ip: IpAddr, port: u16) -> Option<&'static str> {
+        let lists = Lists {
+            include_ports: (&self.include_outbound_ports, "culvert.dev/include-outbound-ports"),
+            exclude_ports: (&self.exclude_outbound_ports, "culvert.dev/exclude-outbound-ports"),
+            include_cidrs: (&self.include_outbound_cidrs, "culvert.dev/include-outbound-cidrs"),
+            exclude_cidrs: (&self.exclude_outbound_cidrs, "culvert.dev/exclude-outbound-cidrs"),
+        };
+        lists.leaves(ip, port)
+    }
+
+    /// The annotation that leaves a plaintext connection from `client` to the workload's `port` alone.
+    #[must_use]
+    pub fn leaves_inbound(&self, client: IpAddr, port: u16) -> Option<&'static str> {
+        if self.bypass_inbound {
+            return Some("culvert.dev/bypass-inbound-capture");
+        }
+        let lists = Lists {
+            include_ports: (&self.include_inbound_ports, "culvert.dev/include-inbound-ports"),
+            exclude_ports: (&self.exclude_inbound_ports, "culvert.dev/exclude-inbound-ports"),
+            include_cidrs: (&self.include_inbound_cidrs, "culvert.dev/include-inbound-cidrs"),
+            exclude_cidrs: (&self.exclude_inbound_cidrs, "culvert.dev/exclude-inbound-cidrs"),
+        };
+        lists.leaves(client, port)
+    }
+}
+
+/// The lists of one direction, with the annotations they come from.
+struct Lists<'a> {
+    include_ports: (&'a [u16], &'static str),
+    exclude_ports: (&'a [u16], &'static str),
+    include_cidrs: (&'a [IpPrefix], &'static str),
+    exclude_cidrs: (&'a [IpPrefix], &'static str),
+}
+
+impl Lists<'_> {
+    fn leaves(&self, ip: IpAddr, port: u16) -> Option<&'static str> {
+        let holds = |prefixes: &[IpPrefix]| prefixes.iter().any(|prefix| prefix.contains(ip));
+        if self.exclude_ports.0.contains(&port) {
+            return Some(self.exclude_ports.1);
+        }
+        if holds(self.exclude_cidrs.0) {
+            return Some(self.exclude_cidrs.1);
+        }
+        if self.include_ports.0.contains(&port) || holds(self.include_cidrs.0) {
+            return None;
+        }
+        match (self.include_ports.0.is_empty(), self.include_cidrs.0.is_empty()) {
+            (true, true) => None,
+            (false, _) => Some(self.include_ports.1),
+            (true, false) => Some(self.include_cidrs.1),
+        }
     }
 }
 

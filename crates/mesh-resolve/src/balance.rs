@@ -3,7 +3,7 @@
 //! Source: the candidates, modes and scopes are ztunnel's, so that a mixed mesh spreads load alike. An endpoint on another
 //! network takes part when a gateway leads there and it speaks HBONE; waypoints on other networks are passed over.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use mesh_model::{
@@ -167,16 +167,37 @@ pub(crate) fn choose(
     }
 }
 
+/// Where somebody who dials a service without the mesh may be led: its ready endpoints on the client's network, in the
+/// order of their keys, and the address of each.
+#[must_use]
+pub fn endpoints_at(
+    index: &WorkloadIndex,
+    service: &Service,
+    source: &Workload,
+    dialled: SocketAddr,
+) -> Vec<(Arc<Workload>, SocketAddr)> {
+    let at = |workload: &Arc<Workload>| {
+        let near = workload.network == source.network && rank(service, workload, source).is_some();
+        let ip = address(workload, service.ip_families, dialled.ip()).filter(|_| near)?;
+        let port = target_port(service, workload, dialled.port())?;
+        Some((Arc::clone(workload), SocketAddr::new(ip, port)))
+    };
+    index.endpoints(&service.key).filter(|one| is_usable(service, one)).filter_map(at).collect()
+}
+
+fn is_usable(service: &Service, workload: &Workload) -> bool {
+    match (workload.status, service.load_balancing.health_policy) {
+        (HealthStatus::Healthy, _) | (_, HealthPolicy::AllowAll) => true,
+        (HealthStatus::Unhealthy, HealthPolicy::OnlyHealthy) => false,
+    }
+}
+
 fn candidate<'i>(
     service: &Service,
     workload: &'i Arc<Workload>,
     wanted: &Wanted<'_>,
 ) -> Result<Candidate<'i>, PassedOver> {
-    let healthy = match (workload.status, service.load_balancing.health_policy) {
-        (HealthStatus::Healthy, _) | (_, HealthPolicy::AllowAll) => true,
-        (HealthStatus::Unhealthy, HealthPolicy::OnlyHealthy) => false,
-    };
-    if !healthy {
+    if !is_usable(service, workload) {
         return Err(PassedOver::Unhealthy);
     }
     if workload.capacity == 0 {

@@ -23,6 +23,7 @@ pub mod unroutable;
 mod waypoint;
 
 pub use authority::{Authority, InvalidAuthority};
+pub use balance::endpoints_at;
 pub use inbound::{resolve_inbound, resolve_inbound_traced};
 pub use index::{IndexDelta, WorkloadIndex};
 pub use lookup::Addressed;
