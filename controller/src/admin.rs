@@ -57,16 +57,20 @@ pub fn routes(mesh: &SharedMesh, readiness: Readiness, metrics: Metrics, log: Lo
             async move { reply }
         })
         .get("/logging", move |_| {
-            let reply = match log.filter() {
-                Ok(filter) => Reply::text(format!("{filter}\n")),
-                Err(error) => Reply::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
-            };
+            let reply = log_level(&log);
             async move { reply }
         })
         .post("/logging", move |request| {
             let reply = change_log(&set_log, &request);
             async move { reply }
         })
+}
+
+fn log_level(log: &LogHandle) -> Reply {
+    match log.filter() {
+        Ok(filter) => Reply::json(&json!({ "level": filter })),
+        Err(error) => Reply::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
 }
 
 fn change_log(log: &LogHandle, request: &Request) -> Reply {
@@ -81,7 +85,7 @@ fn change_log(log: &LogHandle, request: &Request) -> Reply {
         }
     };
     match changed {
-        Ok(()) => Reply::text("ok\n"),
+        Ok(()) => log_level(log),
         Err(error) => Reply::error(StatusCode::BAD_REQUEST, &error.to_string()),
     }
 }

@@ -19,6 +19,7 @@ use tracing::{debug, warn};
 
 use self::authenticate::{Authenticate, NodeCaller, caller};
 use self::authority::Authority;
+use crate::door;
 use crate::mesh::SharedMesh;
 
 /// Why a certificate is refused. Each has a word of its own in metrics and in the answer.
@@ -159,6 +160,7 @@ impl IstioCertificateService for Certificates {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let caller = caller(&*self.authenticate, request.metadata()).await?;
+        door::admit(request.extensions());
         self.mesh.synced().await;
         let (service, body) = (self.clone(), request.into_inner());
         let node = Arc::clone(&caller.node);

@@ -15,6 +15,7 @@ pub mod admin;
 pub mod ca;
 pub mod cli;
 pub mod cluster;
+pub mod door;
 pub mod explain;
 pub mod index;
 pub mod manifest;

@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::ca::authenticate::{Authenticate, NodeCaller, caller};
+use crate::door;
 use crate::index::NodeReport;
 use crate::mesh::SharedMesh;
 
@@ -75,6 +76,7 @@ impl AggregatedDiscoveryService for Discovery {
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Responses>, Status> {
         let caller = caller(&*self.authenticate, request.metadata()).await?;
+        door::admit(request.extensions());
         let (send, receive) = mpsc::channel(1);
         let session = Session {
             mesh: Arc::clone(&self.mesh),

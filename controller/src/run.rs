@@ -1,7 +1,9 @@
 //! A running controller: wiring, the listener, the authority's clockwork, and the end.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -17,7 +19,8 @@ use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDis
 use mesh_wire::pb::mesh::enrolment_server::EnrolmentServer;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinError, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,7 +38,8 @@ use crate::cli::{Egress, RunArgs, Source};
 use crate::cluster::ca_secret::CaSecret;
 use crate::cluster::roots::RootConfigMap;
 use crate::cluster::token_review::TokenReviews;
-use crate::index::IndexSettings;
+use crate::door::{Door, DoorLimits, Watched};
+use crate::index::{Index, IndexSettings};
 use crate::mesh::{Mesh, SharedMesh, Trust};
 use crate::publish::Discovery;
 use crate::source::directory::{self, DirectorySettings};
@@ -48,10 +52,10 @@ const SERVER_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
 const CA_TICK: Duration = Duration::from_secs(1);
 /// How often what the cluster holds of the authority is looked at; a root's overlap is much longer.
 const CLUSTER_TICK: Duration = Duration::from_secs(5);
-/// TLS handshakes at once.
-const MAX_HANDSHAKES: usize = 1_024;
-/// Longest handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Calls at once on one connection; an agent has a stream and a certificate request for each of its pods' accounts.
+const MAX_CALLS: u32 = 256;
+/// Largest headers of a call, bytes; a service account's token is about one KiB.
+const MAX_HEADER_BYTES: u32 = 64 << 10;
 /// How long streams may take to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest message from an agent; its first lists what it holds.
@@ -70,8 +74,12 @@ pub struct Controller {
     enrolments: Enrolments,
     secret: Option<CaSecret>,
     roots: Option<RootConfigMap>,
+    source: SourceEnd,
     args: RunArgs,
 }
+
+/// Closed when nothing reads the source any more.
+type SourceEnd = oneshot::Receiver<()>;
 
 impl Controller {
     /// Opens the state, starts the source and binds the listener. What goes wrong here is a mistake in the settings.
@@ -79,6 +87,7 @@ impl Controller {
     /// # Errors
     /// When the state directory, the source or the address cannot be used.
     pub async fn start(args: RunArgs, drain: &Drain) -> Result<Self> {
+        raise_descriptor_limit().context("raising the limit of descriptors")?;
         let files = StateDir::open(&args.state_dir)
             .with_context(|| format!("state directory {}", args.state_dir.display()))?;
         let client = client(&args).await?;
@@ -105,7 +114,7 @@ impl Controller {
         let listener = TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("listen on {}", args.listen))?;
-        start_source(&args, client.as_ref(), files, &mesh)?;
+        let source = start_source(&args, client.as_ref(), files, &mesh)?;
         let own: Arc<dyn Authenticate> = Arc::clone(&tokens) as Arc<dyn Authenticate>;
         let authenticate: Arc<dyn Authenticate> = match (&args.agent_account, &client) {
             (Some(account), Some(client)) => {
@@ -133,6 +142,7 @@ impl Controller {
             enrolments: Enrolments::new(Arc::clone(&mesh), tokens, authenticate),
             secret,
             roots,
+            source,
             mesh,
             authority,
             revocations,
@@ -181,34 +191,50 @@ impl Controller {
         let tcp = AdminListener::tcp(self.args.admin).await.context("admin address")?;
         tokio::spawn(server.clone().serve(tcp, drain.clone()));
         if let Some(path) = &self.args.admin_socket {
+            make_folder_of(path).with_context(|| format!("folder of {}", path.display()))?;
             let unix = AdminListener::unix(path).context("admin socket")?;
             tokio::spawn(server.serve(unix, drain.clone()));
         }
         Ok(())
     }
 
-    /// Serves agents until `drain` begins.
+    /// Serves agents until `drain` begins, or one of its parts ends: a controller that hears of nothing any more, or
+    /// whose authority stands still, must not look well.
     ///
     /// # Errors
-    /// When the gRPC server fails.
+    /// When the gRPC server, the source or another part ends.
     pub async fn serve(self, drain: Drain) -> Result<()> {
-        let clockwork = tokio::spawn(keep_authority(
+        let mut parts = JoinSet::new();
+        let clockwork = keep_authority(
             Arc::clone(&self.authority),
             self.revocations,
             Arc::clone(&self.mesh),
             Arc::clone(&self.tls),
             self.args.clone(),
-        ));
-        let in_cluster =
-            tokio::spawn(keep_cluster(Arc::clone(&self.authority), self.secret, self.roots));
+        );
+        parts.spawn(async move {
+            clockwork.await;
+            "the authority's clockwork"
+        });
+        let in_cluster = keep_cluster(Arc::clone(&self.authority), self.secret, self.roots);
+        parts.spawn(async move {
+            in_cluster.await;
+            "what keeps the cluster's copies of the authority"
+        });
         let (accepted, incoming) = mpsc::channel(64);
-        let accepting = tokio::spawn(accept(self.listener, self.tls, accepted));
+        let accepting = accept(self.listener, self.tls, accepted);
+        parts.spawn(async move {
+            accepting.await;
+            "the listener"
+        });
         let discovery = AggregatedDiscoveryServiceServer::new(self.discovery)
             .max_decoding_message_size(MAX_REQUEST_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let server = Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(30)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .max_concurrent_streams(MAX_CALLS)
+            .http2_max_header_list_size(MAX_HEADER_BYTES)
             .add_service(discovery)
             .add_service(IstioCertificateServiceServer::new(self.certificates))
             .add_service(EnrolmentServer::new(self.enrolments));
@@ -217,14 +243,41 @@ impl Controller {
             server.serve_with_incoming_shutdown(ReceiverStream::new(incoming), async move {
                 ending.begun().await;
             });
-        let outcome = tokio::select! {
+        tokio::select! {
             outcome = serving => outcome.context("gRPC server"),
+            ended = first_end(&mut parts, self.source) => Err(ended),
             () = async { drain.begun().await; tokio::time::sleep(DRAIN_TIMEOUT).await } => Ok(()),
-        };
-        accepting.abort();
-        clockwork.abort();
-        in_cluster.abort();
-        outcome
+        }
+    }
+}
+
+/// Which part ended first, and how; none of them should.
+async fn first_end(parts: &mut JoinSet<&'static str>, source: SourceEnd) -> anyhow::Error {
+    let of_part = |ended: Result<&'static str, JoinError>| match ended {
+        Ok(part) => anyhow::anyhow!("{part} has ended"),
+        Err(error) => anyhow::Error::from(error).context("a part of the controller failed"),
+    };
+    tokio::select! {
+        Some(ended) = parts.join_next() => of_part(ended),
+        _closed = source => anyhow::anyhow!("the source has ended: nothing would change any more"),
+    }
+}
+
+/// Raises the process's limit of open descriptors to the highest that is allowed: a connection for each agent, and what
+/// strangers open.
+fn raise_descriptor_limit() -> nix::Result<()> {
+    let resource = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_soft, hard) = nix::sys::resource::getrlimit(resource)?;
+    nix::sys::resource::setrlimit(resource, hard, hard)
+}
+
+/// Makes the folder of the admin socket, for its owner only, where there is none.
+fn make_folder_of(socket: &Path) -> io::Result<()> {
+    match socket.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)
+        }
+        Some(_) | None => Ok(()),
     }
 }
 
@@ -307,35 +360,74 @@ fn start_source(
     client: Option<&Client>,
     state: StateDir,
     mesh: &SharedMesh,
-) -> Result<()> {
+) -> Result<SourceEnd> {
     let (send, mut events) = mpsc::channel(16);
-    match &args.source {
+    let mut addresses = match &args.source {
         Source::Directory(root) => {
+            let addresses = AssignedAddresses::read(&state, mesh)?;
             let settings = DirectorySettings {
                 rescan_interval: args.rescan,
                 ..DirectorySettings::new(root.clone())
             };
-            directory::watch(settings, state, send)
+            directory::watch(settings, state.clone(), send)
                 .with_context(|| format!("source directory {}", root.display()))?;
+            Some(addresses)
         }
+        // Objects have ages there, and replicas must come to the same without talking.
         Source::Kubernetes(kubeconfig) => {
             let settings = KubernetesSettings::new(kubeconfig.clone());
             let client = client.context("source kubernetes has no client")?;
             kubernetes::watch(client, &settings, send);
+            None
         }
-    }
+    };
     let mesh = Arc::clone(mesh);
+    let (lives, ended) = oneshot::channel::<()>();
     // A first batch may take a second to map; that must not stop the streams' threads.
     std::thread::Builder::new()
         .name("index".into())
         .spawn(move || {
+            // Goes with the thread, also when that panics.
+            let _lives = lives;
             while let Some(event) = events.blocking_recv() {
                 mesh.source_event(event);
+                if let Some(addresses) = &mut addresses {
+                    addresses.write(&mesh);
+                }
             }
             error!("the source has ended; nothing changes any more");
         })
         .context("index thread")?;
-    Ok(())
+    Ok(ended)
+}
+
+/// The file that remembers the addresses of ServiceEntries' hosts over a restart.
+struct AssignedAddresses {
+    state: StateDir,
+    written: String,
+}
+
+impl AssignedAddresses {
+    const FILE: &str = "service-entry-addresses";
+
+    fn read(state: &StateDir, mesh: &Mesh) -> Result<Self> {
+        let written = state.read(Self::FILE).context(Self::FILE)?.unwrap_or_default();
+        mesh.keep_addresses(&written);
+        Ok(Self { state: state.clone(), written })
+    }
+
+    fn write(&mut self, mesh: &Mesh) {
+        let Some(now) = mesh.with_index(Index::kept_addresses) else { return };
+        if now == self.written {
+            return;
+        }
+        match self.state.write(Self::FILE, &now) {
+            Ok(()) => self.written = now,
+            Err(error) => {
+                warn!(%error, file = Self::FILE, "the addresses of ServiceEntries are not kept for a restart");
+            }
+        }
+    }
 }
 
 fn set_trust(mesh: &Mesh, authority: &Authority, revocations: &Revocations) {
@@ -394,16 +486,14 @@ async fn keep_authority(
     }
 }
 
-/// Accepts connections and makes their handshakes, a bounded number at once.
+/// Accepts connections and makes their handshakes; [`Door`] bounds how many.
 async fn accept(
     listener: TcpListener,
     tls: Arc<ArcSwap<ServerConfig>>,
-    accepted: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+    accepted: mpsc::Sender<io::Result<Watched<TlsStream<TcpStream>>>>,
 ) {
-    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let door = Door::new(DoorLimits::default());
     loop {
-        // The semaphore is never closed.
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -413,18 +503,106 @@ async fn accept(
             }
         };
         let acceptor = TlsAcceptor::from(tls.load_full());
-        let accepted = accepted.clone();
+        let (accepted, door) = (accepted.clone(), door.clone());
         tokio::spawn(async move {
-            let _slot = slot;
-            if let Err(error) = stream.set_nodelay(true) {
-                debug!(%peer, %error, "cannot set TCP_NODELAY");
-            }
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+            match welcome(stream, peer.ip(), &acceptor, &door).await {
                 // The server may have ended.
-                Ok(Ok(stream)) => drop(accepted.send(Ok(stream)).await),
-                Ok(Err(error)) => debug!(%peer, %error, "handshake failed"),
-                Err(_elapsed) => debug!(%peer, "handshake took too long"),
+                Ok(stream) => drop(accepted.send(Ok(stream)).await),
+                Err(error) => debug!(%peer, %error, "handshake failed"),
             }
         });
+    }
+}
+
+async fn welcome(
+    stream: TcpStream,
+    from: IpAddr,
+    acceptor: &TlsAcceptor,
+    door: &Door,
+) -> io::Result<Watched<TlsStream<TcpStream>>> {
+    let (place, mut verdict) = door.enter(from);
+    stream.set_nodelay(true)?;
+    let limits = door.limits();
+    let first = verdict.unless_shown_out(limits.silence, stream.peek(&mut [0])).await?;
+    if first == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    place.spoke();
+    let stream = verdict.unless_shown_out(limits.handshake, acceptor.accept(stream)).await?;
+    Ok(Watched::new(stream, verdict))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn args(directory: &Path) -> RunArgs {
+        std::fs::create_dir(directory.join("manifests")).unwrap();
+        let source = format!("directory:{}", directory.join("manifests").display());
+        let state = directory.join("state").display().to_string();
+        let run = ["c", "run", "--source", &source, "--listen", "127.0.0.1:0"];
+        let cli = Cli::try_parse_from(run.into_iter().chain([
+            "--san",
+            "localhost",
+            "--state-dir",
+            &state,
+        ]));
+        let Command::Run(args) = cli.unwrap().command else { panic!("not run") };
+        *args
+    }
+
+    #[tokio::test]
+    async fn a_source_that_ends_ends_the_controller() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_trigger, drain) = Drain::new();
+        let mut controller = Controller::start(args(directory.path()), &drain).await.unwrap();
+        let (lives, ended) = oneshot::channel();
+        let healthy = std::mem::replace(&mut controller.source, ended);
+        let index = std::thread::spawn(move || {
+            let _lives: oneshot::Sender<()> = lives;
+            panic!("as a mistake in the index would");
+        });
+        let served = tokio::time::timeout(Duration::from_secs(5), controller.serve(drain)).await;
+        let error = served.expect("it does not go on").unwrap_err();
+        assert!(error.to_string().contains("the source has ended"), "{error:#}");
+        assert!(index.join().is_err());
+        drop(healthy);
+    }
+
+    async fn fails() -> &'static str {
+        panic!("as a mistake would")
+    }
+
+    #[tokio::test]
+    async fn a_part_that_panics_ends_the_controller() {
+        let mut parts = JoinSet::new();
+        parts.spawn(std::future::pending());
+        parts.spawn(fails());
+        let (_lives, source) = oneshot::channel();
+        let error = first_end(&mut parts, source).await;
+        assert!(format!("{error:#}").contains("panicked"), "{error:#}");
+        let (lives, source) = oneshot::channel();
+        let index = std::thread::spawn(move || {
+            let _lives: oneshot::Sender<()> = lives;
+        });
+        let mut parts = JoinSet::from_iter([std::future::pending()]);
+        let error = first_end(&mut parts, source).await;
+        assert!(error.to_string().contains("the source has ended"), "{error:#}");
+        index.join().unwrap();
+    }
+
+    #[test]
+    fn the_admin_sockets_folder_is_made_for_its_owner_only() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path().join("run/culvert-controller");
+        make_folder_of(&folder.join("admin.sock")).unwrap();
+        let mode = std::fs::metadata(&folder).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        make_folder_of(&folder.join("admin.sock")).unwrap();
+        make_folder_of(Path::new("admin.sock")).unwrap();
     }
 }

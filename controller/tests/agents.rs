@@ -433,8 +433,9 @@ async fn explain_names_the_rule_that_decides() {
     let text = "shop/web is in the mesh, but the agent of node node-b does not capture it: it dials in plaintext";
     assert_eq!(
         plain.stages[0].outcome,
-        "shop/web is in the mesh, but the agent of node node-b does not capture it: its own network decides where this goes"
+        "shop/web is in the mesh, but the agent of node node-b does not capture it: its own network decides which endpoint of shop/cart.shop.svc.cluster.local it reaches"
     );
+    assert!(plain.allowed && plain.stages.len() == 2, "{plain:?}");
     let to_pod = ask("10.0.1.5", 8080);
     assert_eq!((to_pod.stages[0].outcome.as_str(), to_pod.stages.len()), (text, 2));
     report("node-b", &["web"]);
@@ -514,6 +515,208 @@ async fn a_token_of_another_node_does_not_widen_the_view() {
     agent.send.send(request).await.unwrap();
     let status = agent.responses.message().await.unwrap_err();
     assert_eq!(status.code(), Code::PermissionDenied);
+    lab.stop().await;
+}
+
+const EXPLAINED: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: cart-2, namespace: shop, labels: {app: cart}}
+spec: {nodeName: node-a, serviceAccountName: cart}
+status: {podIP: 10.0.1.6, phase: Running}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: picky
+  namespace: shop
+  labels: {app: picky}
+  annotations:
+    culvert.dev/exclude-outbound-ports: "5432"
+    culvert.dev/exclude-outbound-cidrs: 10.0.1.6/32
+    culvert.dev/exclude-inbound-ports: "9000"
+    culvert.dev/exclude-inbound-cidrs: 10.0.3.0/24
+spec:
+  nodeName: node-b
+  serviceAccountName: picky
+  containers: [{livenessProbe: {httpGet: {port: 8086}}}]
+status: {podIP: 10.0.2.6, phase: Running}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: only, namespace: shop, annotations: {culvert.dev/include-outbound-ports: "80"}}
+spec: {nodeName: node-b, serviceAccountName: only}
+status: {podIP: 10.0.2.7, phase: Running}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: open, namespace: shop, annotations: {culvert.dev/bypass-inbound-capture: "true"}}
+spec: {nodeName: node-b, serviceAccountName: open}
+status: {podIP: 10.0.2.8, phase: Running}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: outsider, namespace: plain}
+spec: {nodeName: node-a}
+status: {podIP: 10.0.3.9, phase: Running}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: kubelet, namespace: plain}
+spec: {nodeName: node-b, hostNetwork: true}
+status: {podIP: 192.0.2.2, phase: Running}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: all, namespace: shop}
+spec: {mtls: {mode: STRICT}}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: wild, namespace: shop}
+spec:
+  hosts: ["*.example.com"]
+  addresses: [10.97.0.1]
+  ports: [{number: 443, name: tls, protocol: TLS}]
+  resolution: STATIC
+  endpoints: [{address: 198.51.100.7}]
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn explain_knows_what_pods_leave_out_and_where_plain_clients_end() {
+    let lab = Lab::start().await;
+    lab.mesh.synced().await;
+    write(&lab.manifest("explained.yaml"), EXPLAINED);
+    let ask = |from: &str, to: &str, port| {
+        let question = Question { from: from.into(), to: to.into(), port };
+        answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now())
+    };
+    wait(|| ask("shop/web", "a.example.com", 443).is_ok()).await;
+    let pods = |names: &[&str]| names.iter().map(|name| Key::new("shop", name)).collect();
+    lab.mesh.report("node-a", NodeReport::Enrolled(pods(&["cart", "cart-2"])));
+    lab.mesh.report("node-b", NodeReport::Enrolled(pods(&["web", "picky", "only", "open"])));
+    let ask = |from: &str, to: &str, port| ask(from, to, port).unwrap();
+    // Outbound: the dialled port and address decide, exclusions first.
+    for (from, to, port, setting) in [
+        ("shop/picky", "198.51.100.1", 5432, "exclude-outbound-ports"),
+        ("shop/picky", "shop/cart-2", 8080, "exclude-outbound-cidrs"),
+        ("shop/only", "198.51.100.1", 81, "include-outbound-ports"),
+    ] {
+        let left = ask(from, to, port);
+        assert!(left.stages[0].outcome.contains(setting), "{from} {to}:{port}: {left:?}");
+        assert!(left.stages[0].resolve.is_empty(), "{left:?}");
+    }
+    assert_eq!(ask("shop/picky", "shop/cart-2", 8080).reason, Some(CloseReason::PolicyDenied));
+    for (from, to, port) in [("shop/picky", "shop/cart", 8080), ("shop/only", "cart", 80)] {
+        assert!(ask(from, to, port).stages[0].outcome.starts_with("through the tunnel"));
+    }
+    assert!(ask("shop/web", "10.0.2.5", 80).summary.contains("dials itself"));
+    assert!(ask("shop/web", "10.0.1.5", 53).summary.contains("DNS proxy"));
+    // Inbound plaintext: STRICT refuses it, unless it is left out.
+    assert_eq!(ask("plain/outsider", "shop/cart", 8080).reason, Some(CloseReason::PolicyDenied));
+    for (from, to, port) in [
+        ("plain/outsider", "shop/picky", 9000),
+        ("plain/outsider", "shop/picky", 1),
+        ("plain/outsider", "shop/open", 1),
+        ("plain/kubelet", "shop/picky", 8086),
+    ] {
+        let left = ask(from, to, port);
+        assert!(
+            left.allowed
+                && left.summary.contains("out of its capture") != left.summary.contains("probe"),
+            "{left:?}"
+        );
+    }
+    assert!(!ask("plain/kubelet", "shop/picky", 8087).allowed, "no probe's port");
+    // A service: its endpoints are judged, whichever the client's network chooses.
+    let refused = ask("plain/outsider", "cart.shop", 80);
+    assert_eq!(refused.reason, Some(CloseReason::PolicyDenied), "{refused:?}");
+    let labelled = EXPLAINED.replacen("labels: {app: cart}", "labels: {app: cart, open: yes1}", 1);
+    write(&lab.manifest("explained.yaml"), &labelled);
+    write(&lab.manifest("permissive.yaml"), PERMISSIVE);
+    wait(|| ask("plain/outsider", "cart.shop", 80).allowed).await;
+    let mixed = ask("plain/outsider", "cart.shop", 80);
+    assert!(
+        mixed.summary.contains(
+            "depends on the endpoint: 1 of 2 refuse it, such as Kubernetes//Pod/shop/cart "
+        ),
+        "{mixed:?}"
+    );
+    assert_eq!(mixed.stages.len(), 3);
+    // As the DNS proxy answers a wildcard host.
+    let wild = ask("shop/web", "A.b.example.com.", 443);
+    assert!(wild.allowed && format!("{wild:?}").contains("10.97.0.1:443"), "{wild:?}");
+    lab.stop().await;
+}
+
+const PERMISSIVE: &str = r#"
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: open, namespace: shop}
+spec: {selector: {matchLabels: {open: yes1}}, mtls: {mode: PERMISSIVE}}
+"#;
+
+/// Two thousand connections that say nothing hold more than all places of the door, and an agent still joins at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connections_keep_no_agent_out() {
+    use tokio::io::AsyncReadExt as _;
+    let resource = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, hard) = nix::sys::resource::getrlimit(resource).unwrap();
+    nix::sys::resource::setrlimit(resource, 1_000.min(hard), hard).unwrap();
+    let lab = Lab::start().await;
+    assert_eq!(nix::sys::resource::getrlimit(resource).unwrap().0, hard, "the limit is raised");
+    let mut silent = Vec::new();
+    for _ in 0..2_000 {
+        silent.push(tokio::net::TcpStream::connect(lab.address).await.unwrap());
+    }
+    let opened = Instant::now();
+    lab.join("node-a").await;
+    assert!(opened.elapsed() < Duration::from_secs(3), "joined after {:?}", opened.elapsed());
+    // The last one is shown out for its silence, long before a handshake's time is up.
+    let last = silent.last_mut().unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(6), last.read(&mut [0])).await;
+    assert!(!matches!(ended.expect("it is ended"), Ok(1..)));
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn automatic_addresses_of_a_folder_do_not_move_over_changes_and_restarts() {
+    let entry = |name: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{hosts: [{name}.example.com], ports: [{{number: 80, name: t, protocol: TCP}}], resolution: DNS}}\n"
+        )
+    };
+    let lab = Lab::start().await;
+    lab.mesh.synced().await;
+    let vips = |lab: &Lab, name: &str| {
+        let host = format!("{name}.example.com");
+        lab.mesh.with_index(|index| {
+            let found = index.services().find(|service| *service.key.hostname == *host);
+            found.map(|service| service.vips.clone())
+        })
+    };
+    for name in ["b", "a"] {
+        write(&lab.manifest(&format!("{name}.yaml")), &entry(name));
+        wait(|| vips(&lab, name).is_some()).await;
+    }
+    let before = (vips(&lab, "a"), vips(&lab, "b"));
+    std::fs::remove_file(lab.manifest("a.yaml")).unwrap();
+    wait(|| vips(&lab, "a").is_none()).await;
+    let file = lab.files().path("service-entry-addresses");
+    let kept = || std::fs::read_to_string(&file).unwrap_or_default();
+    wait(|| kept().lines().count() == 2).await;
+    let directory = lab.stop().await;
+    // Whatever the file says is held to: here that each has the other's.
+    let swapped: String = kept()
+        .lines()
+        .map(|line| line.replace("/a.", "/X.").replace("/b.", "/a.").replace("/X.", "/b.") + "\n")
+        .collect();
+    std::fs::write(&file, swapped).unwrap();
+    write(&directory.path().join("manifests/a.yaml"), &entry("a"));
+    let lab = Lab::start_in(directory).await;
+    lab.mesh.synced().await;
+    assert_eq!((vips(&lab, "b"), vips(&lab, "a")), before);
     lab.stop().await;
 }
 

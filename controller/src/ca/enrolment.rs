@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use super::authenticate::{Authenticate, caller};
 use super::tokens::{Issued, Tokens};
+use crate::door;
 use crate::index::{Key, NodeReport};
 use crate::mesh::SharedMesh;
 
@@ -57,7 +58,7 @@ fn session(issued: Issued) -> Response<Session> {
 #[tonic::async_trait]
 impl Enrolment for Enrolments {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<Session>, Status> {
-        let JoinRequest { join_token, node } = request.into_inner();
+        let (_, extensions, JoinRequest { join_token, node }) = request.into_parts();
         let tokens = Arc::clone(&self.tokens);
         let asked = node.clone();
         // Writing down that the token is spent waits for the disk.
@@ -68,6 +69,7 @@ impl Enrolment for Enrolments {
         .map_err(|error| Status::internal(error.to_string()))?;
         match outcome {
             Ok(issued) => {
+                door::admit(&extensions);
                 info!(node, "node joined");
                 metrics::counter!("culvert_controller_joins_total").increment(1);
                 Ok(session(issued))
@@ -83,6 +85,7 @@ impl Enrolment for Enrolments {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<Session>, Status> {
         // Only what this controller issued can be prolonged by it.
         let caller = caller(&*self.tokens as &dyn Authenticate, request.metadata()).await?;
+        door::admit(request.extensions());
         let issued = self
             .tokens
             .renew(&caller.node, SystemTime::now())
@@ -95,6 +98,7 @@ impl Enrolment for Enrolments {
         request: Request<ReportPodsRequest>,
     ) -> Result<Response<ReportPodsReply>, Status> {
         let caller = caller(&*self.authenticate, request.metadata()).await?;
+        door::admit(request.extensions());
         let pods = request.into_inner().pods;
         if pods.len() > MAX_PODS {
             return Err(Status::invalid_argument(format!("more than {MAX_PODS} pods")));

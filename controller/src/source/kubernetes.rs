@@ -15,7 +15,8 @@ use std::time::Duration;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tokio::sync::mpsc::{self, Sender};
-use tracing::{info, warn};
+use tokio::task::JoinSet;
+use tracing::{error, info, warn};
 
 use super::{SourceEvent, SourceStatus};
 use crate::manifest::Kind;
@@ -76,11 +77,22 @@ pub enum InvalidCluster {
 /// Starts watching; everything ends when `events` is closed.
 pub fn watch(client: &Client, settings: &KubernetesSettings, events: Sender<SourceEvent>) {
     let (tell, told) = mpsc::channel(QUEUE);
+    let mut followers = JoinSet::new();
     for kind in Kind::ALL {
         let follower = Follower::new(client.clone(), *kind, settings.recheck_interval);
-        tokio::spawn(follower.run(tell.clone()));
+        followers.spawn(follower.run(tell.clone()));
     }
-    tokio::spawn(collect(told, events));
+    tokio::spawn(async move {
+        // A kind that nobody follows any more would stand still unseen: the source ends as a whole instead.
+        tokio::select! {
+            () = collect(told, events) => {}
+            Some(ended) = followers.join_next() => {
+                if let Err(error) = ended {
+                    error!(%error, "a kind is not followed any more");
+                }
+            }
+        }
+    });
 }
 
 async fn collect(mut told: mpsc::Receiver<ledger::Told>, events: Sender<SourceEvent>) {
