@@ -1,10 +1,14 @@
-//! `culvert check`: has this machine what the agent needs? Looks, changes nothing, needs no agent.
+//! `culvert check`: has this machine what the agent needs? Changes nothing that stays, needs no agent.
+//!
+//! Who may, tries what the kernel has, where nobody uses it; everybody else is told what its version and types promise.
 
 mod machine;
+mod tried;
 mod verdict;
 
 use std::fmt::Write as _;
 use std::io;
+use std::path::Path;
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -67,10 +71,20 @@ pub(crate) fn run(args: &CheckArgs, reach: &Reach, output: Output) -> Result<End
 fn findings(args: &CheckArgs) -> Vec<Finding> {
     let capabilities = machine::effective_capabilities();
     let btf = machine::btf();
-    vec![
-        verdict::kernel(machine::text("/proc/sys/kernel/osrelease").as_deref()),
+    let release = machine::text("/proc/sys/kernel/osrelease");
+    let mut findings = if verdict::may_try(capabilities) {
+        let root = (args.cgroup_root != "auto").then(|| Path::new(&args.cgroup_root));
+        let mut findings = vec![verdict::kernel_tried(release.as_deref())];
+        findings.extend(tried::findings(&mesh_ebpf::probe(root)));
+        findings
+    } else {
+        vec![
+            verdict::kernel(release.as_deref()),
+            verdict::guard(btf.as_deref().map(machine::has_tcx), machine::has_clsact()),
+        ]
+    };
+    findings.extend([
         verdict::btf(btf.as_deref().map(<[u8]>::len)),
-        verdict::guard(btf.as_deref().map(machine::has_tcx), machine::has_clsact()),
         verdict::lockdown(machine::text("/sys/kernel/security/lockdown").as_deref()),
         verdict::cgroup(&machine::cgroup_roots(&args.cgroup_root)),
         verdict::bpffs(&args.bpffs, machine::is_on_bpffs(&args.bpffs)),
@@ -80,7 +94,8 @@ fn findings(args: &CheckArgs) -> Vec<Finding> {
         verdict::jit(machine::text("/proc/sys/net/core/bpf_jit_enable").as_deref()),
         verdict::clock(SystemTime::now(), machine::program_made(), machine::hardware_clock()),
         verdict::mtu(&machine::uplinks()),
-    ]
+    ]);
+    findings
 }
 
 fn agent(reach: &Reach) -> Finding {

@@ -54,7 +54,10 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-runtime",
         ],
     ),
-    ("culvert", &["mesh-model", "mesh-resolve", "mesh-authorize", "mesh-wire", "mesh-enroll"]),
+    (
+        "culvert",
+        &["mesh-model", "mesh-resolve", "mesh-authorize", "mesh-wire", "mesh-enroll", "mesh-ebpf"],
+    ),
 ];
 
 /// Third-party crates that only the named crate of ours may use.

@@ -27,9 +27,10 @@ pub(super) fn kernel(release: Option<&str>) -> Finding {
     };
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST_KERNEL => {
-            Finding::ok("kernel", format!("Linux {release}"))
-        }
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST_KERNEL => Finding::ok(
+            "kernel",
+            format!("Linux {release}, by its version; as root everything is tried"),
+        ),
         (Some(Ok(_)), Some(Ok(_))) => {
             let remedy = "use Linux 6.1 or later, such as that of Debian 12";
             Finding::fail("kernel", format!("Linux {release} is too old"), remedy)
@@ -40,6 +41,18 @@ pub(super) fn kernel(release: Option<&str>) -> Finding {
             "see that it is 6.1 or later",
         ),
     }
+}
+
+/// Its version decides nothing where everything is tried.
+pub(super) fn kernel_tried(release: Option<&str>) -> Finding {
+    let release =
+        release.map_or_else(|| "of unknown release".to_owned(), |text| format!("Linux {text}"));
+    Finding::ok("kernel", format!("{release}; what it has was tried, see below"))
+}
+
+/// Whether this process has the capabilities that trying takes.
+pub(super) fn may_try(capabilities: Option<u64>) -> bool {
+    capabilities.is_some_and(|effective| NEEDED.iter().all(|(bit, _)| has(effective, *bit)))
 }
 
 pub(super) fn btf(size: Option<usize>) -> Finding {

@@ -413,7 +413,7 @@ fn attach_cgroup_hooks(
 
 /// Attaches to a cgroup as far in front as the kernel can: it says `EINVAL` to flags it does not
 /// know.
-fn attach_first(
+pub(crate) fn attach_first(
     program: BorrowedFd<'_>,
     cgroup: BorrowedFd<'_>,
     hook: &CgroupHook,

@@ -246,8 +246,18 @@ fn is_present(error: &impl std::error::Error) -> bool {
     false
 }
 
+/// Whether a queueing discipline of clsact can be made, tried in a namespace that nobody uses.
+pub(crate) fn try_clsact() -> Result<(), CaptureError> {
+    netns::inside_new(|| qdisc_add_clsact("lo"))
+        .map_err(CaptureError::kernel("making a namespace to probe clsact"))?
+        .map_err(|source| CaptureError::Kernel {
+            what: "adding clsact (kernel module sch_ingress)",
+            source: io::Error::other(source),
+        })
+}
+
 /// A kernel without tcx says `EINVAL`.
-fn probe(program: &OwnedFd) -> Result<GuardAttachment, CaptureError> {
+pub(crate) fn probe(program: &OwnedFd) -> Result<GuardAttachment, CaptureError> {
     const LOOPBACK: u32 = 1;
     let attempt = netns::inside_new(|| {
         let target = LinkTarget::Interface(LOOPBACK);

@@ -19,6 +19,7 @@ mod netns;
 mod object;
 mod pins;
 mod pods;
+mod probe;
 mod rules;
 mod sys;
 
@@ -30,6 +31,8 @@ pub use config::{
 pub use direct::{DirectClose, DirectEvent, DirectFlow, DirectOutcome, DirectPair};
 pub use error::CaptureError;
 pub use mesh_ebpf_abi::{DELIVERY_MARK, LAYOUT, port};
+
+pub use probe::{Attachments, Probes, probe};
 
 pub use features::{CgroupOrder, FeatureReport, GuardAttachment};
 

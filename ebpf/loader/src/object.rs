@@ -64,6 +64,15 @@ pub(crate) fn load(map_directory: &Path) -> Result<Programs, CaptureError> {
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
     }
+    load_by(&mut loader)
+}
+
+/// Loads the object with maps of its own that nobody else sees; for probes.
+pub(crate) fn load_unpinned() -> Result<Programs, CaptureError> {
+    load_by(&mut EbpfLoader::new())
+}
+
+fn load_by(loader: &mut EbpfLoader<'_>) -> Result<Programs, CaptureError> {
     let mut object = loader.load(OBJECT).map_err(CaptureError::Object)?;
     let mut cgroup = Vec::with_capacity(CGROUP_HOOKS.len());
     for hook in &CGROUP_HOOKS {

@@ -10,3 +10,4 @@ mod hostile;
 mod inbound;
 mod lab;
 mod outbound;
+mod probes;
