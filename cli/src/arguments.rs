@@ -88,6 +88,14 @@ Both ends: namespace/pod, service.namespace, service.namespace.svc.cluster.local
     Connections(ConnectionsArgs),
     /// The certificates this node's agent holds
     Certs,
+    /// What the agent, or the controller, logs: shows it, or changes it until the next start
+    #[command(after_help = "\
+Examples:
+  culvert log-level
+  culvert log-level debug
+  culvert log-level info,mesh_net=debug
+  culvert log-level --of controller --reset")]
+    LogLevel(LogLevelArgs),
     /// What the agent logged about one pod
     #[command(after_help = "\
 Reads the journal of the agent's unit, or a file, or standard input:
@@ -141,6 +149,20 @@ pub(crate) enum Part {
     Services,
     /// Policies.
     Policies,
+}
+
+/// Whose log, and what it is to hold.
+#[derive(Debug, Args)]
+pub(crate) struct LogLevelArgs {
+    /// A level, or a filter such as info,mesh_net=debug; none only shows what is in force
+    #[arg(conflicts_with = "reset")]
+    pub(crate) level: Option<String>,
+    /// Back to what the daemon was started with
+    #[arg(long)]
+    pub(crate) reset: bool,
+    /// Who is asked; default: the agent, on a machine without one the controller
+    #[arg(long = "of", value_enum)]
+    pub(crate) daemon: Option<Daemon>,
 }
 
 /// Which lines of which log.

@@ -25,7 +25,7 @@ struct Connection {
     age_ms: u64,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 struct Bytes {
     client_to_server: u64,
     server_to_client: u64,
@@ -81,6 +81,16 @@ impl Connection {
         if self.direction == "Outbound" { "out" } else { "in" }
     }
 
+    /// What the pod sent and received, as the access log counts them.
+    fn sent_and_received(&self) -> (u64, u64) {
+        let Bytes { client_to_server, server_to_client } = self.bytes;
+        if self.direction == "Outbound" {
+            (client_to_server, server_to_client)
+        } else {
+            (server_to_client, client_to_server)
+        }
+    }
+
     fn target(&self) -> String {
         match &self.service {
             Some(service) => format!("{} ({service})", self.destination),
@@ -108,6 +118,7 @@ fn render(connections: &[Connection]) -> String {
     for one in connections {
         let path =
             if one.established { one.path.clone() } else { format!("{} (opening)", one.path) };
+        let (sent, received) = one.sent_and_received();
         columns.row([
             one.pod(),
             one.way().to_owned(),
@@ -115,8 +126,8 @@ fn render(connections: &[Connection]) -> String {
             one.target(),
             path,
             one.peer(),
-            show::bytes(one.bytes.client_to_server),
-            show::bytes(one.bytes.server_to_client),
+            show::bytes(sent),
+            show::bytes(received),
             show::span(one.age_ms / 1000),
             one.rule.clone().unwrap_or_default(),
         ]);

@@ -11,6 +11,7 @@ mod config;
 mod connections;
 mod explain;
 mod failure;
+mod log_level;
 mod logs;
 mod pod;
 mod show;
@@ -40,6 +41,7 @@ fn run(arguments: &Arguments) -> Result<Ending, Failure> {
         Command::Config(what) => config::run(what, reach, *output),
         Command::Connections(filter) => connections::run(filter, reach, *output),
         Command::Certs => certs::run(reach, *output),
+        Command::LogLevel(what) => log_level::run(what, reach, *output),
         Command::Logs(lines) => logs::run(lines, reach),
         Command::Agent(action) => agent::run(action, reach, *output),
         Command::Pod(action) => pod::run(action, reach, *output),

@@ -260,7 +260,7 @@ fn render_kept(status: &ControllerStatus) -> String {
         add(
             &mut text,
             format_args!(
-                "  remedy: mount or fill the folder again; if it is meant to be empty:                  culvert-controller source accept-empty"
+                "  remedy: mount or fill the folder again; if it is meant to be empty: culvert-controller source accept-empty"
             ),
         );
     }

@@ -26,7 +26,8 @@ impl Daemon {
         self.folder.path()
     }
 
-    /// Answers each `GET` of a target with its status and body, everything else with 404.
+    /// Answers each `GET` of a target, and each `POST` of one that is written `POST target`, with its status and body,
+    /// everything else with 404.
     pub(crate) fn serve_http(&self, socket: &str, answers: &[(&str, u16, String)]) {
         let listener = UnixListener::bind(self.folder().join(socket)).expect("a socket");
         let answers: BTreeMap<String, (u16, String)> = answers
@@ -39,7 +40,9 @@ impl Daemon {
                 let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
                 let first = lines.next().unwrap_or_default();
                 lines.find(String::is_empty);
-                let target = first.split(' ').nth(1).unwrap_or_default();
+                let asked =
+                    first.rsplit_once(' ').map_or(first.as_str(), |(asked, _version)| asked);
+                let target = asked.strip_prefix("GET ").unwrap_or(asked);
                 let absent =
                     || (404, json!({ "error": format!("nothing like {target}") }).to_string());
                 let (status, body) = answers.get(target).cloned().unwrap_or_else(absent);

@@ -2,6 +2,7 @@
 
 mod daemon;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::process::{Command, Output};
 
 use daemon::Daemon;
@@ -248,7 +249,8 @@ fn a_controller_that_fails_closed_or_runs_on_kept_objects_says_so() {
         (
             status(json!({ "missing": "/m: it holds no manifest" }), good.clone()),
             1,
-            "MISSING:    /m: it holds no manifest; everything stays",
+            "MISSING:    /m: it holds no manifest; everything stays as it was\n  remedy: mount or fill \
+             the folder again; if it is meant to be empty: culvert-controller source accept-empty\n",
         ),
         (
             status(json!({ "not_remembered": "disk full" }), good),
@@ -291,6 +293,13 @@ fn connections_and_certificates_are_tables_or_the_servers_json() {
         "service": "web.shop.svc.cluster.local", "path": "tunnel", "rule": null,
         "established": true, "bytes": { "client_to_server": 2048, "server_to_client": 5 },
         "age_ms": 61_000,
+    }, {
+        "id": "2b", "direction": "InboundTunnel", "pod": "v", "pod_namespace": "shop",
+        "pod_name": "web", "client": "10.0.0.7:4711", "destination": "10.0.0.8:80",
+        "source_principal": "spiffe://cluster.local/ns/shop/sa/cart", "destination_principal": null,
+        "service": null, "path": "tunnel", "rule": null,
+        "established": true, "bytes": { "client_to_server": 2048, "server_to_client": 5 },
+        "age_ms": 61_000,
     }])
     .to_string();
     let certs = json!([{
@@ -308,6 +317,10 @@ fn connections_and_certificates_are_tables_or_the_servers_json() {
     let words = "shop/cart-1 out 10.0.0.7:4711 10.96.0.1:80 (web.shop.svc.cluster.local) tunnel \
                  spiffe://cluster.local/ns/shop/sa/web 2.0 KiB 5 B 1m 1s -";
     assert_eq!(row.split_whitespace().collect::<Vec<_>>().join(" "), words);
+    let row = stdout.lines().nth(2).expect("the other end's row");
+    let words = row.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(words.contains("shop/web in 10.0.0.7:4711"), "{words}");
+    assert!(words.contains("5 B 2.0 KiB"), "the server sent what the client received: {words}");
     let (stdout, _) = ends(&culvert(&daemon, &["connections", "--pod", "shop/other"]), 0);
     assert_eq!(stdout, "no open connections\n");
     let (stdout, _) = ends(&culvert(&daemon, &["connections", "-o", "json"]), 0);
@@ -316,6 +329,30 @@ fn connections_and_certificates_are_tables_or_the_servers_json() {
     assert!(stdout.contains("expired") && stdout.contains(" ago "), "{stdout}");
     let (stdout, _) = ends(&culvert(&daemon, &["certs", "-o", "json"]), 0);
     assert_eq!(stdout, certs);
+}
+
+#[test]
+fn the_log_level_is_shown_and_changed() {
+    let daemon = Daemon::start();
+    let level = |text: &str| json!({ "level": text }).to_string();
+    let answers = [
+        ("/logging", 200, level("info")),
+        ("POST /logging?level=info%2Cmesh_net%3Ddebug", 200, level("info,mesh_net=debug")),
+        ("POST /logging?reset", 200, level("warn")),
+        ("POST /logging?level=nonsense", 400, json!({ "error": "no such level" }).to_string()),
+    ];
+    daemon.serve_http("admin.sock", &answers);
+    daemon.serve_http("controller.sock", &[("/logging", 200, level("error"))]);
+    for (arguments, shown) in [
+        (&["log-level"][..], "info\n"),
+        (&["log-level", "info,mesh_net=debug"], "info,mesh_net=debug\n"),
+        (&["log-level", "--reset"], "warn\n"),
+        (&["log-level", "--of", "controller"], "error\n"),
+    ] {
+        assert_eq!(ends(&culvert(&daemon, arguments), 0).0, shown, "{arguments:?}");
+    }
+    let (_, stderr) = ends(&culvert(&daemon, &["log-level", "nonsense"]), 4);
+    assert!(stderr.contains("no such level"), "{stderr}");
 }
 
 #[test]
@@ -436,6 +473,13 @@ fn check_needs_no_agent_and_says_what_to_do() {
     for finding in &findings {
         assert_eq!(finding["level"] == "ok", finding["remedy"] == "", "{finding}");
     }
+    // Who may, tries.
+    let is_root = std::fs::metadata("/proc/self").expect("proc").uid() == 0;
+    let names: Vec<&str> = findings.iter().filter_map(|finding| finding["name"].as_str()).collect();
+    for tried in ["netns cookie", "programs", "cgroup order", "sk_lookup", "SOCK_DESTROY"] {
+        assert_eq!(names.contains(&tried), is_root, "{tried} of {names:?}");
+    }
+    assert!(names.contains(&"guard"), "{names:?}");
     let elsewhere = culvert(&daemon, &["check", "--cgroup-root", "/proc", "--bpffs", "/proc/x"]);
     let (stdout, _) = ends(&elsewhere, 1);
     assert!(stdout.contains("FAIL  cgroup2 ") && stdout.contains("FAIL  bpffs "), "{stdout}");
