@@ -60,11 +60,14 @@ impl Finished {
 /// # Errors
 /// When it cannot start or does not end in time (it is killed then).
 pub fn run(command: &mut Command, limit: Duration) -> anyhow::Result<Finished> {
+    use std::os::unix::process::CommandExt as _;
     let shown = format!("{command:?}");
     let child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        // A terminal's Ctrl-C is for us: half-made links are worse than a step more.
+        .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start {shown}"))?;
     let pid = Pid::from_raw(i32::try_from(child.id())?);

@@ -1,8 +1,23 @@
 //! Waiting for conditions, never for time.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+
+static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+/// A flag that ends every wait of this program once it is set; a signal handler can set it.
+pub fn interruption() -> Arc<AtomicBool> {
+    Arc::clone(INTERRUPTED.get_or_init(Arc::default))
+}
+
+/// True once the flag is set.
+#[must_use]
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.get().is_some_and(|flag| flag.load(Ordering::Relaxed))
+}
 
 /// How long most things of the lab may take before they count as broken: far longer than they take on a slow and busy
 /// machine. Costs nothing but when something is broken.
@@ -11,7 +26,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Calls `condition` until it gives `Some`, at most `limit` long.
 ///
 /// # Errors
-/// When the time is up; `what` names what was waited for, and the last error is part of the message.
+/// When the time is up, or [`interruption`] is set; `what` names what was waited for, and the last error is part of the message.
 pub fn until<T>(
     what: &str,
     limit: Duration,
@@ -20,6 +35,9 @@ pub fn until<T>(
     let started = Instant::now();
     let mut pause = Duration::from_millis(5);
     loop {
+        if is_interrupted() {
+            bail!("interrupted while waiting for {what}");
+        }
         let outcome = condition();
         if let Ok(Some(value)) = outcome {
             return Ok(value);

@@ -1,15 +1,16 @@
 //! `cargo xtask demo`: the mesh shown step by step, each step with its proof.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a demonstration prints")]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use clap::Parser;
 use mesh_netns::process::Finished;
 use mesh_netns::servers::{self, ports};
-use mesh_netns::wait::{PATIENCE, until};
+use mesh_netns::wait::{PATIENCE, interruption, is_interrupted, until};
 use mesh_netns::{Lab, LabConfig, Pod, PodSpec, Process, Sniffer, manifest};
 use serde_json::json;
 
@@ -25,36 +26,81 @@ struct Arguments {
     /// Take down a demo that was left running.
     #[arg(long)]
     stop: bool,
+    /// Left over by a demo that was interrupted twice.
+    #[arg(long, hide = true)]
+    interrupted: bool,
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     if arguments.stop {
-        Lab::remove_leftovers(NAME)?;
+        Lab::remove_leftovers(&config().name)?;
+        if arguments.interrupted {
+            // A program that was just making something may have ended after the first look.
+            std::thread::sleep(Duration::from_millis(300));
+            Lab::remove_leftovers(&config().name)?;
+            std::process::exit(INTERRUPTED);
+        }
         println!("the demo is gone");
         return Ok(());
     }
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-    }
+    watch_signals()?;
     let started = Instant::now();
-    let mut demo = Demo { step: 0, interrupted };
-    demo.run(arguments.keep)?;
+    if let Err(error) = (Demo { step: 0 }).run(arguments.keep) {
+        // A lab that was still being built is not whole enough to take itself down.
+        Lab::remove_leftovers(&config().name)?;
+        if is_interrupted() {
+            eprintln!("interrupted; everything is taken down");
+            std::process::exit(INTERRUPTED);
+        }
+        return Err(error);
+    }
     println!("\ndone in {:.1} s", started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// What a shell says of a program that SIGINT ended.
+const INTERRUPTED: i32 = 130;
+
+fn config() -> LabConfig {
+    LabConfig::two_nodes(NAME)
+}
+
+/// The first signal ends the demo at its next step or wait, and takes everything down; a second takes everything down
+/// at once, whatever is going on.
+fn watch_signals() -> anyhow::Result<()> {
+    let interruption = interruption();
+    let mut signals = signal_hook::iterator::Signals::new([
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+    ])?;
+    std::thread::spawn(move || {
+        for _signal in signals.forever() {
+            if interruption.swap(true, Ordering::Relaxed) {
+                // In this program's place, so that nothing of it goes on making what is taken down.
+                let failed =
+                    Command::new("/proc/self/exe").args(["--stop", "--interrupted"]).exec();
+                eprintln!("not everything is gone: {failed}; run cargo xtask demo --stop");
+                std::process::exit(INTERRUPTED);
+            }
+        }
+    });
     Ok(())
 }
 
 struct Demo {
     step: u32,
-    interrupted: Arc<AtomicBool>,
+}
+
+/// Ends the demo when a signal came.
+fn go_on() -> anyhow::Result<()> {
+    ensure!(!is_interrupted(), "interrupted");
+    Ok(())
 }
 
 impl Demo {
     fn step(&mut self, text: &str) -> anyhow::Result<()> {
-        if self.interrupted.load(Ordering::Relaxed) {
-            bail!("interrupted; everything is taken down");
-        }
+        go_on()?;
         self.step += 1;
         println!("\n{}. {text}", self.step);
         Ok(())
@@ -62,7 +108,7 @@ impl Demo {
 
     fn run(&mut self, keep: bool) -> anyhow::Result<()> {
         self.step("Two nodes on one wire, each with an agent; a controller that reads a folder of manifests")?;
-        let mut lab = Lab::start(LabConfig::two_nodes(NAME))?;
+        let mut lab = Lab::start(config())?;
         for node in ["a", "b"] {
             let node = lab.node(node);
             proof(&format!(
@@ -170,6 +216,7 @@ impl Demo {
         })?;
         proof(&format!("nginx answered: {}", answer.trim()));
 
+        go_on()?;
         if keep {
             hints(&lab);
             std::mem::forget(_nginx);
