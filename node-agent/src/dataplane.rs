@@ -48,6 +48,7 @@ pub use shared::{
     OriginalSource, PodSockets, ResolveAnswer, Shared, Snapshot,
 };
 pub use stats::DataPlaneStats;
+pub(crate) use telemetry::policy_ref;
 pub use watchdog::WatchdogConfig;
 
 use pods::{Pod, PodKey};

@@ -11,9 +11,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mesh_runtime::{AccessLog, FlowMeter, OpenFlow};
-use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord, PolicyRef};
+use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord};
 
-use crate::dataplane::{FlowEvent, FlowSink};
+use crate::dataplane::{FlowEvent, FlowSink, policy_ref};
 use limit::{LineBudget, LineKind};
 use mailbox::{Full, GATHER, Letters, Mailbox, mailbox};
 
@@ -156,10 +156,7 @@ impl Ledger {
                 self.meter.early_denial(&denial);
             }
             FlowEvent::Noted { flow, pod, note } => {
-                let policy = PolicyRef {
-                    policy: note.rule.origin.to_string().into(),
-                    rule: note.rule.rule_index,
-                };
+                let policy = policy_ref(&note.rule);
                 tracing::info!(
                     target: "policy", flow_id = %flow, %pod, kind = note.kind.as_str(), %policy,
                     "a policy that is not enforced matched"

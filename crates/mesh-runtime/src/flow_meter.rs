@@ -3,6 +3,8 @@
 //! They have 27 labels each and live as long as their pods, so they are kept here rather than in the recorder: one
 //! entry per pair holds all five counters, an open flow counts through a pointer, and what nobody uses expires.
 
+mod named;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,14 +18,18 @@ use mesh_telemetry::{
 use metrics::{counter, gauge};
 use serde::{Deserialize, Serialize};
 
+use named::{NamedCounts, NamedSeries};
+
+pub use named::WrittenNamed;
+
 /// Bounds of the traffic counters.
 #[derive(Clone, Copy, Debug)]
 pub struct FlowMeterConfig {
     /// How long a series without open flows is kept after its last change. Default 15 minutes: three of Prometheus'
     /// five-minute windows.
     pub idle: Duration,
-    /// Most pairs of workloads; flows of further ones are counted without their source, which a peer may make up.
-    /// Default 10,000.
+    /// Most pairs of workloads, all pods of an owner being one; flows of further ones are counted without their source,
+    /// which a peer may make up. Also most policies and rules that are counted by name. Default 10,000.
     pub max_series: usize,
 }
 
@@ -53,7 +59,9 @@ struct Kept {
 #[derive(Debug)]
 pub struct FlowMeter {
     config: FlowMeterConfig,
+    /// By what their labels show.
     series: Mutex<HashMap<FlowFacts, Kept>>,
+    named: Mutex<NamedCounts>,
 }
 
 /// The counters of one pair, on their way to a successor process.
@@ -70,6 +78,7 @@ pub struct WrittenSeries {
 #[derive(Debug)]
 #[must_use = "hand it back to `FlowMeter::closed`, or the flow counts as open for ever"]
 pub struct OpenFlow {
+    /// The key of its series.
     facts: FlowFacts,
     path: FlowPath,
     series: Arc<Series>,
@@ -90,12 +99,12 @@ impl FlowMeter {
     /// No flows yet.
     #[must_use]
     pub fn new(config: FlowMeterConfig) -> Self {
-        Self { config, series: Mutex::new(HashMap::new()) }
+        Self { config, series: Mutex::default(), named: Mutex::default() }
     }
 
     /// Counts a flow as opened.
     pub fn opened(&self, facts: FlowFacts, path: FlowPath) -> OpenFlow {
-        let series = self.series_of(&facts);
+        let (facts, series) = self.series_of(&facts);
         series.opened.fetch_add(1, Ordering::Relaxed);
         gauge!(metric::TCP_SOCKETS_OPEN.name, "reporter" => facts.reporter.as_str()).increment(1.0);
         gauge!(metric::FLOWS_OPEN.name, "path" => path.as_str()).increment(1.0);
@@ -104,13 +113,24 @@ impl FlowMeter {
 
     /// Counts a flow as open that a predecessor has counted as opened, and `counted` of its bytes.
     pub fn taken_over(&self, facts: FlowFacts, path: FlowPath, counted: FlowBytes) -> OpenFlow {
-        let series = self.series_of(&facts);
+        let (facts, series) = self.series_of(&facts);
         gauge!(metric::TCP_SOCKETS_OPEN.name, "reporter" => facts.reporter.as_str()).increment(1.0);
         gauge!(metric::FLOWS_OPEN.name, "path" => path.as_str()).increment(1.0);
         OpenFlow { facts, path, series, counted }
     }
 
-    /// All series, for a successor.
+    /// The counters by name of a policy, for a successor.
+    #[must_use]
+    pub fn written_named(&self) -> Vec<WrittenNamed> {
+        lock(&self.named).written()
+    }
+
+    /// Goes on counting by name where a predecessor stopped.
+    pub fn take_over_named(&self, written: Vec<WrittenNamed>) {
+        lock(&self.named).take_over(&self.config, written);
+    }
+
+    /// All series of traffic, for a successor.
     #[must_use]
     pub fn written(&self) -> Vec<WrittenSeries> {
         let write = |(facts, kept): (&FlowFacts, &Kept)| WrittenSeries {
@@ -134,7 +154,7 @@ impl FlowMeter {
         known: impl Fn(&str) -> Option<&'static str>,
     ) {
         for WrittenSeries { facts, opened, received, sent, closed } in written {
-            let series = self.series_of(&facts);
+            let (_key, series) = self.series_of(&facts);
             series.opened.fetch_add(opened, Ordering::Relaxed);
             series.received.fetch_add(received, Ordering::Relaxed);
             series.sent.fetch_add(sent, Ordering::Relaxed);
@@ -165,12 +185,9 @@ impl FlowMeter {
         )
         .increment(1);
         if flags == "DENY" {
-            let (policy, rule) = policy_labels(record.policy.as_ref());
-            counter!(
-                metric::DENIALS.name,
-                "reporter" => reporter, "reason" => reason, "policy" => policy, "rule" => rule
-            )
-            .increment(1);
+            let policy = record.policy.as_ref();
+            let denial = NamedSeries::denial(reporter, reason, policy);
+            lock(&self.named).add(&self.config, denial, 1);
         }
     }
 
@@ -190,28 +207,27 @@ impl FlowMeter {
     }
 
     /// Counts a match of an AUDIT policy (`audit`) or of a policy that is tried out (`dry_run`).
-    pub fn policy_note(&self, note: &'static str, policy: &PolicyRef) {
-        let (policy, rule) = policy_labels(Some(policy));
-        counter!(metric::POLICY_NOTES.name, "note" => note, "policy" => policy, "rule" => rule)
-            .increment(1);
+    pub fn policy_note(&self, note: &str, policy: &PolicyRef) {
+        lock(&self.named).add(&self.config, NamedSeries::note(note, policy), 1);
     }
 
-    fn series_of(&self, facts: &FlowFacts) -> Arc<Series> {
+    /// The series of flows with these facts, and its key.
+    fn series_of(&self, facts: &FlowFacts) -> (FlowFacts, Arc<Series>) {
         let now = Instant::now();
+        let mut key = facts.series();
         let mut all = lock(&self.series);
-        if let Some(kept) = all.get_mut(facts) {
-            kept.used = now;
-            return Arc::clone(&kept.series);
+        if !all.contains_key(&key) && all.len() >= self.config.max_series {
+            self.expire(&mut all, now);
+            if all.len() >= self.config.max_series {
+                counter!(metric::SERIES_FOLDED.name).increment(1);
+                key = key.without_source();
+            }
         }
-        if all.len() < self.config.max_series {
-            return new_series(&mut all, facts.clone(), now);
-        }
-        self.expire(&mut all, now);
-        if all.len() < self.config.max_series {
-            return new_series(&mut all, facts.clone(), now);
-        }
-        counter!(metric::SERIES_FOLDED.name).increment(1);
-        new_series(&mut all, facts.without_source(), now)
+        let fresh = || Kept { series: Arc::default(), used: now };
+        let kept = all.entry(key.clone()).or_insert_with(fresh);
+        kept.used = now;
+        let series = Arc::clone(&kept.series);
+        (key, series)
     }
 
     fn expire(&self, all: &mut HashMap<FlowFacts, Kept>, now: Instant) {
@@ -221,7 +237,7 @@ impl FlowMeter {
         });
     }
 
-    /// The traffic metrics as Prometheus text, series in stable order; what has expired at `now` is forgotten.
+    /// All of this as Prometheus text, series in stable order; what has expired at `now` is forgotten.
     #[must_use]
     pub fn render(&self, now: Instant) -> String {
         let mut all = lock(&self.series);
@@ -258,20 +274,15 @@ impl FlowMeter {
         ] {
             render_metric(&mut text, metric, lines);
         }
+        let mut named = lock(&self.named);
+        named.expire(&self.config, now);
+        for metric in [&metric::DENIALS, &metric::POLICY_NOTES] {
+            let series = named.series_of(metric);
+            let lines = series.map(|(labels, count)| (label_text(&labels), count));
+            render_metric(&mut text, metric, lines.collect());
+        }
         text
     }
-}
-
-fn new_series(all: &mut HashMap<FlowFacts, Kept>, facts: FlowFacts, used: Instant) -> Arc<Series> {
-    let kept = all.entry(facts).or_insert_with(|| Kept { series: Arc::default(), used });
-    kept.used = used;
-    Arc::clone(&kept.series)
-}
-
-fn policy_labels(policy: Option<&PolicyRef>) -> (String, String) {
-    let rule =
-        policy.and_then(|policy| policy.rule).map_or_else(String::new, |rule| rule.to_string());
-    (policy.map_or_else(String::new, |policy| policy.policy.to_string()), rule)
 }
 
 fn render_metric(text: &mut String, metric: &Metric, mut lines: Vec<(String, u64)>) {
@@ -314,12 +325,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use mesh_telemetry::WorkloadLabels;
 
     /// A record to end flows with, taken from the log's own tests in spirit: only what counting looks at matters.
-    fn record(facts: &FlowFacts, reason: &str, bytes: FlowBytes) -> FlowRecord {
+    pub(crate) fn record(facts: &FlowFacts, reason: &str, bytes: FlowBytes) -> FlowRecord {
         FlowRecord {
             id: serde_json::from_str("1").unwrap(),
             pod: serde_json::from_str("\"p\"").unwrap(),
@@ -338,7 +349,14 @@ mod tests {
         }
     }
 
-    fn facts(source: &str) -> FlowFacts {
+    /// Facts of a flow from `pod`, one of several of the owner `workload`.
+    fn facts_of_pod(pod: &str, workload: &str) -> FlowFacts {
+        let mut facts = facts(workload);
+        facts.source.as_mut().unwrap().pod = pod.into();
+        facts
+    }
+
+    pub(crate) fn facts(source: &str) -> FlowFacts {
         let mut facts = FlowFacts::unknown(serde_json::from_str("\"Source\"").unwrap());
         facts.source =
             Some(WorkloadLabels { workload: source.into(), ..WorkloadLabels::default() });
@@ -377,6 +395,69 @@ mod tests {
         let failed = "istio_tcp_connections_failed_total";
         assert_eq!(value(&text, failed, "response_flags=\"DENY\""), Some(1));
         assert_eq!(value(&text, failed, "response_flags=\"-\""), None);
+    }
+
+    #[test]
+    fn pods_of_one_owner_are_one_series() {
+        let config = FlowMeterConfig { max_series: 1, ..FlowMeterConfig::default() };
+        let meter = FlowMeter::new(config);
+        let total = FlowBytes { client_to_server: 3, server_to_client: 4 };
+        for pod in ["web-0", "web-1"] {
+            let facts = facts_of_pod(pod, "web");
+            let flow = meter.opened(facts.clone(), FlowPath::Tunnel);
+            meter.closed(flow, &record(&facts, "complete", total));
+        }
+        let text = meter.render(Instant::now());
+        let mut names: Vec<_> =
+            text.lines().filter_map(|line| line.rsplit_once(' ')).map(|(name, _)| name).collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all, "a series comes twice:\n{text}");
+        for (name, expected) in [
+            ("istio_tcp_connections_opened_total", 2),
+            ("istio_tcp_connections_closed_total", 2),
+            ("istio_tcp_received_bytes_total", 6),
+            ("istio_tcp_sent_bytes_total", 8),
+        ] {
+            assert_eq!(value(&text, name, "source_workload=\"web\""), Some(expected), "{name}");
+        }
+    }
+
+    #[test]
+    fn policies_are_counted_by_name_and_expire() {
+        let meter = FlowMeter::new(FlowMeterConfig { max_series: 2, ..FlowMeterConfig::default() });
+        let policy = |name: &str, problem: &str| PolicyRef {
+            policy: format!("AuthorizationPolicy shop/{name}").into(),
+            problem: Some(problem.into()),
+            rule: Some(1),
+        };
+        for problem in ["a", "b"] {
+            let mut record = record(&facts("web"), "policy_missing", FlowBytes::default());
+            record.policy = Some(policy("torn", problem));
+            meter.refused(&record);
+            meter.policy_note("audit", &policy("seen", problem));
+        }
+        meter.policy_note("audit", &policy("one-too-many", ""));
+        let text = meter.render(Instant::now());
+        for line in [
+            "culvert_denials_total{reporter=\"source\",reason=\"policy_missing\",\
+             policy=\"AuthorizationPolicy shop/torn\",rule=\"1\"} 2",
+            "culvert_policy_notes_total{note=\"audit\",policy=\"AuthorizationPolicy shop/seen\",rule=\"1\"} 2",
+            "culvert_policy_notes_total{note=\"audit\",policy=\"\",rule=\"\"} 1",
+            "# TYPE culvert_denials_total counter",
+        ] {
+            assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");
+        }
+        let successor = FlowMeter::new(FlowMeterConfig::default());
+        let written = serde_json::to_string(&meter.written_named()).unwrap();
+        successor.take_over_named(serde_json::from_str(&written).unwrap());
+        let carried = successor.render(Instant::now());
+        assert!(
+            carried.contains("policy=\"AuthorizationPolicy shop/torn\",rule=\"1\"} 2"),
+            "{carried}"
+        );
+        assert_eq!(meter.render(Instant::now() + FlowMeterConfig::default().idle), "");
     }
 
     #[test]

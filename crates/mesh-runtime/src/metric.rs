@@ -12,7 +12,7 @@ use metrics_exporter_prometheus::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::flow_meter::{FlowMeter, FlowMeterConfig, WrittenSeries};
+use crate::flow_meter::{FlowMeter, FlowMeterConfig, WrittenNamed, WrittenSeries};
 use crate::log::LogHandle;
 use crate::process;
 use carried::Carried;
@@ -44,6 +44,9 @@ pub struct Metrics {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct WrittenMetrics {
     traffic: Vec<WrittenSeries>,
+    /// Absent from a predecessor that counted them among the others.
+    #[serde(default)]
+    named: Vec<WrittenNamed>,
     /// Prometheus text.
     others: String,
 }
@@ -98,7 +101,11 @@ impl Metrics {
     /// All counters, for a successor; what is counted afterwards is lost.
     #[must_use]
     pub fn written(&self) -> WrittenMetrics {
-        WrittenMetrics { traffic: self.flows.written(), others: self.render_recorder() }
+        WrittenMetrics {
+            traffic: self.flows.written(),
+            named: self.flows.written_named(),
+            others: self.render_recorder(),
+        }
     }
 
     /// Goes on counting where a predecessor stopped. `flags` gives the response flags that there are; counters for which
@@ -110,6 +117,7 @@ impl Metrics {
         elsewhere: impl Fn(&str) -> bool,
     ) {
         self.flows.take_over(written.traffic, flags);
+        self.flows.take_over_named(written.named);
         *self.carried() = Carried::parse(&written.others, elsewhere);
     }
 

@@ -136,7 +136,7 @@ fn flow_fields(record: &FlowRecord) -> Fields {
     }
     fields.bare("reason", record.reason);
     if let Some(policy) = &record.policy {
-        fields.quoted("policy", Some(&policy.policy));
+        fields.quoted("policy", Some(&policy.described()));
         if let Some(rule) = policy.rule {
             fields.number("rule", u64::try_from(rule).unwrap_or(u64::MAX));
         }
@@ -323,6 +323,7 @@ mod tests {
             reason: CloseReason::PolicyDenied,
             policy: Some(PolicyRef {
                 policy: "AuthorizationPolicy shop/allow-cart".into(),
+                problem: None,
                 rule: Some(1),
             }),
             detail: None,

@@ -96,6 +96,29 @@ pub struct WorkloadLabels {
     pub zone: Arc<str>,
 }
 
+/// What [`LabelValue::or_unknown`] makes the same is made the same.
+fn shown(text: &Arc<str>) -> Arc<str> {
+    if **text == *UNKNOWN { Arc::default() } else { Arc::clone(text) }
+}
+
+impl WorkloadLabels {
+    /// Without what no label shows; none when nothing is left.
+    fn shown(&self) -> Option<Self> {
+        let shown = Self {
+            pod: Arc::default(),
+            workload: shown(&self.workload),
+            namespace: shown(&self.namespace),
+            canonical_service: shown(&self.canonical_service),
+            canonical_revision: shown(&self.canonical_revision),
+            app: shown(&self.app),
+            cluster: shown(&self.cluster),
+            region: shown(&self.region),
+            zone: shown(&self.zone),
+        };
+        (shown != Self::default()).then_some(shown)
+    }
+}
+
 impl From<&Workload> for WorkloadLabels {
     fn from(workload: &Workload) -> Self {
         Self {
@@ -137,6 +160,18 @@ pub struct ServiceLabels {
     pub namespace: Arc<str>,
     /// Object name.
     pub name: Arc<str>,
+}
+
+impl ServiceLabels {
+    /// Without what no label shows; none when nothing is left.
+    fn shown(&self) -> Option<Self> {
+        let shown = Self {
+            hostname: shown(&self.hostname),
+            namespace: shown(&self.namespace),
+            name: shown(&self.name),
+        };
+        (shown != Self::default()).then_some(shown)
+    }
 }
 
 impl From<&Service> for ServiceLabels {
@@ -190,6 +225,21 @@ impl FlowFacts {
     #[must_use]
     pub fn without_source(&self) -> Self {
         Self { source: None, source_principal: None, ..self.clone() }
+    }
+
+    /// The same facts without what no label shows: flows that are equal in this are one time series.
+    ///
+    /// Pods of one owner count together, and what a peer calls `unknown` is what nothing is known about.
+    #[must_use]
+    pub fn series(&self) -> Self {
+        let shown =
+            |labels: &Option<WorkloadLabels>| labels.as_ref().and_then(WorkloadLabels::shown);
+        Self {
+            source: shown(&self.source),
+            destination: shown(&self.destination),
+            service: self.service.as_ref().and_then(ServiceLabels::shown),
+            ..self.clone()
+        }
     }
 
     /// The traffic labels, with `response_flags` as given: `-`, or
@@ -345,6 +395,25 @@ mod tests {
         ];
         for (name, value) in expected {
             assert_eq!(labels.get(name), Some(value), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_no_label_shows_makes_no_series() {
+        let of_pod = |pod: &str| {
+            let mut facts = FlowFacts::unknown(Reporter::Source);
+            facts.destination = Some(WorkloadLabels { pod: pod.into(), ..(&cart()).into() });
+            facts
+        };
+        assert_ne!(of_pod("cart-0"), of_pod("cart-1"));
+        assert_eq!(of_pod("cart-0").series(), of_pod("cart-1").series());
+        assert_eq!(of_pod("cart-0").series().labels("-"), of_pod("cart-0").labels("-"));
+
+        let nothing = FlowFacts::unknown(Reporter::Destination);
+        let made_up = WorkloadLabels { workload: UNKNOWN.into(), ..WorkloadLabels::default() };
+        for source in [WorkloadLabels::default(), made_up] {
+            let facts = FlowFacts { source: Some(source), ..nothing.clone() };
+            assert_eq!(facts.series(), nothing);
         }
     }
 

@@ -1,5 +1,6 @@
 //! What happened to a connection.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -81,16 +82,29 @@ impl FlowBytes {
 pub struct PolicyRef {
     /// Kind, namespace and name, e.g. `AuthorizationPolicy shop/allow-cart`.
     pub policy: Arc<str>,
+    /// Why the object cannot be read, where that is why it decided. For the log, never for labels: it is long, and
+    /// changes with every edit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Arc<str>>,
     /// Which of its rules, from 0; absent when no single rule decided.
     pub rule: Option<usize>,
 }
 
+impl PolicyRef {
+    /// The policy's name, and why it cannot be read.
+    #[must_use]
+    pub fn described(&self) -> Cow<'_, str> {
+        match &self.problem {
+            Some(problem) => format!("{} (unreadable: {problem})", self.policy).into(),
+            None => (&*self.policy).into(),
+        }
+    }
+}
+
 impl fmt::Display for PolicyRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.rule {
-            Some(rule) => write!(f, "{} rule {rule}", self.policy),
-            None => f.write_str(&self.policy),
-        }
+        f.write_str(&self.described())?;
+        self.rule.map_or(Ok(()), |rule| write!(f, " rule {rule}"))
     }
 }
 
@@ -167,10 +181,16 @@ mod tests {
 
     #[test]
     fn a_policy_is_named_with_its_rule() {
-        let mut policy =
-            PolicyRef { policy: "AuthorizationPolicy shop/allow-cart".into(), rule: Some(2) };
+        let mut policy = PolicyRef {
+            policy: "AuthorizationPolicy shop/allow-cart".into(),
+            problem: None,
+            rule: Some(2),
+        };
         assert_eq!(policy.to_string(), "AuthorizationPolicy shop/allow-cart rule 2");
-        policy.rule = None;
-        assert_eq!(policy.to_string(), "AuthorizationPolicy shop/allow-cart");
+        (policy.rule, policy.problem) = (None, Some("no action".into()));
+        assert_eq!(
+            policy.to_string(),
+            "AuthorizationPolicy shop/allow-cart (unreadable: no action)"
+        );
     }
 }

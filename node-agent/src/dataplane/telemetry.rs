@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_authorize::RuleRef;
+use mesh_authorize::{PolicyOrigin, RuleRef};
 use mesh_model::{CloseReason, Direction, Flow, NetworkId, SpiffeId, Workload, ports};
 use mesh_resolve::{Authority, ResolvedFlow, Route, TunnelRoute};
 use mesh_telemetry::{
@@ -169,10 +169,7 @@ impl Story {
             bytes,
             duration,
             reason,
-            policy: rule.map(|rule| PolicyRef {
-                policy: rule.origin.to_string().into(),
-                rule: rule.rule_index,
-            }),
+            policy: rule.map(policy_ref),
             detail,
             trace: self.trace,
         }
@@ -193,6 +190,16 @@ impl Story {
                 })
             }
         }
+    }
+}
+
+/// A rule, as metrics and logs name it.
+pub(crate) fn policy_ref(rule: &RuleRef) -> PolicyRef {
+    let PolicyOrigin { kind, namespace, name, unreadable } = &rule.origin;
+    PolicyRef {
+        policy: format!("{kind} {namespace}/{name}").into(),
+        problem: unreadable.clone(),
+        rule: rule.rule_index,
     }
 }
 
