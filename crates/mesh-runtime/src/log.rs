@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_telemetry::access_log::{early_denial_line, flow_line};
+use mesh_telemetry::access_log::{early_denial_line, flow_line, is_failure};
 use mesh_telemetry::{EarlyDenial, FlowRecord, LogFormat};
 use tracing::Level;
 use tracing_subscriber::filter::ParseError;
@@ -169,11 +169,10 @@ impl AccessLog {
 
     /// Writes the line of a flow that has ended now.
     pub fn flow(&self, record: &FlowRecord) {
-        let ended_well = record.reason.response_flags() == "-";
-        let wanted = if ended_well {
-            tracing::enabled!(target: "access", Level::INFO)
-        } else {
+        let wanted = if is_failure(record.reason) {
             tracing::enabled!(target: "access", Level::ERROR)
+        } else {
+            tracing::enabled!(target: "access", Level::INFO)
         };
         if wanted {
             self.writer.line(flow_line(record, SystemTime::now(), self.format));
@@ -192,6 +191,10 @@ impl AccessLog {
 mod tests {
     use super::*;
     use std::sync::Mutex;
+
+    use mesh_telemetry::FlowBytes;
+
+    use crate::flow_meter::tests::{facts, record};
 
     #[derive(Clone, Default)]
     struct Shared(Arc<Mutex<Vec<u8>>>);
@@ -219,6 +222,11 @@ mod tests {
         tracing::debug!("shown later");
         assert!(matches!(handle.set_filter("a=b=c"), Err(LogError::Filter { .. })));
         assert_eq!(handle.filter().unwrap(), "debug");
+        handle.set_filter("error").unwrap();
+        let access = logging.access();
+        for reason in ["client_reset", "policy_denied"] {
+            access.flow(&record(&facts("web"), reason, FlowBytes::default()));
+        }
         handle.reset_filter().unwrap();
         tracing::debug!("hidden again");
         assert_eq!(handle.dropped_lines(), 0);
@@ -230,5 +238,7 @@ mod tests {
         let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
         assert!(text.contains("shown flow.id=7") && text.contains("shown later"), "{text}");
         assert!(!text.contains("hidden"), "{text}");
+        assert!(text.contains("reason=policy_denied"), "{text}");
+        assert!(!text.contains("client_reset"), "a reset is no error: {text}");
     }
 }

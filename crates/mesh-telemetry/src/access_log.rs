@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::time::SystemTime;
 
-use mesh_model::{CloseReason, Direction, Fault};
+use mesh_model::{CloseReason, Direction};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -81,13 +81,20 @@ impl Fields {
     }
 }
 
+/// Whether the line of a flow that ended so is an error; it is for information otherwise. What counts as failed in
+/// metrics is one: an end that resets a connection of its own has no less got what it wanted.
+#[must_use]
+pub fn is_failure(reason: CloseReason) -> bool {
+    reason.response_flags() != "-"
+}
+
 /// The line of a flow that has ended, with its newline; `ended_at` stands in front.
 ///
 /// Source: the fields up to `error` and their order are istio/ztunnel's (`src/proxy/metrics.rs`); `flow.id`, `path`,
 /// `reason`, `policy`, `rule` and `trace.id` are ours.
 #[must_use]
 pub fn flow_line(record: &FlowRecord, ended_at: SystemTime, format: LogFormat) -> String {
-    let level = if record.reason.fault() == Fault::None { "info" } else { "error" };
+    let level = if is_failure(record.reason) { "error" } else { "info" };
     line(ended_at, level, "connection complete", &flow_fields(record), format)
 }
 
@@ -278,7 +285,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use mesh_model::{FlowId, PodUid, Reporter, SpiffeId};
+    use mesh_model::{Fault, FlowId, PodUid, Reporter, SpiffeId};
 
     use super::*;
     use crate::labels::{FlowFacts, ServiceLabels, WorkloadLabels};
@@ -370,6 +377,25 @@ mod tests {
         for format in [LogFormat::Text, LogFormat::Json] {
             let line = flow_line(&record, at(), format);
             assert_eq!(line.matches('\n').count(), 1, "{line}");
+        }
+    }
+
+    #[test]
+    fn an_end_that_resets_its_own_connection_is_no_error() {
+        let mut record = record();
+        for reason in CloseReason::ALL {
+            record.reason = *reason;
+            let ended_well = matches!(
+                reason,
+                CloseReason::Complete
+                    | CloseReason::Drained
+                    | CloseReason::ClientReset
+                    | CloseReason::ServerReset
+            );
+            assert_eq!(is_failure(*reason), !ended_well, "{reason}");
+            let line = flow_line(&record, at(), LogFormat::Text);
+            let level = if ended_well { "\tinfo\t" } else { "\terror\t" };
+            assert!(line.contains(level), "{line}");
         }
     }
 
