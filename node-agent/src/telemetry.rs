@@ -11,13 +11,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mesh_runtime::{AccessLog, FlowMeter, OpenFlow};
-use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord};
+use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord, metric};
 
 use crate::dataplane::{FlowEvent, FlowSink, policy_ref};
 use limit::{LineBudget, LineKind};
 use mailbox::{Full, GATHER, Letters, Mailbox, mailbox};
 
 /// Reports waiting at most; beyond that they are dropped and counted, since a worker never waits.
+///
+/// What ends a flow that was counted as open is never dropped: it would count as open for ever. Of these there are no
+/// more than open flows.
 const QUEUE: usize = 65_536;
 
 /// What waits in the queue.
@@ -35,9 +38,24 @@ pub(crate) struct FlowReports {
 }
 
 impl FlowSink for FlowReports {
-    fn report(&self, event: FlowEvent) {
-        if let Err(Full) = self.mailbox.put(Letter::Event(event)) {
-            metrics::counter!("culvert_flow_reports_dropped_total").increment(1);
+    fn report(&self, event: FlowEvent) -> bool {
+        match event {
+            FlowEvent::TakenOver { .. } | FlowEvent::Closed { was_open: true, .. } => {
+                self.mailbox.put_beyond(Letter::Event(event));
+                true
+            }
+            FlowEvent::Opened { .. }
+            | FlowEvent::Moved { .. }
+            | FlowEvent::Closed { was_open: false, .. }
+            | FlowEvent::Noted { .. }
+            | FlowEvent::Denied(_) => match self.mailbox.put(Letter::Event(event)) {
+                Ok(()) => true,
+                Err(Full) => {
+                    metrics::counter!(metric::EVENTS_DROPPED.name, "queue" => "flow_reports")
+                        .increment(1);
+                    false
+                }
+            },
         }
     }
 }
@@ -46,8 +64,8 @@ impl FlowReports {
     /// Waits until everything that was reported is counted and logged, for `patience` at most. Blocks.
     pub(crate) fn flush(&self, patience: Duration) {
         let (done, flushed) = channel();
-        if self.mailbox.put(Letter::Flush(done)).is_err() || flushed.recv_timeout(patience).is_err()
-        {
+        self.mailbox.put_beyond(Letter::Flush(done));
+        if flushed.recv_timeout(patience).is_err() {
             tracing::warn!("some reports about flows were not counted in time");
         }
     }
@@ -62,8 +80,7 @@ impl FlowReports {
     ) -> io::Result<(Self, JoinHandle<()>)> {
         let (mailbox, letters) = mailbox(QUEUE);
         let thread = std::thread::Builder::new().name("telemetry".to_owned()).spawn(move || {
-            let (open, lines) = (HashMap::new(), LineBudget::default());
-            Ledger { meter, access, open, lines }.keep(&letters);
+            Ledger::new(meter, access).keep(&letters);
         })?;
         Ok((Self { mailbox }, thread))
     }
@@ -85,6 +102,10 @@ struct Counted {
 }
 
 impl Ledger {
+    fn new(meter: Arc<FlowMeter>, access: AccessLog) -> Self {
+        Self { meter, access, open: HashMap::new(), lines: LineBudget::default() }
+    }
+
     fn keep(mut self, letters: &Letters<Letter>) {
         while let Some(events) = letters.take(self.lines.summary_due()) {
             for letter in events {
@@ -181,5 +202,87 @@ impl Counted {
         self.total.client_to_server += bytes.client_to_server;
         self.total.server_to_client += bytes.server_to_client;
         self.flow.moved(self.total);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_model::{CloseReason, Direction, FlowId, PodUid, Reporter};
+    use mesh_runtime::FlowMeterConfig;
+    use mesh_runtime::log::LineWriter;
+    use mesh_telemetry::{EarlyDenial, LogFormat, WorkloadLabels};
+
+    use super::*;
+
+    fn facts(workload: &str) -> Arc<FlowFacts> {
+        let mut facts = FlowFacts::unknown(Reporter::Source);
+        facts.source =
+            Some(WorkloadLabels { workload: workload.into(), ..WorkloadLabels::default() });
+        Arc::new(facts)
+    }
+
+    fn closed(facts: &Arc<FlowFacts>, was_open: bool) -> FlowEvent {
+        let record = FlowRecord {
+            id: FlowId(1),
+            pod: PodUid::new("p"),
+            direction: Direction::Outbound,
+            source: "10.0.0.1:1".parse().unwrap(),
+            destination: "10.0.0.2:80".parse().unwrap(),
+            authority: None,
+            facts: (**facts).clone(),
+            path: FlowPath::Plaintext,
+            bytes: FlowBytes { client_to_server: 9, server_to_client: 0 },
+            duration: Duration::ZERO,
+            reason: CloseReason::Complete,
+            policy: None,
+            detail: None,
+            trace: None,
+        };
+        let unreported = record.bytes;
+        FlowEvent::Closed { record: Box::new(record), unreported, was_open }
+    }
+
+    #[test]
+    fn the_end_of_an_open_flow_is_counted_however_many_reports_wait() {
+        let (mailbox, letters) = mailbox(4);
+        let reports = FlowReports { mailbox };
+        let (open, late) = (facts("open"), facts("late"));
+        let bytes = FlowBytes { client_to_server: 1, server_to_client: 0 };
+        assert!(reports.report(FlowEvent::Opened(Arc::clone(&open))));
+        let denial = || {
+            FlowEvent::Denied(EarlyDenial {
+                source: "10.0.0.1:1".parse().unwrap(),
+                destination: "10.0.0.2:15008".parse().unwrap(),
+                direction: Direction::InboundTunnel,
+                reason: CloseReason::TlsFailure,
+                detail: None,
+            })
+        };
+        while reports.report(denial()) {}
+        // What can be left out is, and says so.
+        assert!(!reports.report(FlowEvent::Moved { facts: Arc::clone(&open), bytes }));
+        assert!(!reports.report(FlowEvent::Opened(Arc::clone(&late))));
+        assert!(!reports.report(closed(&late, false)));
+        // What would leave a flow open for ever cannot.
+        assert!(reports.report(closed(&open, true)));
+        drop(reports);
+
+        let meter = Arc::new(FlowMeter::new(FlowMeterConfig::default()));
+        let (writer, _flush) = LineWriter::start(io::sink(), 64).unwrap();
+        let mut ledger =
+            Ledger::new(Arc::clone(&meter), AccessLog::new(writer, LogFormat::default()));
+        for letter in letters.take(None).unwrap() {
+            let Letter::Event(event) = letter else { panic!("nobody flushes") };
+            ledger.take(event);
+        }
+        assert!(ledger.open.is_empty());
+        let text = meter.render(Instant::now());
+        let line = |metric: &str| {
+            text.lines().find(|line| line.starts_with(&format!("{metric}{{"))).unwrap_or_default()
+        };
+        assert!(line(metric::TCP_CONNECTIONS_CLOSED.name).ends_with("} 1"), "{text}");
+        assert!(line(metric::TCP_RECEIVED_BYTES.name).ends_with("} 9"), "{text}");
+        assert!(!text.contains("late"), "{text}");
+        assert_eq!(meter.render(Instant::now() + FlowMeterConfig::default().idle), "");
     }
 }

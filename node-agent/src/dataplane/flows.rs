@@ -112,6 +112,8 @@ pub(super) struct LiveFlow {
     /// True when the engine's `app` socket is the client's.
     app_is_client: bool,
     established: bool,
+    /// Its opening was reported, and so its end will be. Without room for the report it is tried again.
+    announced: bool,
     reported: FlowBytes,
     /// The rule for which it is being cut.
     cut_by: Option<RuleRef>,
@@ -145,6 +147,7 @@ impl LiveFlow {
             rule,
             app_is_client,
             established: false,
+            announced: false,
             reported: FlowBytes::default(),
             cut_by: None,
             _held: held,
@@ -160,11 +163,12 @@ impl LiveFlow {
     /// What a predecessor knew of it.
     pub(super) fn handed_over(
         mut self,
-        established: bool,
+        (established, announced): (bool, bool),
         reported: FlowBytes,
         cut_by: Option<RuleRef>,
     ) -> Self {
-        (self.established, self.reported, self.cut_by) = (established, reported, cut_by);
+        (self.established, self.announced) = (established, announced);
+        (self.reported, self.cut_by) = (reported, cut_by);
         self
     }
 
@@ -232,6 +236,7 @@ impl FlowTable {
             rule: flow.rule.clone(),
             cut_by: flow.cut_by.clone(),
             established: flow.established,
+            announced: flow.announced,
             reported: flow.reported,
         };
         self.flows.iter().map(write).collect()
@@ -244,7 +249,7 @@ impl FlowTable {
 
     /// Reports that the flows taken over are this process's.
     pub(super) fn announce(&self) {
-        for flow in self.flows.values().filter(|flow| flow.established) {
+        for flow in self.flows.values().filter(|flow| flow.announced) {
             let facts = Arc::clone(&flow.story.facts);
             self.sink.report(FlowEvent::TakenOver { facts, bytes: flow.reported });
         }
@@ -290,7 +295,7 @@ impl FlowTable {
         let Some(flow) = self.flows.get_mut(&relay) else { return };
         flow.established = true;
         flow.story.connected(proved, baggage);
-        self.sink.report(FlowEvent::Opened(Arc::clone(&flow.story.facts)));
+        flow.announced = self.sink.report(FlowEvent::Opened(Arc::clone(&flow.story.facts)));
     }
 
     /// The engine has ended a flow.
@@ -316,7 +321,7 @@ impl FlowTable {
         self.sink.report(FlowEvent::Closed {
             record: Box::new(record),
             unreported,
-            was_open: flow.established,
+            was_open: flow.announced,
         });
     }
 
@@ -330,12 +335,17 @@ impl FlowTable {
     /// Reports the bytes that open flows moved.
     pub(super) fn report_progress(&mut self, count: impl Fn(RelayId) -> Option<RelayBytes>) {
         for (relay, flow) in &mut self.flows {
+            let facts = Arc::clone(&flow.story.facts);
+            if flow.established && !flow.announced {
+                flow.announced = self.sink.report(FlowEvent::Opened(Arc::clone(&facts)));
+            }
             let Some(bytes) = count(*relay).map(|bytes| flow.bytes(bytes)) else { continue };
             let moved = bytes.since(flow.reported);
-            if flow.established && moved != FlowBytes::default() {
+            if flow.announced
+                && moved != FlowBytes::default()
+                && self.sink.report(FlowEvent::Moved { facts, bytes: moved })
+            {
                 flow.reported = bytes;
-                let facts = Arc::clone(&flow.story.facts);
-                self.sink.report(FlowEvent::Moved { facts, bytes: moved });
             }
         }
     }

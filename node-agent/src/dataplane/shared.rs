@@ -53,8 +53,9 @@ pub struct Shared {
 
 /// Takes what happened to flows. Called by workers: it must not wait.
 pub trait FlowSink: Send + Sync {
-    /// Takes `event`, or drops and counts it when its queue is full.
-    fn report(&self, event: FlowEvent);
+    /// Takes `event`, or drops and counts it when its queue is full; false then. The end of a flow whose beginning was
+    /// taken is always taken.
+    fn report(&self, event: FlowEvent) -> bool;
 }
 
 /// Fetches certificates on demand. Called by workers: it must not wait.

@@ -61,17 +61,26 @@ impl<T> Shared<T> {
 impl<T> Mailbox<T> {
     /// Adds an item. Waits for nothing but the lock, under which only pushing and taking happen.
     pub(super) fn put(&self, item: T) -> Result<(), Full> {
-        let mut queue = self.shared.lock();
+        let queue = self.shared.lock();
         if queue.items.len() >= self.shared.bound {
             return Err(Full);
         }
+        self.push(queue, item);
+        Ok(())
+    }
+
+    /// Adds an item though the queue be full: for what has a bound of its own.
+    pub(super) fn put_beyond(&self, item: T) {
+        self.push(self.shared.lock(), item);
+    }
+
+    fn push(&self, mut queue: MutexGuard<'_, Queue<T>>, item: T) {
         queue.items.push_back(item);
         let wake = std::mem::take(&mut queue.asleep);
         drop(queue);
         if wake {
             self.shared.came.notify_one();
         }
-        Ok(())
     }
 }
 
@@ -132,6 +141,14 @@ mod tests {
         assert_eq!((mailbox.put(1), mailbox.put(2), mailbox.put(3)), (Ok(()), Ok(()), Err(Full)));
         assert_eq!(letters.take(None).map(|items| items.len()), Some(2));
         assert_eq!(mailbox.put(3), Ok(()));
+    }
+
+    #[test]
+    fn what_has_a_bound_of_its_own_is_taken_beyond_the_bound() {
+        let (mailbox, letters) = mailbox(1);
+        assert_eq!((mailbox.put(1), mailbox.put(2)), (Ok(()), Err(Full)));
+        mailbox.put_beyond(3);
+        assert_eq!(letters.take(None), Some(VecDeque::from([1, 3])));
     }
 
     #[test]

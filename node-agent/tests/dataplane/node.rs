@@ -68,9 +68,10 @@ pub(crate) struct Ledger {
 }
 
 impl FlowSink for Ledger {
-    fn report(&self, event: FlowEvent) {
+    fn report(&self, event: FlowEvent) -> bool {
         self.events.lock().unwrap().push(event);
         self.news.notify_all();
+        true
     }
 }
 

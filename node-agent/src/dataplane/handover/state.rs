@@ -72,7 +72,14 @@ pub(in crate::dataplane) struct FlowState {
     pub(in crate::dataplane) rule: Option<RuleRef>,
     pub(in crate::dataplane) cut_by: Option<RuleRef>,
     pub(in crate::dataplane) established: bool,
+    /// A predecessor that does not say so had announced all that were established, as far as it knew.
+    #[serde(default = "announced")]
+    pub(in crate::dataplane) announced: bool,
     pub(in crate::dataplane) reported: FlowBytes,
+}
+
+const fn announced() -> bool {
+    true
 }
 
 #[derive(Debug, Serialize, Deserialize)]

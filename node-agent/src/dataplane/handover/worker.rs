@@ -194,7 +194,11 @@ impl NodeWorker {
             let held = held(&pod, story.flow.direction, client);
             let live = LiveFlow::new(story, pod, written.peer, written.rule, held)
                 .asked_as(written.asked)
-                .handed_over(written.established, written.reported, written.cut_by);
+                .handed_over(
+                    (written.established, written.established && written.announced),
+                    written.reported,
+                    written.cut_by,
+                );
             self.flows.take_over(mesh_tunnel::RelayId::handed_over(written.relay), live);
         }
         self.take_waiting_over(ops, state.waiting, &names)
