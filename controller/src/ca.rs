@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use mesh_identity::SignError;
 use mesh_model::SpiffeId;
+use mesh_telemetry::metric;
 use mesh_wire::impersonated_identity;
 use mesh_wire::pb::auth::istio_certificate_service_server::IstioCertificateService;
 use mesh_wire::pb::auth::{IstioCertificateRequest, IstioCertificateResponse};
@@ -170,11 +171,11 @@ impl IstioCertificateService for Certificates {
             .map_err(|error| Status::internal(error.to_string()))?;
         match outcome {
             Ok(cert_chain) => {
-                metrics::counter!("culvert_controller_certificates_total").increment(1);
+                metrics::counter!(metric::CONTROLLER_CERTIFICATES.name).increment(1);
                 Ok(Response::new(IstioCertificateResponse { cert_chain }))
             }
             Err(refused) => {
-                metrics::counter!("culvert_controller_certificates_refused_total", "reason" => refused.word())
+                metrics::counter!(metric::CONTROLLER_CERTIFICATES_REFUSED.name, "reason" => refused.word())
                     .increment(1);
                 warn!(%node, reason = refused.word(), %refused, "certificate refused");
                 Err(refused.status())

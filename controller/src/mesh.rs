@@ -8,6 +8,7 @@ use imbl::OrdMap;
 use mesh_authorize::{Policy, PolicySet};
 use mesh_model::{SpiffeId, WorkloadUid};
 use mesh_resolve::{IndexDelta, WorkloadIndex};
+use mesh_telemetry::metric;
 use mesh_wire::MeshConfig;
 use serde::Serialize;
 use tokio::sync::watch;
@@ -104,9 +105,9 @@ impl Mesh {
         match event {
             SourceEvent::Changes(changes) => self.apply(changes),
             SourceEvent::Status(status) => {
-                metrics::gauge!("culvert_controller_objects").set(count(status.objects));
-                metrics::gauge!("culvert_controller_kept_objects").set(count(status.kept));
-                metrics::gauge!("culvert_controller_source_missing")
+                metrics::gauge!(metric::CONTROLLER_OBJECTS.name).set(count(status.objects));
+                metrics::gauge!(metric::CONTROLLER_KEPT.name).set(count(status.kept));
+                metrics::gauge!(metric::CONTROLLER_SOURCE_MISSING.name)
                     .set(count(usize::from(status.missing.is_some())));
                 let mut state = self.lock();
                 count_refused(&state.source, &status);
@@ -259,7 +260,7 @@ impl Mesh {
             removed_services: delta.removed_services.clone(),
         });
         let changed = self.store.apply(&delta);
-        metrics::counter!("culvert_controller_resource_changes_total").increment(changed as u64);
+        metrics::counter!(metric::CONTROLLER_CHANGES.name).increment(changed as u64);
         if !delta.egress.is_empty() || delta.pod_networks.is_some() {
             self.publish_mesh(state);
         }
@@ -301,9 +302,9 @@ fn count_refused(before: &SourceStatus, now: &SourceStatus) {
         *counts.entry(kind(refusal)).or_default() += 1;
     }
     let denying = now.refused.iter().filter(|refusal| refusal.denied).count();
-    metrics::gauge!("culvert_controller_denying_policies").set(count(denying));
+    metrics::gauge!(metric::CONTROLLER_DENYING.name).set(count(denying));
     for (kind, number) in counts {
-        metrics::gauge!("culvert_controller_refused_objects", "kind" => kind.to_owned())
+        metrics::gauge!(metric::CONTROLLER_REFUSED.name, "kind" => kind.to_owned())
             .set(count(number));
     }
 }

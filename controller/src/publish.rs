@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use mesh_runtime::Drain;
+use mesh_telemetry::metric;
 use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use mesh_wire::pb::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_wire::{DeltaServerState, Received, ResourceKind, node_name};
@@ -106,7 +107,7 @@ struct OpenStream {
 
 impl OpenStream {
     fn new(streams: Arc<Streams>, mesh: SharedMesh, node: Arc<str>) -> Self {
-        metrics::gauge!("culvert_controller_streams").increment(1);
+        metrics::gauge!(metric::CONTROLLER_STREAMS.name).increment(1);
         {
             let mut open = streams.open.lock().unwrap_or_else(PoisonError::into_inner);
             let count = open.entry(Arc::clone(&node)).or_default();
@@ -122,7 +123,7 @@ impl OpenStream {
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        metrics::gauge!("culvert_controller_streams").decrement(1);
+        metrics::gauge!(metric::CONTROLLER_STREAMS.name).decrement(1);
         let mut open = self.streams.open.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(count) = open.get_mut(&self.node) else { return };
         *count -= 1;
@@ -190,16 +191,15 @@ impl Session {
             }
             while let Some(response) = self.mesh.store().poll(&self.caller.node, &mut self.state) {
                 let kind = kind_label(&response.type_url);
-                metrics::counter!("culvert_controller_pushes_total", "kind" => kind).increment(1);
-                metrics::counter!("culvert_controller_pushed_resources_total", "kind" => kind)
-                    .increment(
-                        (response.resources.len() + response.removed_resources.len()) as u64,
-                    );
+                metrics::counter!(metric::CONTROLLER_PUSHES.name, "kind" => kind).increment(1);
+                metrics::counter!(metric::CONTROLLER_PUSHED.name, "kind" => kind).increment(
+                    (response.resources.len() + response.removed_resources.len()) as u64,
+                );
                 match tokio::time::timeout(SEND_TIMEOUT, self.send.send(Ok(response))).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_closed)) => return Ok(()),
                     Err(_elapsed) => {
-                        metrics::counter!("culvert_controller_slow_agents_total").increment(1);
+                        metrics::counter!(metric::CONTROLLER_SLOW_AGENTS.name).increment(1);
                         return Err(Status::deadline_exceeded(
                             "responses are not read; connect again",
                         ));
@@ -222,7 +222,7 @@ impl Session {
         match self.state.handle(request) {
             Ok(Received::Refused { kind, message }) => {
                 let kind = kind_label(kind.type_url());
-                metrics::counter!("culvert_controller_nacks_total", "kind" => kind).increment(1);
+                metrics::counter!(metric::CONTROLLER_NACKS.name, "kind" => kind).increment(1);
                 warn!(node = %self.caller.node, kind, message, "the agent refused resources");
                 Ok(())
             }

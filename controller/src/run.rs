@@ -13,6 +13,7 @@ use kube::Client;
 use mesh_authorize::UnknownEgress;
 use mesh_identity::tls::control_server;
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain, LogHandle, Metrics, Readiness};
+use mesh_telemetry::metric;
 use mesh_wire::MAX_MESSAGE_BYTES;
 use mesh_wire::pb::auth::istio_certificate_service_server::IstioCertificateServiceServer;
 use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
@@ -344,7 +345,7 @@ async fn keep_cluster(
         if let Some(secret) = &mut secret
             && let Err(error) = secret.sync().await
         {
-            metrics::counter!("culvert_controller_ca_errors_total").increment(1);
+            metrics::counter!(metric::CONTROLLER_CA_ERRORS.name).increment(1);
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the authority's Secret is not current");
         }
         if let Some(roots) = &roots
@@ -463,7 +464,7 @@ async fn keep_authority(
         let changed = match authority.tick(now) {
             Ok(changed) => changed,
             Err(error) => {
-                metrics::counter!("culvert_controller_ca_errors_total").increment(1);
+                metrics::counter!(metric::CONTROLLER_CA_ERRORS.name).increment(1);
                 warn!(error = %anyhow::Error::from(error), "the authority's file cannot be used; the last state stays in use");
                 false
             }

@@ -10,12 +10,13 @@ use mesh_enroll::EnrollReply;
 use mesh_runtime::log::LogHandle;
 use mesh_runtime::metric::CONTENT_TYPE;
 use mesh_runtime::{Metrics, Readiness, Reply, Request, Routes};
+use mesh_telemetry::{Metric, metric};
 use serde_json::json;
 use tokio::sync::watch;
 
 use crate::capture::KernelGate;
 use crate::control::ads::Standing;
-use crate::dataplane::DataPlane;
+use crate::dataplane::{DataPlane, TunnelRole, TunnelStats};
 use crate::enrolment::enroller::Enroller;
 use crate::error::error_chain;
 use crate::picture::Picture;
@@ -204,15 +205,15 @@ impl Desk {
 
     fn observe_now(&self) {
         let snapshot = self.picture.snapshot();
-        gauge("culvert_index_revision", snapshot.index.revision().0);
+        gauge(&metric::INDEX_REVISION, snapshot.index.revision().0);
         let connected = u64::from(self.standing.borrow().connected);
-        gauge("culvert_controller_connected", connected);
+        gauge(&metric::CONTROLLER_CONNECTED, connected);
         for (kind, count) in [
             ("workload", snapshot.index.workloads().len()),
             ("service", snapshot.index.services().len()),
             ("policy", snapshot.policies.policies().len()),
         ] {
-            metrics::gauge!("culvert_resources", "type" => kind).set(number(count));
+            metrics::gauge!(metric::RESOURCES.name, "type" => kind).set(number(count));
         }
         let pods = self.enroller.list();
         for phase in [
@@ -222,36 +223,53 @@ impl Desk {
             mesh_enroll::PodPhase::Excluded,
         ] {
             let count = pods.iter().filter(|pod| pod.phase == phase).count();
-            metrics::gauge!("culvert_pods", "phase" => phase.as_str()).set(number(count));
+            metrics::gauge!(metric::PODS.name, "phase" => phase.as_str()).set(number(count));
         }
         let now = SystemTime::now();
         let expired = snapshot.svids.values().filter(|svid| !svid.is_usable(now)).count();
         let valid = snapshot.svids.len() - expired;
-        metrics::gauge!("culvert_certificates", "state" => "valid").set(number(valid));
-        metrics::gauge!("culvert_certificates", "state" => "expired").set(number(expired));
+        metrics::gauge!(metric::CERTIFICATES.name, "state" => "valid").set(number(valid));
+        metrics::gauge!(metric::CERTIFICATES.name, "state" => "expired").set(number(expired));
         if let Some(first) = snapshot.svids.values().map(|svid| svid.not_after()).min() {
             let seconds = first.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            gauge("culvert_certificate_next_expiry_timestamp_seconds", seconds.as_secs());
+            gauge(&metric::CERTIFICATE_EXPIRY, seconds.as_secs());
         }
         match self.gate.capture().counters() {
             Ok(counters) => {
                 for (name, value) in counters {
-                    metrics::counter!("culvert_capture_total", "event" => name).absolute(value);
+                    metrics::counter!(metric::CAPTURE_EVENTS.name, "event" => name).absolute(value);
                 }
             }
             Err(error) => tracing::debug!(%error, "the counters of capture cannot be read"),
         }
         let stats = self.data_plane.stats();
-        metrics::counter!("culvert_live_flows_cut_total").absolute(stats.live_cut);
-        metrics::counter!("culvert_connections_shed_total").absolute(stats.shed);
-        gauge("culvert_engines_stuck", stats.stuck_workers as u64);
-        gauge("culvert_data_plane_sockets", stats.sockets);
-        gauge("culvert_data_plane_socket_limit", stats.socket_limit);
-        metrics::counter!("culvert_source_fallbacks_total").absolute(stats.source_fallbacks);
-        for (reason, count) in stats.handshakes_failed {
-            metrics::counter!("culvert_tunnel_handshakes_failed_total", "reason" => reason.as_str())
-                .absolute(count);
+        metrics::counter!(metric::LIVE_FLOWS_CUT.name).absolute(stats.live_cut);
+        metrics::counter!(metric::CONNECTIONS_SHED.name).absolute(stats.shed);
+        gauge(&metric::ENGINES_STUCK, stats.stuck_workers as u64);
+        gauge(&metric::DATA_PLANE_SOCKETS, stats.sockets);
+        gauge(&metric::DATA_PLANE_SOCKET_LIMIT, stats.socket_limit);
+        metrics::counter!(metric::SOURCE_FALLBACKS.name).absolute(stats.source_fallbacks);
+        for (role, tunnels) in stats.tunnels {
+            observe_tunnels(role, &tunnels);
         }
+    }
+}
+
+fn observe_tunnels(role: TunnelRole, tunnels: &TunnelStats) {
+    let role = role.as_str();
+    #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
+    metrics::gauge!(metric::TUNNELS_OPEN.name, "role" => role).set(tunnels.open as f64);
+    for (reason, count) in &tunnels.closed {
+        let reason = reason.as_str();
+        metrics::counter!(metric::TUNNELS_CLOSED.name, "role" => role, "reason" => reason)
+            .absolute(*count);
+    }
+    metrics::counter!(metric::HANDSHAKES.name, "role" => role, "result" => "ok")
+        .absolute(tunnels.handshakes_ok);
+    for (reason, count) in &tunnels.handshakes_failed {
+        let result = reason.as_str();
+        metrics::counter!(metric::HANDSHAKES.name, "role" => role, "result" => result)
+            .absolute(*count);
     }
 }
 
@@ -302,9 +320,9 @@ fn change_level(log: &LogHandle, request: &Request) -> Reply {
     }
 }
 
-fn gauge(name: &'static str, value: u64) {
+fn gauge(metric: &Metric, value: u64) {
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
-    metrics::gauge!(name).set(value as f64);
+    metrics::gauge!(metric.name).set(value as f64);
 }
 
 #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]

@@ -18,6 +18,7 @@ use mesh_resolve::{ResolveSettings, WorkloadIndex};
 use mesh_runtime::supervisor::{Notice, notify};
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain as DrainSignal};
 use mesh_runtime::{DrainTrigger, Logging, Metrics, Readiness, Reply, Routes};
+use mesh_telemetry::metric;
 use mesh_wire::NodeIdentity;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -518,7 +519,7 @@ fn succeed(running: Successor, metrics: &Metrics) -> Doors {
                 all.into_iter().find(|known| *known == flags)
             };
             // The kernel counts over all processes' lives.
-            metrics.take_over(written, flags, |name| name == "culvert_capture_total");
+            metrics.take_over(written, flags, |name| name == metric::CAPTURE_EVENTS.name);
         }
         Err(error) => {
             tracing::warn!(error = %error_chain(&error), "the predecessor is gone; counters begin anew");

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mesh_ebpf::{Capture, CaptureError, NetnsCookie, PodCapture, port};
 use mesh_model::{PodUid, ports};
 use mesh_net::socket::SocketLabel;
+use mesh_telemetry::metric;
 
 use tokio::runtime::Handle;
 
@@ -247,7 +248,7 @@ fn refuse_squatters(pod: &AttachedPod) -> Result<(), AttachError> {
     match squatter::find(&pod.netns) {
         Ok(None) => Ok(()),
         Ok(Some(squatter)) => {
-            metrics::counter!("culvert_agent_ports_taken_total").increment(1);
+            metrics::counter!(metric::AGENT_PORTS_TAKEN.name).increment(1);
             Err(AttachError {
                 what: "a port that the agent needs in the pod is taken",
                 remedy: "end that process or have it listen on another port; ports 15001, 15006, 15008 and 15053 are the agent's",

@@ -47,7 +47,7 @@ pub use shared::{
     Changed, DataPlaneConfig, Drain, FlowSink, HostResolver, IdentityDesk, KernelCapture, Limits,
     OriginalSource, PodSockets, ResolveAnswer, Shared, Snapshot,
 };
-pub use stats::DataPlaneStats;
+pub use stats::{DataPlaneStats, TunnelRole, TunnelStats};
 pub(crate) use telemetry::policy_ref;
 pub use watchdog::WatchdogConfig;
 

@@ -16,6 +16,7 @@ use mesh_dns::{Cache, CacheConfig, DnsClient, DnsDecision, Transport};
 use mesh_ebpf::NetnsCookie;
 use mesh_model::{PodUid, ports};
 use mesh_net::Netns;
+use mesh_telemetry::metric;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::runtime::Handle;
@@ -368,5 +369,5 @@ fn no_ipv6(error: &io::Error) -> bool {
 }
 
 fn count(outcome: &'static str) {
-    metrics::counter!("culvert_dns_queries_total", "outcome" => outcome).increment(1);
+    metrics::counter!(metric::DNS_QUERIES.name, "outcome" => outcome).increment(1);
 }

@@ -9,6 +9,7 @@ use mesh_identity::{
     IssuedAnswer, Now, RotationCommand, RotationCore, RotationInput, TrustBundle, Urgency, csr,
 };
 use mesh_model::SpiffeId;
+use mesh_telemetry::metric;
 use mesh_wire::certificate_request;
 use mesh_wire::pb::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 use tokio::sync::{mpsc, watch};
@@ -49,7 +50,7 @@ impl IdentityRequests {
 impl IdentityDesk for IdentityRequests {
     fn want(&self, id: &SpiffeId) {
         if self.queue.try_send(id.clone()).is_err() {
-            metrics::counter!("culvert_events_dropped_total", "queue" => "identities").increment(1);
+            metrics::counter!(metric::EVENTS_DROPPED.name, "queue" => "identities").increment(1);
         }
     }
 }
@@ -176,15 +177,14 @@ impl Rotation {
     fn answered(&mut self, (id, outcome): Outcome) {
         match outcome {
             Ok(answer) => {
-                metrics::counter!("culvert_certificate_requests_total", "result" => "ok")
-                    .increment(1);
+                metrics::counter!(metric::CERTIFICATE_REQUESTS.name, "result" => "ok").increment(1);
                 let (not_before, not_after) = (answer.svid.not_before(), answer.svid.not_after());
                 tracing::debug!(%id, "a certificate was issued");
                 self.issued.insert(id.clone(), answer);
                 self.feed(RotationInput::Issued { id, not_before, not_after });
             }
             Err(error) => {
-                metrics::counter!("culvert_certificate_requests_total", "result" => "failed")
+                metrics::counter!(metric::CERTIFICATE_REQUESTS.name, "result" => "failed")
                     .increment(1);
                 let valid = self.core.is_valid(&id, SystemTime::now());
                 tracing::warn!(%id, error, still_valid = valid, "no certificate; trying again");

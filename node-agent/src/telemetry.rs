@@ -129,8 +129,8 @@ impl Ledger {
     fn may_log(&mut self, kind: LineKind) -> bool {
         let may = self.lines.take(kind, Instant::now());
         if !may {
-            metrics::counter!("culvert_access_log_lines_left_out_total", "reason" => kind.reason.as_str())
-                .increment(1);
+            let reason = kind.reason.as_str();
+            metrics::counter!(metric::ACCESS_LOG_LEFT_OUT.name, "reason" => reason).increment(1);
         }
         may
     }

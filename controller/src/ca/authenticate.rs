@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use mesh_telemetry::metric;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
@@ -91,7 +92,7 @@ pub async fn caller(
         Err(error) => Err(error),
     };
     judged.map_err(|error| {
-        metrics::counter!("culvert_controller_unauthenticated_total", "reason" => error.word())
+        metrics::counter!(metric::CONTROLLER_UNAUTHENTICATED.name, "reason" => error.word())
             .increment(1);
         error.status()
     })

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use mesh_telemetry::metric;
 use mesh_wire::pb::mesh::enrolment_server::Enrolment;
 use mesh_wire::pb::mesh::{JoinRequest, RenewRequest, ReportPodsReply, ReportPodsRequest, Session};
 use tonic::{Request, Response, Status};
@@ -71,12 +72,12 @@ impl Enrolment for Enrolments {
             Ok(issued) => {
                 door::admit(&extensions);
                 info!(node, "node joined");
-                metrics::counter!("culvert_controller_joins_total").increment(1);
+                metrics::counter!(metric::CONTROLLER_JOINS.name).increment(1);
                 Ok(session(issued))
             }
             Err(refused) => {
                 warn!(node, reason = refused.word(), "join refused");
-                metrics::counter!("culvert_controller_unauthenticated_total", "reason" => refused.word()).increment(1);
+                metrics::counter!(metric::CONTROLLER_UNAUTHENTICATED.name, "reason" => refused.word()).increment(1);
                 Err(Status::unauthenticated(refused.to_string()))
             }
         }

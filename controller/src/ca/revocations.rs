@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use mesh_identity::TrustBundle;
+use mesh_telemetry::metric;
 use serde::Serialize;
 use tracing::{info, warn};
 
@@ -98,7 +99,7 @@ impl Revocations {
                 }
                 None => info!(file = %path.display(), "revocation lists are good again"),
             }
-            metrics::gauge!("culvert_controller_revocations_kept").set(if problem.is_some() {
+            metrics::gauge!(metric::CONTROLLER_REVOCATIONS_KEPT.name).set(if problem.is_some() {
                 1.0
             } else {
                 0.0

@@ -189,6 +189,9 @@ impl FlowMeter {
             let denial = NamedSeries::denial(reporter, reason, policy);
             lock(&self.named).add(&self.config, denial, 1);
         }
+        if flags == REVOKED {
+            counter!(metric::CRL_REJECTIONS.name, "reporter" => reporter).increment(1);
+        }
     }
 
     /// Counts a flow that was refused before anything moved: opened, closed and failed at once.
@@ -204,6 +207,10 @@ impl FlowMeter {
             "direction" => denial.direction.reporter().as_str(), "reason" => denial.reason.as_str()
         )
         .increment(1);
+        if denial.reason.response_flags() == REVOKED {
+            let reporter = denial.direction.reporter().as_str();
+            counter!(metric::CRL_REJECTIONS.name, "reporter" => reporter).increment(1);
+        }
     }
 
     /// Counts a match of an AUDIT policy (`audit`) or of a policy that is tried out (`dry_run`).
@@ -284,6 +291,9 @@ impl FlowMeter {
         text
     }
 }
+
+/// What a flow's end is flagged with when its peer's certificate is revoked. Source: Istio's `response_flags`.
+const REVOKED: &str = "CERT_REVOKED";
 
 fn render_metric(text: &mut String, metric: &Metric, mut lines: Vec<(String, u64)>) {
     if lines.is_empty() {

@@ -88,22 +88,22 @@ metrics! {
     /// Labels: `role`, `reason`.
     TUNNELS_CLOSED = "culvert_tunnels_closed_total", Counter, "tunnels ended, by reason";
     /// Labels: `role`, `result` (ok, or a close reason).
-    HANDSHAKES = "culvert_tls_handshakes_total", Counter, "TLS handshakes, by result";
+    HANDSHAKES = "culvert_tls_handshakes_total", Counter, "TLS handshakes of tunnels, by result";
     /// Labels: `phase` (enrolled, pending, draining, excluded).
     PODS = "culvert_pods", Gauge, "pods of this node known to the agent";
     /// No labels.
     INTERFACES_UNGUARDED = "culvert_interfaces_unguarded", Gauge, "interfaces that pods got after enrolment and that no guard can stand on";
-    /// Labels: `request` (enroll, unenroll, check, gc), `result` (ok, excluded, retry, refused).
+    /// Labels: `request` (enroll, unenroll, check, gc, list, status; unreadable), `result` (ok, excluded, retry, refused).
     ENROLMENTS = "culvert_enrolment_requests_total", Counter, "enrolment requests, by result";
     /// No labels.
     CONTROLLER_CONNECTED = "culvert_controller_connected", Gauge, "1 while the configuration stream is up";
     /// No labels.
     INDEX_REVISION = "culvert_index_revision", Gauge, "revision of the configuration in use";
-    /// Labels: `type` (workload, service, policy, pod_config, mesh_config).
+    /// Labels: `type` (workload, service, policy).
     RESOURCES = "culvert_resources", Gauge, "configuration resources held";
-    /// Labels: `type`.
+    /// Labels: `type` (mesh, pod, authorization, address).
     RESOURCES_REJECTED = "culvert_resources_rejected_total", Counter, "configuration resources refused as invalid";
-    /// Labels: `state` (valid, expiring, expired, requested).
+    /// Labels: `state` (valid, expired).
     CERTIFICATES = "culvert_certificates", Gauge, "certificates of this node's pods";
     /// No labels.
     CERTIFICATE_EXPIRY = "culvert_certificate_next_expiry_timestamp_seconds", Gauge, "when the first certificate in use expires, Unix time";
@@ -113,12 +113,76 @@ metrics! {
     DNS_QUERIES = "culvert_dns_queries_total", Counter, "DNS queries of pods, by outcome";
     /// No labels.
     DIRECT_VERDICTS = "culvert_direct_verdicts", Gauge, "same-node verdicts held by the kernel";
-    /// Labels: `queue`.
+    /// Labels: `queue` (flow_reports, identities).
     EVENTS_DROPPED = "culvert_events_dropped_total", Counter, "events dropped because a bounded queue was full";
     /// No labels.
     LOG_LINES_DROPPED = "culvert_log_lines_dropped_total", Counter, "log lines dropped because the sink was slow";
     /// No labels.
     SERIES_FOLDED = "culvert_series_folded_total", Counter, "flows counted without their source because there are too many time series";
+
+    /// Labels: `reason`.
+    ACCESS_LOG_LEFT_OUT = "culvert_access_log_lines_left_out_total", Counter, "refusals without a line of their own, because they came in a flood";
+    /// Kept by the kernel over all agents' lives. Labels: `event`.
+    CAPTURE_EVENTS = "culvert_capture_total", Counter, "what the programs in the kernel did";
+    /// No labels.
+    LIVE_FLOWS_CUT = "culvert_live_flows_cut_total", Counter, "open connections cut because policy, trust or workload changed";
+    /// No labels.
+    CONNECTIONS_SHED = "culvert_connections_shed_total", Counter, "connections reset because there were no descriptors left";
+    /// No labels.
+    ENGINES_STUCK = "culvert_engines_stuck", Gauge, "engines that do not turn";
+    /// No labels.
+    DATA_PLANE_SOCKETS = "culvert_data_plane_sockets", Gauge, "sockets in use by the data plane";
+    /// No labels.
+    DATA_PLANE_SOCKET_LIMIT = "culvert_data_plane_socket_limit", Gauge, "sockets that the data plane may use";
+    /// No labels.
+    SOURCE_FALLBACKS = "culvert_source_fallbacks_total", Counter, "connections to applications that do not show the client's address";
+    /// No labels.
+    AGENT_PORTS_TAKEN = "culvert_agent_ports_taken_total", Counter, "pods not captured because a process in them holds a port of the agent";
+    /// No labels.
+    GUARDS_RESTORED = "culvert_guards_restored_total", Counter, "guards of pods that another tool had removed";
+    /// No labels.
+    PODS_REPAIRED = "culvert_pods_repaired_total", Counter, "pods whose settings were put right again";
+    /// Labels: `file`.
+    STATE_FILES_REFUSED = "culvert_state_files_refused_total", Counter, "files of the agent's state that could not be read";
+
+    // The controller's.
+
+    /// No labels.
+    CONTROLLER_OBJECTS = "culvert_controller_objects", Gauge, "objects in force";
+    /// No labels.
+    CONTROLLER_KEPT = "culvert_controller_kept_objects", Gauge, "objects kept in their last good version";
+    /// No labels.
+    CONTROLLER_SOURCE_MISSING = "culvert_controller_source_missing", Gauge, "1 while the source of objects is not there";
+    /// Labels: `kind`.
+    CONTROLLER_SOURCE_ERRORS = "culvert_controller_source_errors_total", Counter, "objects of a kind that could not be followed";
+    /// Labels: `kind`.
+    CONTROLLER_REFUSED = "culvert_controller_refused_objects", Gauge, "objects that cannot be used";
+    /// No labels.
+    CONTROLLER_DENYING = "culvert_controller_denying_policies", Gauge, "policies that cannot be read and refuse in their place";
+    /// No labels.
+    CONTROLLER_CHANGES = "culvert_controller_resource_changes_total", Counter, "configuration resources changed or removed";
+    /// No labels.
+    CONTROLLER_STREAMS = "culvert_controller_streams", Gauge, "configuration streams of agents";
+    /// Labels: `kind`.
+    CONTROLLER_PUSHES = "culvert_controller_pushes_total", Counter, "responses sent to agents";
+    /// Labels: `kind`.
+    CONTROLLER_PUSHED = "culvert_controller_pushed_resources_total", Counter, "resources in responses sent to agents";
+    /// Labels: `kind`.
+    CONTROLLER_NACKS = "culvert_controller_nacks_total", Counter, "responses that an agent refused";
+    /// No labels.
+    CONTROLLER_SLOW_AGENTS = "culvert_controller_slow_agents_total", Counter, "streams ended because the agent did not read";
+    /// No labels.
+    CONTROLLER_JOINS = "culvert_controller_joins_total", Counter, "nodes that joined by token";
+    /// Labels: `reason`.
+    CONTROLLER_UNAUTHENTICATED = "culvert_controller_unauthenticated_total", Counter, "callers that did not prove who they are";
+    /// No labels.
+    CONTROLLER_CERTIFICATES = "culvert_controller_certificates_total", Counter, "certificates issued";
+    /// Labels: `reason`.
+    CONTROLLER_CERTIFICATES_REFUSED = "culvert_controller_certificates_refused_total", Counter, "certificates refused";
+    /// No labels.
+    CONTROLLER_REVOCATIONS_KEPT = "culvert_controller_revocations_kept", Gauge, "1 while the file of revocations cannot be read and the last one is in force";
+    /// No labels.
+    CONTROLLER_CA_ERRORS = "culvert_controller_ca_errors_total", Counter, "failures to read or write the authority's state";
 
     // The process. Source: Prometheus client conventions.
 

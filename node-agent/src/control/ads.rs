@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_telemetry::metric;
 use mesh_wire::pb::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use mesh_wire::pb::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use mesh_wire::{DeltaClientState, MAX_MESSAGE_BYTES, ResourceKind, UnexpectedResponse};
@@ -169,8 +170,7 @@ impl Control {
             StreamEnd::Status(_) | StreamEnd::Unexpected(_) => "Error",
             StreamEnd::Complete => "Complete",
         };
-        metrics::counter!("istio_xds_connection_terminations_total", "reason" => reason)
-            .increment(1);
+        metrics::counter!(metric::XDS_TERMINATIONS.name, "reason" => reason).increment(1);
         let is_news = self.standing.borrow().last_error.as_deref() != Some(&error_chain(end));
         if is_news {
             tracing::warn!(error = %error_chain(end), "no stream to the controller; what it said last stays in force");
@@ -258,8 +258,8 @@ impl Control {
         let url =
             ResourceKind::from_type_url(&response.type_url).map_or("other", ResourceKind::type_url);
         let bytes = u64::try_from(response.encoded_len()).unwrap_or(u64::MAX);
-        metrics::counter!("istio_xds_message_total", "url" => url).increment(1);
-        metrics::counter!("istio_xds_message_bytes_total", "url" => url).increment(bytes);
+        metrics::counter!(metric::XDS_MESSAGES.name, "url" => url).increment(1);
+        metrics::counter!(metric::XDS_MESSAGE_BYTES.name, "url" => url).increment(bytes);
         self.answered.extend(ResourceKind::from_type_url(&response.type_url));
         let (update, acknowledgement) = self.held.handle(response)?;
         let mut touched = self.world.apply(update);

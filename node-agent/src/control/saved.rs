@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mesh_telemetry::metric;
 use mesh_wire::pb::mesh::SavedState;
 use prost::Message as _;
 
@@ -45,7 +46,7 @@ impl SavedWorld {
         match self.read() {
             Ok(state) => state,
             Err(error) => {
-                metrics::counter!("culvert_state_files_refused_total", "file" => "mesh-state")
+                metrics::counter!(metric::STATE_FILES_REFUSED.name, "file" => "mesh-state")
                     .increment(1);
                 let aside = state_file::set_aside(&self.path);
                 tracing::error!(

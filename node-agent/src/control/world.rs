@@ -8,6 +8,7 @@ use mesh_enroll::PodName;
 use mesh_identity::{InvalidBundle, TrustBundle};
 use mesh_model::{NamespacedHostname, WorkloadUid};
 use mesh_resolve::{IndexDelta, WorkloadIndex};
+use mesh_telemetry::metric;
 use mesh_wire::{MeshConfig, PodConfig, RemovedResource, Resource, ResourceKind, Update};
 
 use crate::control::pods::{self, Denied, WantedPods};
@@ -63,7 +64,7 @@ impl World {
     /// Applies one response, all at once.
     pub(crate) fn apply(&mut self, update: Update) -> Touched {
         for rejected in &update.rejected {
-            metrics::counter!("culvert_resources_refused_total", "kind" => kind_name(update.kind))
+            metrics::counter!(metric::RESOURCES_REJECTED.name, "type" => kind_name(update.kind))
                 .increment(1);
             tracing::warn!(
                 resource = rejected.name, error = %rejected.error,
@@ -167,7 +168,7 @@ impl World {
                 }
             }
             Err(error) => {
-                metrics::counter!("culvert_resources_refused_total", "kind" => "mesh").increment(1);
+                metrics::counter!(metric::RESOURCES_REJECTED.name, "type" => "mesh").increment(1);
                 tracing::error!(
                     error = %error_chain(&error),
                     "roots or revocation lists from the controller cannot be used; the last ones stay in force"
@@ -205,7 +206,7 @@ impl World {
         let wanted = match pods::wanted(&config, self.denied) {
             Ok(wanted) => Some(wanted),
             Err(error) => {
-                metrics::counter!("culvert_resources_refused_total", "kind" => "pod").increment(1);
+                metrics::counter!(metric::RESOURCES_REJECTED.name, "type" => "pod").increment(1);
                 tracing::warn!(
                     pod = %config.uid, error = %error_chain(&error),
                     "the controller's settings of a pod cannot be applied; the last ones stay in force"

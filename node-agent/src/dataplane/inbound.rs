@@ -20,6 +20,7 @@ use crate::dataplane::outbound::connect_failure;
 use crate::dataplane::pods::{Pod, PodKey, Port};
 use crate::dataplane::proxy_header::proxy_header;
 use crate::dataplane::shared::OriginalSource;
+use crate::dataplane::stats::TunnelRole;
 use crate::dataplane::telemetry::{PeerHead, Story, response_head};
 use crate::dataplane::tls::CertificateStamp;
 use crate::dataplane::tunnels::ServerTunnel;
@@ -87,7 +88,7 @@ impl NodeWorker {
         let waiting = Waiting::Handshake { pod: Arc::clone(pod), sock, ends, deadline };
         if self.park_other(waiting, wait_for, deadline).is_some() {
             ops.abort(sock);
-            self.stats.handshake_failed(CloseReason::Overloaded);
+            self.stats.handshake_failed(TunnelRole::Server, CloseReason::Overloaded);
         }
     }
 
@@ -124,6 +125,7 @@ impl NodeWorker {
         };
         let own = CertificateStamp(stamp);
         self.tunnels.accepted(tunnel, ServerTunnel { pod, own, peer, ends });
+        self.stats.tunnel_opened(TunnelRole::Server);
         self.retire_ended(ops);
         if let Some(rejection) = self.judge_proved(ops, tunnel) {
             return self.tunnel_refused(tag, ends.peer, rejection.close_reason(), &rejection);

@@ -17,6 +17,7 @@ use crate::dataplane::crossing::{self, Crossing};
 use crate::dataplane::flows::{Held, LiveFlow};
 use crate::dataplane::pods::Pod;
 use crate::dataplane::shared::Snapshot;
+use crate::dataplane::stats::TunnelRole;
 use crate::dataplane::telemetry::{Story, connect_head};
 use crate::dataplane::waiting::{WaitFor, WaitId};
 use crate::dataplane::worker::{CapturedConn, Command, NodeWorker, Refusal, Waiting};
@@ -266,6 +267,7 @@ impl NodeWorker {
     ) {
         let own = self.tunnels.dialled(dial, tunnel, peer);
         let (Some(own), Some(tunnel)) = (own, tunnel) else { return };
+        self.stats.tunnel_opened(TunnelRole::Client);
         self.retire_ended(ops);
         // What waited for the tunnel is on it by now, and is cut.
         if self.judge_proved(ops, tunnel).is_some() {

@@ -6,6 +6,30 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mesh_model::CloseReason;
 use serde::Serialize;
 
+/// Which side of a tunnel this agent is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TunnelRole {
+    /// It dialled.
+    Client,
+    /// It was dialled.
+    Server,
+}
+
+impl TunnelRole {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Client, Self::Server];
+
+    /// The word in metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Server => "server",
+        }
+    }
+}
+
 /// Counts, shared by all workers.
 #[derive(Debug)]
 pub(super) struct Stats {
@@ -14,7 +38,35 @@ pub(super) struct Stats {
     source_fallbacks: AtomicU64,
     live_cut: AtomicU64,
     rejudged: AtomicU64,
-    handshakes_failed: Vec<AtomicU64>,
+    clients: RoleStats,
+    servers: RoleStats,
+}
+
+/// Counts of one role.
+#[derive(Debug)]
+struct RoleStats {
+    proved: AtomicU64,
+    failed: ByReason,
+    open: AtomicU64,
+    closed: ByReason,
+}
+
+/// A count for each reason, in order of [`CloseReason::ALL`].
+#[derive(Debug)]
+struct ByReason(Vec<AtomicU64>);
+
+/// The tunnels of one role.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TunnelStats {
+    /// Handshakes in which both sides proved themselves.
+    pub handshakes_ok: u64,
+    /// Handshakes that failed, by reason.
+    pub handshakes_failed: BTreeMap<CloseReason, u64>,
+    /// Tunnels open.
+    pub open: u64,
+    /// Tunnels that have ended, by reason.
+    pub closed: BTreeMap<CloseReason, u64>,
 }
 
 /// What the data plane has counted since it started.
@@ -30,8 +82,10 @@ pub struct DataPlaneStats {
     pub live_cut: u64,
     /// Live flows judged again.
     pub rejudged: u64,
-    /// Tunnel handshakes that failed, by reason.
+    /// Tunnel handshakes of both roles that failed, by reason.
     pub handshakes_failed: BTreeMap<CloseReason, u64>,
+    /// Tunnels, by role.
+    pub tunnels: BTreeMap<TunnelRole, TunnelStats>,
     /// Flows open.
     pub open_flows: usize,
     /// Sockets in use by the data plane.
@@ -56,7 +110,8 @@ impl Stats {
             source_fallbacks: AtomicU64::new(0),
             live_cut: AtomicU64::new(0),
             rejudged: AtomicU64::new(0),
-            handshakes_failed: CloseReason::ALL.iter().map(|_| AtomicU64::new(0)).collect(),
+            clients: RoleStats::new(),
+            servers: RoleStats::new(),
         }
     }
 
@@ -80,20 +135,41 @@ impl Stats {
         self.rejudged.fetch_add(flows, Ordering::Relaxed);
     }
 
-    pub(super) fn handshake_failed(&self, reason: CloseReason) {
-        if let Some(place) = CloseReason::ALL.iter().position(|other| *other == reason) {
-            self.handshakes_failed[place].fetch_add(1, Ordering::Relaxed);
+    pub(super) fn handshake_failed(&self, role: TunnelRole, reason: CloseReason) {
+        self.of(role).failed.count(reason);
+    }
+
+    /// A handshake has made a tunnel.
+    pub(super) fn tunnel_opened(&self, role: TunnelRole) {
+        self.of(role).proved.fetch_add(1, Ordering::Relaxed);
+        self.tunnel_taken_over(role);
+    }
+
+    /// A tunnel of a predecessor goes on here.
+    pub(super) fn tunnel_taken_over(&self, role: TunnelRole) {
+        self.of(role).open.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A tunnel that was counted as open has ended.
+    pub(super) fn tunnel_closed(&self, role: TunnelRole, reason: CloseReason) {
+        self.of(role).open.fetch_sub(1, Ordering::Relaxed);
+        self.of(role).closed.count(reason);
+    }
+
+    const fn of(&self, role: TunnelRole) -> &RoleStats {
+        match role {
+            TunnelRole::Client => &self.clients,
+            TunnelRole::Server => &self.servers,
         }
     }
 
     /// The counts; what is not counted here is left at its default.
     pub(super) fn read(&self) -> DataPlaneStats {
-        let handshakes_failed = CloseReason::ALL
-            .iter()
-            .zip(&self.handshakes_failed)
-            .map(|(reason, count)| (*reason, count.load(Ordering::Relaxed)))
-            .filter(|(_, count)| *count > 0)
-            .collect();
+        let tunnels = TunnelRole::ALL.map(|role| (role, self.of(role).read()));
+        let mut handshakes_failed = BTreeMap::new();
+        for (reason, count) in tunnels.iter().flat_map(|(_, tunnels)| &tunnels.handshakes_failed) {
+            *handshakes_failed.entry(*reason).or_default() += count;
+        }
         DataPlaneStats {
             shed: self.shed.load(Ordering::Relaxed),
             no_orig_dst: self.no_orig_dst.load(Ordering::Relaxed),
@@ -101,8 +177,43 @@ impl Stats {
             live_cut: self.live_cut.load(Ordering::Relaxed),
             rejudged: self.rejudged.load(Ordering::Relaxed),
             handshakes_failed,
+            tunnels: tunnels.into(),
             ..DataPlaneStats::default()
         }
+    }
+}
+
+impl RoleStats {
+    fn new() -> Self {
+        let (proved, open) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { proved, failed: ByReason::new(), open, closed: ByReason::new() }
+    }
+
+    fn read(&self) -> TunnelStats {
+        TunnelStats {
+            handshakes_ok: self.proved.load(Ordering::Relaxed),
+            handshakes_failed: self.failed.read(),
+            open: self.open.load(Ordering::Relaxed),
+            closed: self.closed.read(),
+        }
+    }
+}
+
+impl ByReason {
+    fn new() -> Self {
+        Self(CloseReason::ALL.iter().map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn count(&self, reason: CloseReason) {
+        if let Some(place) = CloseReason::ALL.iter().position(|other| *other == reason) {
+            self.0[place].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> BTreeMap<CloseReason, u64> {
+        let all = CloseReason::ALL.iter().zip(&self.0);
+        let all = all.map(|(reason, count)| (*reason, count.load(Ordering::Relaxed)));
+        all.filter(|(_, count)| *count > 0).collect()
     }
 }
 
@@ -114,11 +225,29 @@ mod tests {
     fn every_reason_has_a_counter_of_its_own() {
         let stats = Stats::new();
         for reason in CloseReason::ALL {
-            stats.handshake_failed(*reason);
+            stats.handshake_failed(TunnelRole::Client, *reason);
         }
-        stats.handshake_failed(CloseReason::TlsFailure);
+        stats.handshake_failed(TunnelRole::Server, CloseReason::TlsFailure);
         let read = stats.read();
         assert_eq!(read.handshakes_failed.len(), CloseReason::ALL.len());
         assert_eq!(read.handshakes_failed[&CloseReason::TlsFailure], 2);
+        let of_servers = &read.tunnels[&TunnelRole::Server].handshakes_failed;
+        assert_eq!(*of_servers, BTreeMap::from([(CloseReason::TlsFailure, 1)]));
+    }
+
+    #[test]
+    fn tunnels_are_open_until_they_are_closed() {
+        let stats = Stats::new();
+        stats.tunnel_opened(TunnelRole::Server);
+        stats.tunnel_taken_over(TunnelRole::Server);
+        stats.tunnel_closed(TunnelRole::Server, CloseReason::Drained);
+        let expected = TunnelStats {
+            handshakes_ok: 1,
+            open: 1,
+            closed: BTreeMap::from([(CloseReason::Drained, 1)]),
+            ..TunnelStats::default()
+        };
+        assert_eq!(stats.read().tunnels[&TunnelRole::Server], expected);
+        assert_eq!(stats.read().tunnels[&TunnelRole::Client], TunnelStats::default());
     }
 }

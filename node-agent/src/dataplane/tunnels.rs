@@ -12,6 +12,7 @@ use mesh_tunnel::{DialId, TunnelId, TunnelKey};
 
 use crate::dataplane::handover::state::{RoleState, TunnelState};
 use crate::dataplane::pods::Pod;
+use crate::dataplane::stats::TunnelRole;
 use crate::dataplane::tls::{CertificateStamp, OwnCertificate};
 
 /// How much longer an accepting side takes new streams under its peer's certificate than the certificate says.
@@ -51,6 +52,13 @@ enum Tunnel {
 }
 
 impl Tunnel {
+    const fn role(&self) -> TunnelRole {
+        match self {
+            Self::Dialled { .. } => TunnelRole::Client,
+            Self::Accepted(_) => TunnelRole::Server,
+        }
+    }
+
     /// From when on it takes no new streams, because a certificate has ended.
     fn end(&self) -> SystemTime {
         match self {
@@ -138,13 +146,14 @@ impl Tunnels {
         self.up.iter().map(write).collect()
     }
 
-    /// A tunnel of a predecessor; `pod` is whose it is, if it was accepted. One of a pod that is gone is left out: its requests are refused.
+    /// A tunnel of a predecessor; `pod` is whose it is, if it was accepted. One of a pod that is gone is left out: its requests
+    /// are refused.
     pub(super) fn take_over(
         &mut self,
         state: &TunnelState,
         peer: PeerCertificate,
         pod: Option<Arc<Pod>>,
-    ) {
+    ) -> Option<TunnelRole> {
         let (id, stamp) = (TunnelId::handed_over(state.id), CertificateStamp(state.own));
         let tunnel = match &state.role {
             RoleState::Dialled {
@@ -168,7 +177,7 @@ impl Tunnels {
                 Tunnel::Dialled { key, own, peer }
             }
             RoleState::Accepted { pod: _, from, to } => {
-                let Some(pod) = pod else { return };
+                let pod = pod?;
                 let ends = Ends { peer: *from, local: *to };
                 Tunnel::Accepted(ServerTunnel { pod, own: stamp, peer, ends })
             }
@@ -176,18 +185,20 @@ impl Tunnels {
         if state.distrusted {
             self.distrusted.insert(id);
         }
-        let end = tunnel.end();
+        let (end, role) = (tunnel.end(), tunnel.role());
         self.add(id, tunnel);
         if state.ended {
             self.ends.remove(&(end, id));
         }
+        Some(role)
     }
 
-    pub(super) fn closed(&mut self, id: TunnelId) {
-        if let Some(tunnel) = self.up.remove(&id) {
-            self.ends.remove(&(tunnel.end(), id));
-        }
+    /// Forgets a tunnel; gives the role in which it was known.
+    pub(super) fn closed(&mut self, id: TunnelId) -> Option<TunnelRole> {
         self.distrusted.remove(&id);
+        let tunnel = self.up.remove(&id)?;
+        self.ends.remove(&(tunnel.end(), id));
+        Some(tunnel.role())
     }
 
     /// When the next certificate of a tunnel ends.

@@ -32,7 +32,7 @@ use crate::dataplane::inbound::Request;
 use crate::dataplane::pods::{Pod, PodKey, Port};
 use crate::dataplane::rejudge::Rejudge;
 use crate::dataplane::shared::{Changed, DataPlaneConfig, Drain, KernelCapture, Shared, Snapshot};
-use crate::dataplane::stats::Stats;
+use crate::dataplane::stats::{Stats, TunnelRole};
 use crate::dataplane::telemetry::Story;
 use crate::dataplane::tls::TlsCache;
 use crate::dataplane::tunnels::Tunnels;
@@ -363,7 +363,7 @@ impl NodeWorker {
             }
             Waiting::Handshake { sock, .. } => {
                 ops.abort(sock);
-                self.stats.handshake_failed(reason);
+                self.stats.handshake_failed(TunnelRole::Server, reason);
             }
             Waiting::Request(request) => {
                 self.refuse_request(ops, request, None, reason.into());
@@ -647,7 +647,9 @@ impl Handler for NodeWorker {
             Port::Outbound => Direction::Outbound,
             Port::Plaintext => Direction::InboundPlaintext,
             // Not a flow yet.
-            Port::Hbone => return self.stats.handshake_failed(CloseReason::Overloaded),
+            Port::Hbone => {
+                return self.stats.handshake_failed(TunnelRole::Server, CloseReason::Overloaded);
+            }
         };
         let flow = self.flow(ops, &pod, direction, peer, SocketAddr::new(peer.ip(), 0));
         let story = match direction {
@@ -681,14 +683,15 @@ impl Handler for NodeWorker {
 
     fn handshake_failed(&mut self, _ops: &mut Ops, attempt: Attempt, error: HandshakeError) {
         let reason = error.close_reason();
-        self.stats.handshake_failed(reason);
         match attempt {
             Attempt::Dial(dial) => {
+                self.stats.handshake_failed(TunnelRole::Client, reason);
                 let key = self.tunnels.dial_failed(dial);
                 let next_hop = key.map(|key| key.next_hop);
                 tracing::debug!(%reason, ?next_hop, error = %error_chain(&error), "tunnel not dialled");
             }
             Attempt::Accept { tag, peer, stamp: _ } => {
+                self.stats.handshake_failed(TunnelRole::Server, reason);
                 self.tunnel_refused(tag, peer, reason, &error)
             }
         }
@@ -728,7 +731,9 @@ impl Handler for NodeWorker {
     }
 
     fn tunnel_closed(&mut self, _ops: &mut Ops, tunnel: TunnelId, reason: CloseReason) {
-        self.tunnels.closed(tunnel);
+        if let Some(role) = self.tunnels.closed(tunnel) {
+            self.stats.tunnel_closed(role, reason);
+        }
         tracing::debug!(tunnel = tunnel.get(), %reason, "tunnel ended");
     }
 

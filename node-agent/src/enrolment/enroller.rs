@@ -16,6 +16,7 @@ use mesh_enroll::{
 };
 use mesh_model::PodUid;
 use mesh_net::Netns;
+use mesh_telemetry::metric;
 
 use super::attachment::PodAttachments;
 use super::error::EnrollError;
@@ -84,7 +85,7 @@ impl Enroller {
                 Ok(file) => Some(file),
                 Err(error) => {
                     let aside = state_file::set_aside(&config.file)?;
-                    metrics::counter!("culvert_state_files_refused_total", "file" => "enrolled")
+                    metrics::counter!(metric::STATE_FILES_REFUSED.name, "file" => "enrolled")
                         .increment(1);
                     tracing::error!(
                         error = %error_chain(&error), aside = %aside.display(),

@@ -11,6 +11,7 @@ use mesh_enroll::{
     Enroll, EnrollReply, EnrollRequest, FrameError, MAX_FRAME_BYTES, PodName, Refusal,
     decode_request, encode,
 };
+use mesh_telemetry::metric;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
@@ -119,7 +120,7 @@ impl Enrolment {
                 }
                 _ = repair.tick() => {
                     if let Some(repaired) = blocking(move || enroller.repair()).await {
-                        metrics::counter!("culvert_pods_repaired_total").increment(
+                        metrics::counter!(metric::PODS_REPAIRED.name).increment(
                             u64::try_from(repaired).unwrap_or(u64::MAX));
                     }
                 }
@@ -132,12 +133,14 @@ impl Enrolment {
     }
 
     async fn converse(&self, mut stream: UnixStream) {
-        let reply = match self.receive(&mut stream).await {
-            Ok(request) => self.handle(request).await,
-            Err(refusal) => refusal.into(),
+        let (word, reply) = match self.receive(&mut stream).await {
+            Ok(request) => (request_word(&request), self.handle(request).await),
+            Err(refusal) => ("unreadable", refusal.into()),
         };
+        let result = result_word(&reply);
+        metrics::counter!(metric::ENROLMENTS.name, "request" => word, "result" => result)
+            .increment(1);
         if let EnrollReply::Refused(refusal) = &reply {
-            metrics::counter!("culvert_enrolment_refusals_total").increment(1);
             tracing::warn!(reason = refusal.reason, "enrolment request refused");
         }
         let sent = match encode(&reply) {
@@ -245,6 +248,28 @@ impl Enrolment {
 fn is_about(wanted: &WantedPod, request: &Enroll) -> bool {
     let asked = request.pod.uid.as_str();
     wanted.uid.is_empty() || wanted.uid == asked || asked == request.container_id.as_str()
+}
+
+/// What is asked, as a label.
+const fn request_word(request: &EnrollRequest) -> &'static str {
+    match request {
+        EnrollRequest::Enroll(_) => "enroll",
+        EnrollRequest::Unenroll { .. } => "unenroll",
+        EnrollRequest::Check { .. } => "check",
+        EnrollRequest::Gc { .. } => "gc",
+        EnrollRequest::List => "list",
+        EnrollRequest::Status => "status",
+    }
+}
+
+/// What is answered, as a label.
+const fn result_word(reply: &EnrollReply) -> &'static str {
+    match reply {
+        EnrollReply::Refused(Refusal { retryable: true, .. }) => "retry",
+        EnrollReply::Refused(Refusal { retryable: false, .. }) => "refused",
+        EnrollReply::Excluded { .. } => "excluded",
+        EnrollReply::Ok | EnrollReply::Pods { .. } => "ok",
+    }
 }
 
 /// Opens the socket, in place of one that a dead agent left.

@@ -8,6 +8,7 @@ use kube::core::{ApiResource, PartialObjectMeta, Status};
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch_kind};
 use kube::{Api, Client, Resource};
+use mesh_telemetry::metric;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::Sender;
 use tokio::time::sleep;
@@ -178,7 +179,7 @@ impl Follower {
 
     fn complain(&self, error: &dyn std::error::Error, problem: &str) {
         let kind = self.kind;
-        metrics::counter!("culvert_controller_source_errors_total", "kind" => kind.as_str())
+        metrics::counter!(metric::CONTROLLER_SOURCE_ERRORS.name, "kind" => kind.as_str())
             .increment(1);
         warn!(
             kind = kind.as_str(),

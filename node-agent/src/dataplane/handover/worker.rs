@@ -182,7 +182,10 @@ impl NodeWorker {
                 RoleState::Accepted { pod, .. } => self.pod(PodKey(*pod)).map(Arc::clone),
                 RoleState::Dialled { .. } => None,
             };
-            self.tunnels.take_over(&written, PeerCertificate::try_from(&written.peer)?, pod);
+            let peer = PeerCertificate::try_from(&written.peer)?;
+            if let Some(role) = self.tunnels.take_over(&written, peer, pod) {
+                self.stats.tunnel_taken_over(role);
+            }
         }
         let now = ops.now();
         for written in state.flows {

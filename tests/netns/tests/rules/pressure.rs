@@ -31,8 +31,8 @@ pub(crate) fn silent_flood(mesh: &mut Mesh) -> anyhow::Result<()> {
     let port = tunnel_port(mesh);
     let node = mesh.lab.node("b");
     let overloaded = || {
-        let name = "culvert_tunnel_handshakes_failed_total";
-        Ok::<_, anyhow::Error>(sum_of(&node.metrics()?, name, &[("reason", "overloaded")]))
+        let labels = [("role", "server"), ("result", "overloaded")];
+        Ok::<_, anyhow::Error>(sum_of(&node.metrics()?, "culvert_tls_handshakes_total", &labels))
     };
     let before = overloaded()?;
     let mut flood = mesh.lab.pod("stranger").command("python3");
