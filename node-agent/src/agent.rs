@@ -54,6 +54,7 @@ use crate::picture::Picture;
 use crate::telemetry::FlowReports;
 use crate::tend::{node_addresses, retire_foreign_layouts, tend_kernel};
 use crate::upgrade::Upgrade;
+use crate::vital::Vital;
 
 /// Runs the agent until it is told to end. Capture stays: what is pinned refuses new connections until a successor
 /// serves them.
@@ -81,7 +82,8 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     };
     let mut tasks = JoinSet::new();
     // From here on an agent that is told to end leaves in order: it may own connections of others.
-    tasks.spawn(await_signals(trigger));
+    let (vital, mut first_end) = Vital::new();
+    tasks.spawn(vital.once("signals", await_signals(trigger.clone())));
     let mut running = find_running(&settings, &place).await?;
     let succeeds = running.is_some();
     let mut doors = Doors::default();
@@ -141,7 +143,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     // Before the controller speaks, so that nothing it says is missed.
     let wanted_pods = wanted.subscribe();
     let stop = CancellationToken::new();
-    tasks.spawn(control.run(stop.clone()));
+    tasks.spawn(vital.until(&stop, "control", control.run(stop.clone())));
     if running.is_some() {
         hear_controller(standing.subscribe()).await;
     }
@@ -208,7 +210,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         Arc::clone(&enroller),
         (Arc::clone(&picture), wanted.subscribe()),
         doors.unix(Door::Enrolment)?,
-        runtime.clone(),
+        (runtime.clone(), vital.clone()),
     )
     .context("serving enrolment")?;
     let enrolment_desk = Arc::new(enrolment_desk);
@@ -234,35 +236,43 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
                 &settings.enrolment_socket(),
                 &settings.cni_exclude_namespaces,
             );
-            tasks.spawn(plugin.keep(plugin_pending, stop.clone()));
+            let keeping = plugin.keep(plugin_pending, stop.clone());
+            tasks.spawn(vital.until(&stop, "cni plugin", keeping));
         }
         None => plugin_pending.done(),
     }
-    tasks.spawn(report_pods(
+    let reporting = report_pods(
         session.clone(),
         Arc::clone(&enroller),
         channel.subscribe(),
         enrolment.changes(),
         stop.clone(),
-    ));
+    );
+    tasks.spawn(vital.until(&stop, "pod reports", reporting));
     let rotation = Rotation::new(session, Arc::clone(&picture), Arc::clone(&enroller));
-    tasks.spawn(rotation.run(
-        identity_inbox,
-        channel.subscribe(),
-        enrolment.changes(),
-        stop.clone(),
-    ));
-    tasks.spawn(health::watch(Arc::clone(&data_plane), readiness.clone(), stop.clone()));
-    tasks.spawn(tend_kernel(Arc::clone(&capture), stop.clone()));
+    let rotating =
+        rotation.run(identity_inbox, channel.subscribe(), enrolment.changes(), stop.clone());
+    tasks.spawn(vital.until(&stop, "certificates", rotating));
+    let watching = health::watch(Arc::clone(&data_plane), readiness.clone(), stop.clone());
+    tasks.spawn(vital.until(&stop, "health", watching));
+    tasks.spawn(vital.until(&stop, "kernel", tend_kernel(Arc::clone(&capture), stop.clone())));
+    let syncing = until_synced(standing.subscribe(), control_pending, stop.clone());
+    tasks.spawn(vital.once("first word of the controller", syncing));
     tasks.spawn(crate::program_pages::let_go_after_start(stop.clone()));
-    tasks.spawn(until_synced(standing.subscribe(), control_pending, stop.clone()));
     tell_supervisor(Notice::Ready);
     tracing::info!(node, "the agent runs");
 
-    let handed_over = Arc::clone(&predecessor)
-        .wait(successors, &drain)
-        .await
-        .context("waiting for a successor")?;
+    let mut succession = std::pin::pin!(Arc::clone(&predecessor).wait(successors, &drain));
+    let (handed_over, ended_early) = tokio::select! {
+        handed_over = &mut succession => (handed_over, None),
+        ended = first_end.told() => {
+            tracing::error!(error = %ended, "the agent cannot do its work");
+            // As if it were told to end: a hand-over under way is finished, what is open drains.
+            trigger.begin();
+            (succession.await, Some(ended))
+        }
+    };
+    let handed_over = handed_over.context("waiting for a successor")?;
     if let Some(ended) = handed_over {
         stop.cancel();
         close_doors.begin();
@@ -287,7 +297,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     // Ends once the workers, which hold its queue, have.
     drop(telemetry);
     drop(logging);
-    Ok(())
+    ended_early.map_or(Ok(()), |ended| Err(ended.into()))
 }
 
 /// Takes every pod out of the mesh and everything out of the kernel.

@@ -21,3 +21,4 @@ mod state_file;
 mod telemetry;
 mod tend;
 mod upgrade;
+mod vital;

@@ -14,6 +14,7 @@ use super::enroller::Enroller;
 use super::server::Enrolment;
 use crate::control::pods::WantedPods;
 use crate::picture::Picture;
+use crate::vital::Vital;
 
 /// The tasks of enrolment. Requests that come while they pause wait in the socket's queue.
 pub(crate) struct EnrolmentDesk {
@@ -23,6 +24,7 @@ pub(crate) struct EnrolmentDesk {
     known: (Arc<Picture>, watch::Receiver<Arc<WantedPods>>),
     listener: UnixListener,
     runtime: Handle,
+    vital: Vital,
     running: Mutex<Option<Running>>,
 }
 
@@ -45,10 +47,11 @@ impl EnrolmentDesk {
         enroller: Arc<Enroller>,
         known: (Arc<Picture>, watch::Receiver<Arc<WantedPods>>),
         listener: UnixListener,
-        runtime: Handle,
+        (runtime, vital): (Handle, Vital),
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self { enrolment, enroller, known, listener, runtime, running: Mutex::default() })
+        let running = Mutex::default();
+        Ok(Self { enrolment, enroller, known, listener, runtime, vital, running })
     }
 
     /// Serves requests and looks after the pods.
@@ -62,14 +65,17 @@ impl EnrolmentDesk {
         match listener {
             Ok(listener) => {
                 let serving = self.enrolment.clone().serve(listener, stop.clone());
+                let serving = self.vital.until(&stop, "enrolment requests", serving);
                 tasks.spawn_on(serving, &self.runtime);
             }
             Err(error) => tracing::error!(%error, "enrolment cannot be served"),
         }
-        tasks.spawn_on(self.enrolment.clone().maintain(stop.clone()), &self.runtime);
+        let maintaining = self.enrolment.clone().maintain(stop.clone());
+        let maintaining = self.vital.until(&stop, "enrolled pods", maintaining);
+        tasks.spawn_on(maintaining, &self.runtime);
         let (picture, wanted) = self.known.clone();
         let looking = discover::run(self.enrolment.clone(), picture, wanted, stop.clone());
-        tasks.spawn_on(looking, &self.runtime);
+        tasks.spawn_on(self.vital.until(&stop, "running pods", looking), &self.runtime);
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(Running { stop, tasks });
     }
