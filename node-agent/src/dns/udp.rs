@@ -10,8 +10,8 @@ use tokio::net::UdpSocket;
 
 use super::{DnsDesk, PodDns, count, exchange};
 
-/// Largest query taken; queries carry one name and a few options.
-const MAX_QUERY_BYTES: usize = 4096;
+/// Largest datagram there is: what is handed on is handed on whole.
+const MAX_QUERY_BYTES: usize = 65_535;
 
 /// Serves one socket for as long as its pod has a resolver.
 pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, socket: Arc<UdpSocket>) {
@@ -57,9 +57,10 @@ pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, socket: Arc<Udp
 
 /// A query, read into a buffer that lives only while there is one.
 fn receive(socket: &UdpSocket) -> io::Result<(Vec<u8>, SocketAddr)> {
-    let mut buffer = [0; MAX_QUERY_BYTES];
-    let (length, client) = socket.try_recv_from(&mut buffer)?;
-    Ok((buffer[..length].to_vec(), client))
+    let mut query = Vec::with_capacity(MAX_QUERY_BYTES);
+    let (_length, client) = socket.try_recv_buf_from(&mut query)?;
+    query.shrink_to_fit();
+    Ok((query, client))
 }
 
 async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) -> Option<Vec<u8>> {
@@ -73,7 +74,10 @@ async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) 
             answer
         }
         DnsDecision::Forward => {
-            let resolver = desk.resolver_of(pod, client)?;
+            let Some(resolver) = desk.resolver_of(pod, client) else {
+                count("failed");
+                return mesh_dns::server_failure(query);
+            };
             let scope: ResolverScope = resolver.to_string().into();
             let kept = pod.cache().find(&scope, query, Transport::Udp, Instant::now());
             if let Some(answer) = kept {
@@ -86,11 +90,15 @@ async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) 
                     pod.cache().store(&scope, query, &answer, Instant::now());
                     Some(answer)
                 }
-                // As without the mesh: a resolver that is silent is met with silence, and the client asks again.
+                // As without the mesh: a resolver that is silent is met with silence, and the client asks again. Where
+                // nobody is, the client hears of it at once, as it would from its own socket.
                 Err(error) => {
                     count("failed");
                     tracing::debug!(%error, "a resolver did not answer");
-                    None
+                    if error.kind() == io::ErrorKind::TimedOut {
+                        return None;
+                    }
+                    mesh_dns::server_failure(query)
                 }
             }
         }

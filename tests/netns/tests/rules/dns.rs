@@ -3,14 +3,14 @@
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use hickory_proto::op::{Message, Query};
+use hickory_proto::op::{Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 use mesh_netns::lab::OUTSIDE_IP;
 use mesh_netns::wait::{PATIENCE, until};
-use mesh_netns::{manifest, servers};
+use mesh_netns::{PodSpec, manifest, servers};
 use serde_json::{Value, json};
 
 use crate::mesh::{Mesh, OUTSIDE_PORT, inside};
@@ -46,7 +46,7 @@ impl Resolver {
         let resolver = Self { asked: Arc::default() };
         let (over_udp, over_tcp) = (resolver.clone(), resolver.clone());
         std::thread::spawn(move || {
-            let mut query = [0; 4096];
+            let mut query = vec![0; 65_535];
             while let Ok((length, client)) = udp.recv_from(&mut query) {
                 if let Some(answer) = over_udp.answer(Transport::Udp, &query[..length])
                     && let Err(error) = udp.send_to(&answer, client)
@@ -105,6 +105,12 @@ impl Resolver {
         let about = |(_, query): &&(Transport, Vec<u8>)| query[12..].starts_with(&label);
         asked.iter().filter(about).map(|(transport, _)| *transport).collect()
     }
+
+    /// True when exactly these bytes came.
+    fn heard(&self, transport: Transport, query: &[u8]) -> bool {
+        let asked = self.asked.lock().map(|asked| asked.clone()).unwrap_or_default();
+        asked.iter().any(|(by, bytes)| *by == transport && bytes == query)
+    }
 }
 
 fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
@@ -120,6 +126,13 @@ fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Result<()> 
     stream.write_all(&[&length.to_be_bytes(), message].concat())
 }
 
+fn query(name: &str, kind: RecordType) -> anyhow::Result<Message> {
+    let mut query = Message::query();
+    query.add_query(Query::query(Name::from_ascii(name)?, kind));
+    query.metadata.recursion_desired = true;
+    Ok(query)
+}
+
 /// What a pod is told about a name by the nameserver of its resolv.conf.
 fn ask(
     mesh: &Mesh,
@@ -128,17 +141,25 @@ fn ask(
     kind: RecordType,
     transport: Transport,
 ) -> anyhow::Result<Message> {
-    let mut query = Message::query();
-    query.add_query(Query::query(Name::from_ascii(name)?, kind));
-    query.metadata.recursion_desired = true;
-    let query = query.to_vec()?;
     let server = SocketAddr::new(OUTSIDE_IP.parse()?, 53);
+    let answer = exchange(mesh, pod, server, &query(name, kind)?.to_vec()?, transport)?;
+    Ok(Message::from_vec(&answer)?)
+}
+
+/// What a pod is answered to some bytes.
+fn exchange(
+    mesh: &Mesh,
+    pod: &str,
+    server: SocketAddr,
+    query: &[u8],
+    transport: Transport,
+) -> anyhow::Result<Vec<u8>> {
     let answer = inside(mesh.lab.pod(pod).netns(), || match transport {
         Transport::Udp => {
             let socket = UdpSocket::bind(("0.0.0.0", 0))?;
             socket.set_read_timeout(Some(LIMIT))?;
             socket.connect(server)?;
-            socket.send(&query)?;
+            socket.send(query)?;
             let mut answer = vec![0; 4096];
             let length = socket.recv(&mut answer).context("no answer over UDP")?;
             answer.truncate(length);
@@ -147,12 +168,12 @@ fn ask(
         Transport::Tcp => {
             let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
             stream.set_read_timeout(Some(LIMIT))?;
-            write_message(&mut stream, &query)?;
+            write_message(&mut stream, query)?;
             read_message(&mut stream).context("no answer over TCP")
         }
     })?;
     ensure!(answer[..2] == query[..2], "the answer is to another query");
-    Ok(Message::from_vec(&answer)?)
+    Ok(answer)
 }
 
 fn addresses(message: &Message) -> Vec<IpAddr> {
@@ -316,5 +337,70 @@ pub(crate) fn other_names_are_forwarded(mesh: &mut Mesh) -> anyhow::Result<()> {
         let heard = mesh.resolver.asked_about(first);
         ensure!(heard == [transport; 3], "the resolver outside heard {heard:?}");
     }
+    Ok(())
+}
+
+/// What is not the mesh's to read reaches the pod's own resolver byte for byte: another opcode, though it be about a name
+/// of the mesh, and a datagram longer than any query.
+pub(crate) fn what_is_forwarded_is_whole(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh = &*mesh;
+    let server = SocketAddr::new(OUTSIDE_IP.parse()?, 53);
+    Names::with(mesh, |_names| {
+        let mut update = query("web.mesh.svc.cluster.local.", RecordType::A)?;
+        update.metadata.op_code = OpCode::Notify;
+        let update = update.to_vec()?;
+        let mut long = query("long.unknown.example.", RecordType::A)?.to_vec()?;
+        long.resize(5000, 0x5a);
+        for (what, query, transport) in [
+            ("another opcode", &update, Transport::Udp),
+            ("another opcode", &update, Transport::Tcp),
+            ("a long datagram", &long, Transport::Udp),
+        ] {
+            let answer = exchange(mesh, "client", server, query, transport)
+                .with_context(|| format!("{what} over {transport:?}"))?;
+            ensure!(answer.ends_with(&ELSEWHERE_V4), "{what} over {transport:?}: {answer:?}");
+            ensure!(mesh.resolver.heard(transport, query), "{what} over {transport:?} was changed");
+        }
+        Ok(())
+    })
+}
+
+/// A pod whose annotation leaves DNS alone asks its own resolver, also about names of the mesh.
+pub(crate) fn pod_that_keeps_its_own_names(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let spec = PodSpec::new("mesh", "own-names").annotation("culvert.dev/dns-capture", "false");
+    mesh.lab.run_pod("a", spec)?;
+    // It is captured otherwise.
+    mesh.wait_for("own-names", mesh.server())?;
+    let looked = Names::with(mesh, |names| {
+        for transport in [Transport::Udp, Transport::Tcp] {
+            let name = "web.mesh.svc.cluster.local.";
+            let own = addresses(&ask(mesh, "own-names", name, RecordType::A, transport)?);
+            ensure!(own == [IpAddr::from(ELSEWHERE_V4)], "over {transport:?}: {own:?}");
+            let other = addresses(&ask(mesh, "client", name, RecordType::A, transport)?);
+            ensure!(other == [names.vips[0]], "another pod over {transport:?}: {other:?}");
+        }
+        Ok(())
+    });
+    mesh.lab.delete_pod("own-names")?;
+    looked
+}
+
+/// Where no resolver is, the pod is told at once, as it would be by its own socket; it does not wait for its patience to end.
+pub(crate) fn resolver_that_is_not_there(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const AT_ONCE: Duration = Duration::from_millis(100);
+    const WORST: Duration = Duration::from_secs(1);
+    // The other node has no resolver.
+    let server = SocketAddr::new(mesh.lab.node("b").ipv4, 53);
+    let mut took = Vec::new();
+    for number in 0..5 {
+        let query = query(&format!("nobody-{number}.unknown.example."), RecordType::A)?.to_vec()?;
+        let asked = Instant::now();
+        let answer = exchange(mesh, "client", server, &query, Transport::Udp)?;
+        took.push(asked.elapsed());
+        let answer = Message::from_vec(&answer)?;
+        ensure!(answer.response_code == ResponseCode::ServFail, "{answer:?}");
+    }
+    took.sort();
+    ensure!(took[2] < AT_ONCE && took[4] < WORST, "answers took {took:?}");
     Ok(())
 }
