@@ -95,6 +95,21 @@ status: {phase: Running, podIP: 10.0.1.5, podIPs: [{ip: 10.0.1.5}, {ip: "fd00:1:
 const CART: &str = "Kubernetes//Pod/shop/cart-abc-1";
 
 #[test]
+fn a_pod_has_the_name_that_it_gives_itself() {
+    let pod = |spec: &str| {
+        let index = index_of(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: db-7f, namespace: shop}}\n\
+             spec: {{nodeName: n1{spec}}}\nstatus: {{podIP: 10.1.0.9}}"
+        ));
+        workload(&index, "Kubernetes//Pod/shop/db-7f").hostname.to_string()
+    };
+    assert_eq!(pod(", hostname: first, subdomain: db"), "first.db.shop.svc.cluster.local");
+    // Without a service to be named under it has none.
+    assert_eq!(pod(", hostname: first"), "");
+    assert_eq!(pod(", subdomain: db"), "");
+}
+
+#[test]
 fn a_pod_becomes_a_workload() {
     let index = index_of(SHOP);
     let cart = workload(&index, CART);

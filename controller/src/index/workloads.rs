@@ -64,6 +64,10 @@ pub(super) fn of_pod(view: View<'_>, key: &Key, pod: &Pod, hbone: bool) -> Optio
     let label = |keys: &[&str]| keys.iter().find_map(|key| pod.meta.label(key));
     workload.service_account = pod.service_account.clone();
     workload.addresses = pod.ips.clone();
+    if let Some((hostname, subdomain)) = &pod.host {
+        let service = kubernetes_hostname(&Key::new(&key.namespace, subdomain), settings);
+        workload.hostname = format!("{hostname}.{}", service.hostname).into();
+    }
     if let Some(network) = pod.meta.label("topology.istio.io/network") {
         workload.network = NetworkId::new(network);
     }

@@ -18,6 +18,8 @@ pub struct Pod {
     pub node: Arc<str>,
     /// Service account of its identity.
     pub service_account: Arc<str>,
+    /// `hostname` and `subdomain`: its name under the headless service of the latter's name, where both are set.
+    pub host: Option<(Arc<str>, Arc<str>)>,
     /// It uses the node's own network namespace.
     pub host_network: bool,
     /// Phase `Succeeded` or `Failed`: it will not run again and its addresses may be somebody else's.
@@ -50,6 +52,8 @@ struct RawSpec {
     service_account_name: Option<String>,
     service_account: Option<String>,
     host_network: Option<bool>,
+    hostname: Option<String>,
+    subdomain: Option<String>,
     containers: Option<Vec<RawContainer>>,
     init_containers: Option<Vec<RawContainer>>,
 }
@@ -137,6 +141,14 @@ impl RawPod {
             .find(|name| !name.is_empty())
             .unwrap_or_else(|| "default".to_owned());
         check_name("spec.serviceAccountName", &account, NameRule::Subdomain)?;
+        let host = match (spec.hostname.unwrap_or_default(), spec.subdomain.unwrap_or_default()) {
+            (hostname, subdomain) if hostname.is_empty() || subdomain.is_empty() => None,
+            (hostname, subdomain) => {
+                check_name("spec.hostname", &hostname, NameRule::Label)?;
+                check_name("spec.subdomain", &subdomain, NameRule::Label)?;
+                Some((hostname.into(), subdomain.into()))
+            }
+        };
         let containers: Vec<RawContainer> = spec
             .containers
             .into_iter()
@@ -169,6 +181,7 @@ impl RawPod {
         Ok(Pod {
             node: node.into(),
             service_account: account.into(),
+            host,
             host_network: spec.host_network.unwrap_or(false),
             terminal: matches!(phase.as_str(), "Succeeded" | "Failed"),
             ready,

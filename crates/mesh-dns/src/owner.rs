@@ -37,6 +37,8 @@ pub(crate) enum Owned {
     Service(Arc<Service>),
     /// One endpoint of a service without a virtual address.
     Endpoint(Arc<Service>, Arc<Workload>),
+    /// A pod, by the address that its name spells.
+    Pod(IpAddr),
 }
 
 /// An owned name.
@@ -68,8 +70,12 @@ impl DnsClient {
     }
 
     fn owner_of(&self, owned: Owned, alias_of: Option<String>) -> Owner {
-        let (Owned::Service(service) | Owned::Endpoint(service, _)) = &owned;
-        let authoritative = self.is_cluster_name(&service.key.hostname);
+        let authoritative = match &owned {
+            Owned::Service(service) | Owned::Endpoint(service, _) => {
+                self.is_cluster_name(&service.key.hostname)
+            }
+            Owned::Pod(_) => true,
+        };
         Owner { owned, alias_of, authoritative }
     }
 
@@ -108,7 +114,7 @@ impl DnsClient {
         match labels.as_slice() {
             [_service] => names.push(format!("{name}.{}.svc.{domain}", self.namespace)),
             [_service, _namespace] => names.push(format!("{name}.svc.{domain}")),
-            [_service, _namespace, "svc"] => names.push(format!("{name}.{domain}")),
+            [_service, _namespace, "svc" | "pod"] => names.push(format!("{name}.{domain}")),
             [_service, _namespace, "svc", first, ..] => {
                 // `cart.shop.svc.cluster`, where the client's last search domain was `local`.
                 if let Some((head, rest)) = domain.split_once('.')
@@ -129,7 +135,7 @@ impl DnsClient {
         }
         let (first, rest) = name.split_once('.')?;
         if !self.is_cluster_name(rest) {
-            return None;
+            return self.pod(index, first, rest);
         }
         let service = index.find_service_by_hostname(rest, &self.namespace)?;
         if !is_headless(&service) {
@@ -138,8 +144,19 @@ impl DnsClient {
         let endpoint = index
             .endpoints(&service.key)
             .filter(|workload| takes_part(&service, workload) && workload.network == self.network)
-            .find(|workload| is_named(workload, first))?;
+            .find(|workload| is_named(workload, first, name))?;
         Some(Owned::Endpoint(service, Arc::clone(endpoint)))
+    }
+
+    /// `10-1-0-2.shop.pod.cluster.local`, where a pod of that namespace has the address.
+    ///
+    /// Source: Kubernetes DNS specification 1.0.1 §2.3.3; CoreDNS, plugin `kubernetes`, `pods verified`.
+    fn pod(&self, index: &WorkloadIndex, dashed: &str, rest: &str) -> Option<Owned> {
+        let namespace = rest.strip_suffix(&*self.cluster_domain)?.strip_suffix(".pod.")?;
+        let spelled = |separator: &str| dashed.replace('-', separator).parse::<IpAddr>().ok();
+        let ip = spelled(".").or_else(|| spelled(":"))?;
+        let pod = index.workload_by_ip(&self.network, ip)?;
+        (*pod.namespace == *namespace).then_some(Owned::Pod(ip))
     }
 
     /// A service without any virtual address is answered by its endpoints, but only under the cluster's domain: the
@@ -170,6 +187,7 @@ impl DnsClient {
                 .map(|vip| vip.ip)
                 .collect(),
             Owned::Endpoint(_, workload) => workload.addresses.iter().copied().collect(),
+            Owned::Pod(ip) => BTreeSet::from([*ip]),
         };
         addresses.into_iter().collect()
     }
@@ -192,6 +210,7 @@ impl DnsClient {
                 let target = Target::of(service, workload);
                 vec![Target { label: None, ..target }]
             }
+            Owned::Pod(_) => Vec::new(),
         }
     }
 }
@@ -208,7 +227,7 @@ impl Target {
     fn of(service: &Service, workload: &Workload) -> Self {
         let own = workload.services.get(&service.key).map(Vec::as_slice).unwrap_or_default();
         Self {
-            label: Some(endpoint_label(workload)),
+            label: Some(endpoint_label(service, workload)),
             ports: service.ports.iter().map(|port| target_port(*port, own)).collect(),
             addresses: workload.addresses.clone(),
         }
@@ -250,13 +269,19 @@ fn takes_part(service: &Service, workload: &Workload) -> bool {
     }
 }
 
-/// Pods of a StatefulSet go by their names, and every endpoint by its dashed address.
-/// Source: Kubernetes DNS specification 1.1.0 §2.4.1.
-fn is_named(workload: &Workload, label: &str) -> bool {
-    *workload.name == *label || workload.addresses.iter().any(|ip| dashed(*ip) == label)
+/// Pods go by the host name they are given, those of a StatefulSet by their names, and every endpoint by its dashed
+/// address. Source: Kubernetes DNS specification 1.1.0 §2.4.1.
+fn is_named(workload: &Workload, label: &str, full: &str) -> bool {
+    *workload.name == *label
+        || *workload.hostname == *full
+        || workload.addresses.iter().any(|ip| dashed(*ip) == label)
 }
 
-fn endpoint_label(workload: &Workload) -> String {
+fn endpoint_label(service: &Service, workload: &Workload) -> String {
+    let own = workload.hostname.strip_suffix(&*service.key.hostname);
+    if let Some(label) = own.and_then(|own| own.strip_suffix('.')) {
+        return label.to_owned();
+    }
     let name = &workload.name;
     let is_label = (1..=63).contains(&name.len())
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');

@@ -139,7 +139,8 @@ pub struct Workload {
     pub service_account: Arc<str>,
     /// Canonical addresses, at most one per family in practice; may be empty (then `hostname` is resolved).
     pub addresses: Vec<IpAddr>,
-    /// DNS name of a workload without addresses; empty otherwise.
+    /// DNS name of a workload without addresses. Of a pod with addresses the one that its `hostname` and `subdomain`
+    /// give it under a headless service; empty otherwise.
     pub hostname: Arc<str>,
     /// The network its addresses belong to.
     pub network: NetworkId,

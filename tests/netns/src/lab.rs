@@ -557,6 +557,7 @@ fn pod_object(spec: &PodSpec, uid: &str, node: &str, addresses: &[IpAddr]) -> Va
         status["podIP"] = json!(first.to_string());
         status["podIPs"] = Value::Array(ips);
     }
+    let (hostname, subdomain) = spec.host.clone().unzip();
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
@@ -565,6 +566,7 @@ fn pod_object(spec: &PodSpec, uid: &str, node: &str, addresses: &[IpAddr]) -> Va
         },
         "spec": {
             "nodeName": node, "serviceAccountName": spec.service_account, "containers": spec.containers,
+            "hostname": hostname, "subdomain": subdomain,
         },
         "status": status,
     })

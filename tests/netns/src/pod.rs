@@ -24,6 +24,8 @@ pub struct PodSpec {
     pub labels: Vec<(String, String)>,
     /// Annotations.
     pub annotations: Vec<(String, String)>,
+    /// `hostname` and `subdomain`.
+    pub host: Option<(String, String)>,
     /// Container ports and probes, as `spec.containers` of the Pod.
     pub containers: serde_json::Value,
 }
@@ -39,6 +41,7 @@ impl PodSpec {
             service_account: name.to_owned(),
             labels: Vec::new(),
             annotations: Vec::new(),
+            host: None,
             containers: serde_json::json!([{ "name": "main" }]),
         }
     }

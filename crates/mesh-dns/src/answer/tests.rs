@@ -38,6 +38,8 @@ fn mesh() -> WorkloadIndex {
     remote.vips = vec![NetworkAddress::new(NetworkId::new("far"), "10.9.0.1".parse().unwrap())];
     let mut unready = endpoint("shop", "db-2", HEADLESS, &["10.1.0.4"]);
     unready.status = HealthStatus::Unhealthy;
+    let mut given = endpoint("shop", "db-1", HEADLESS, &["10.1.0.3"]);
+    given.hostname = format!("second.{HEADLESS}").into();
     let mut far = endpoint("shop", "db-3", HEADLESS, &["10.1.0.5"]);
     far.network = NetworkId::new("far");
     let mut index = WorkloadIndex::default();
@@ -57,7 +59,7 @@ fn mesh() -> WorkloadIndex {
         ],
         workloads: vec![
             endpoint("shop", "db-0", HEADLESS, &["10.1.0.2", "fd00:1::2"]),
-            endpoint("shop", "db-1", HEADLESS, &["10.1.0.3"]),
+            given,
             unready,
             far,
         ],
@@ -185,9 +187,28 @@ fn headless_services_are_their_ready_endpoints() {
     check("db-0.db.shop.svc.cluster.local.", A, Some(&["10.1.0.2"]));
     check("db-0.db.", A, None);
     check("10-1-0-3.db.shop.svc.cluster.local.", A, Some(&["10.1.0.3"]));
+    check("second.db.shop.svc.cluster.local.", A, Some(&["10.1.0.3"]));
+    check("second.db.", A, None);
+    check("second.cart.shop.svc.cluster.local.", A, None);
     check("db-2.db.shop.svc.cluster.local.", A, None);
     check("db-0.cart.shop.svc.cluster.local.", A, None);
     check("empty.shop.svc.cluster.local.", A, Some(&[]));
+}
+
+#[test]
+fn pods_are_known_by_their_addresses() {
+    use RecordType::{A, AAAA, SRV};
+    check("10-1-0-2.shop.pod.cluster.local.", A, Some(&["10.1.0.2"]));
+    check("10-1-0-2.shop.pod.cluster.local.", AAAA, Some(&[]));
+    check("10-1-0-2.shop.pod.cluster.local.", SRV, Some(&[]));
+    check("fd00-1--2.shop.pod.cluster.local.", AAAA, Some(&["fd00:1::2"]));
+    check("10-1-0-2.shop.pod.", A, Some(&["10.1.0.2"]));
+    // Nobody's, of another namespace, of another network; and what spells no address.
+    check("10-1-0-9.shop.pod.cluster.local.", A, None);
+    check("10-1-0-2.other.pod.cluster.local.", A, None);
+    check("10-1-0-5.shop.pod.cluster.local.", A, None);
+    check("db-0.shop.pod.cluster.local.", A, None);
+    check("x.10-1-0-2.shop.pod.cluster.local.", A, None);
 }
 
 #[test]
@@ -210,6 +231,7 @@ fn srv_leads_to_names_that_are_answered_too() {
     let reply = ask("db.shop.svc.cluster.local.", SRV).unwrap();
     let data: Vec<_> = reply.answers.iter().map(|record| record.data.to_string()).collect();
     assert!(data.contains(&"0 100 8080 db-0.db.shop.svc.cluster.local.".to_owned()), "{data:?}");
+    assert!(data.contains(&"0 100 8080 second.db.shop.svc.cluster.local.".to_owned()), "{data:?}");
     assert_eq!(reply.additionals.len(), 3);
     check("_http._tcp.db.shop.svc.cluster.local.", SRV, None);
 }

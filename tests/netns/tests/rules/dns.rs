@@ -404,3 +404,29 @@ pub(crate) fn resolver_that_is_not_there(mesh: &mut Mesh) -> anyhow::Result<()> 
     ensure!(took[2] < AT_ONCE && took[4] < WORST, "answers took {took:?}");
     Ok(())
 }
+
+/// A pod is known by its address, and by the host name it gives itself under a headless service.
+pub(crate) fn names_of_pods(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mut spec = PodSpec::new("mesh", "db-7f").app("server");
+    spec.host = Some(("first".to_owned(), "heads".to_owned()));
+    let ip = mesh.lab.run_pod("b", spec)?.ipv4;
+    let dashed = ip.to_string().replace('.', "-");
+    let looked = Names::with(mesh, |_names| {
+        for name in [
+            format!("{dashed}.mesh.pod.cluster.local."),
+            "first.heads.mesh.svc.cluster.local.".to_owned(),
+            "db-7f.heads.mesh.svc.cluster.local.".to_owned(),
+        ] {
+            until(&format!("{name} being answered"), PATIENCE, || {
+                let found = addresses(&ask(mesh, "client", &name, RecordType::A, Transport::Udp)?);
+                Ok((found == [ip]).then_some(()))
+            })?;
+        }
+        let other = format!("{dashed}.far.pod.cluster.local.");
+        let found = addresses(&ask(mesh, "client", &other, RecordType::A, Transport::Udp)?);
+        ensure!(found == [IpAddr::from(ELSEWHERE_V4)], "of another namespace: {found:?}");
+        Ok(())
+    });
+    mesh.lab.delete_pod("db-7f")?;
+    looked
+}

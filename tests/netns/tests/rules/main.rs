@@ -50,6 +50,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("dns::what_is_forwarded_is_whole", dns::what_is_forwarded_is_whole),
     ("dns::pod_that_keeps_its_own_names", dns::pod_that_keeps_its_own_names),
     ("dns::resolver_that_is_not_there", dns::resolver_that_is_not_there),
+    ("dns::names_of_pods", dns::names_of_pods),
     ("manifests::refused_object_leaves_the_last_good_one", manifests::refused_object),
     ("manifests::unreadable_policy_refuses_whom_it_selects", manifests::unreadable_policy),
     ("manifests::last_good_policy_over_a_restart", manifests::last_good_policy_over_a_restart),
