@@ -14,6 +14,7 @@ mod policy;
 mod pressure;
 mod routing;
 mod tls;
+mod traffic;
 
 use mesh_netns::trials::{self, Named};
 
@@ -37,6 +38,8 @@ const STEPS: &[Named<Mesh>] = &[
     ("routing::loopback_is_not_reached_from_outside", routing::loopback_only),
     ("routing::mapped_addresses", routing::mapped_addresses),
     ("churn::label_taken_away_keeps_connections", churn::label_taken_away),
+    ("traffic::replicas_count_as_one", traffic::replicas_count_as_one),
+    ("traffic::both_ends_of_one_node", traffic::both_ends_of_one_node),
     ("identity::certificates", identity::certificates),
     ("identity::server_of_another_name", identity::server_of_another_name),
     ("identity::requests", identity::requests),
