@@ -225,7 +225,15 @@ impl Lab {
     /// # Errors
     /// When it cannot be started.
     pub fn start_agent(&mut self, index: usize) -> anyhow::Result<()> {
-        let config = self.agent_config(&[]);
+        self.start_agent_with(index, &[])
+    }
+
+    /// The same, with `extra` arguments.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_agent_with(&mut self, index: usize, extra: &[&str]) -> anyhow::Result<()> {
+        let config = self.agent_config(extra);
         self.nodes[index].start_agent(&config)
     }
 

@@ -3,6 +3,7 @@
 //! One lab; the trials run in order, each leaves the lab as it found it.
 #![allow(clippy::print_stderr, reason = "a helper thread's failure is told where the trial's is")]
 
+mod annotations;
 mod authority;
 mod churn;
 mod dns;
@@ -40,6 +41,9 @@ const STEPS: &[Named<Mesh>] = &[
     ("churn::label_taken_away_keeps_connections", churn::label_taken_away),
     ("traffic::replicas_count_as_one", traffic::replicas_count_as_one),
     ("traffic::both_ends_of_one_node", traffic::both_ends_of_one_node),
+    ("annotations::inbound_lists", annotations::inbound_lists),
+    ("annotations::outbound_networks", annotations::outbound_networks),
+    ("annotations::denied_protocols", annotations::denied_protocols),
     ("identity::certificates", identity::certificates),
     ("identity::server_of_another_name", identity::server_of_another_name),
     ("identity::requests", identity::requests),
