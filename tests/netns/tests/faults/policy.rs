@@ -10,8 +10,10 @@ use serde_json::json;
 
 use crate::mesh::Mesh;
 
-/// How soon a DENY closes what it denies.
+/// How soon a DENY closes what it denies, as a rule.
 const LIMIT: Duration = Duration::from_secs(1);
+/// And at the latest, on a machine that is busy for a moment.
+const WORST: Duration = Duration::from_secs(5);
 const ROUNDS: usize = 5;
 
 /// The client's connections to the server that the agent has; in the socket table they lead to its listener.
@@ -26,12 +28,11 @@ pub(crate) fn denying_cuts_live_connections(mesh: &mut Mesh) -> anyhow::Result<(
     let mut took = Vec::new();
     for round in 0..ROUNDS {
         took.push(cut_once(mesh).with_context(|| format!("round {round}"))?);
-        // A machine that is busy for a moment proves nothing; a mesh that is slow is so every time.
-        if took.last().is_some_and(|took| *took < LIMIT) {
-            return Ok(());
-        }
     }
-    anyhow::bail!("cut only after {took:?}")
+    took.sort();
+    let (median, worst) = (took[ROUNDS / 2], took[ROUNDS - 1]);
+    ensure!(median < LIMIT && worst < WORST, "cut after {took:?}");
+    Ok(())
 }
 
 fn cut_once(mesh: &Mesh) -> anyhow::Result<Duration> {
