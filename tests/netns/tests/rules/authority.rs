@@ -13,7 +13,7 @@ use mesh_netns::{PodSpec, Traffic};
 use serde_json::Value;
 
 use crate::identity::{CLIENT, SERVER, tunnel_port};
-use crate::mesh::{LogFromNow, Mesh, field};
+use crate::mesh::{LogFromNow, Mesh, field, sum_of};
 use crate::tls::{Wanted, client, knock};
 
 /// Connections of pods, and handshakes of a client with a certificate of the old root, go on through a rotation.
@@ -116,6 +116,11 @@ pub(crate) fn revocation_cuts(mesh: &mut Mesh) -> anyhow::Result<()> {
     let leaf = certificate(mesh, "a", "suspect")?;
     let serial = leaf["certChain"][0]["serialNumber"].as_str().context("no serial")?.to_owned();
     let log = LogFromNow::of(mesh, "b")?;
+    let rejected = || -> anyhow::Result<f64> {
+        let labels = [("reporter", "destination")];
+        Ok(sum_of(&mesh.lab.node("b").metrics()?, "istio_crl_policy_rejections_total", &labels))
+    };
+    let rejected_before = rejected()?;
     mesh.lab.controller_command(&["ca", "revoke", "--serial", &serial])?;
     let revoked = Instant::now();
     until("the suspect's live connections being cut", PATIENCE, || {
@@ -126,6 +131,9 @@ pub(crate) fn revocation_cuts(mesh: &mut Mesh) -> anyhow::Result<()> {
     ensure!(took < Duration::from_secs(10), "cut only after {took:?}");
     let line = log.line(&["src.workload=\"suspect\"", "direction=\"inbound\""])?;
     ensure!(field(&line, "reason") == Some("cert_revoked"), "the reason in the log: {line}");
+    until("each connection that was cut being counted", PATIENCE, || {
+        Ok((rejected()? >= rejected_before + 3.0).then_some(()))
+    })?;
     let left = open_connections(mesh, "client")?;
     ensure!(left == 3, "the revocation left {left} of another's 3 connections");
     for child in [&mut suspects, &mut others] {

@@ -41,6 +41,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("churn::label_taken_away_keeps_connections", churn::label_taken_away),
     ("traffic::replicas_count_as_one", traffic::replicas_count_as_one),
     ("traffic::both_ends_of_one_node", traffic::both_ends_of_one_node),
+    ("traffic::what_agents_count_of_themselves", traffic::what_agents_count_of_themselves),
     ("annotations::inbound_lists", annotations::inbound_lists),
     ("annotations::outbound_networks", annotations::outbound_networks),
     ("annotations::denied_protocols", annotations::denied_protocols),

@@ -11,7 +11,7 @@ use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{PodSpec, manifest};
 use serde_json::Value;
 
-use crate::mesh::{LogFromNow, Mesh, inside};
+use crate::mesh::{LogFromNow, Mesh, inside, sum_of};
 
 const QUESTION: &[u8; 11] = b"eleven byte";
 const ANSWER: &[u8; 22] = b"twenty-two bytes back.";
@@ -216,6 +216,34 @@ pub(crate) fn replicas_count_as_one(mesh: &mut Mesh) -> anyhow::Result<()> {
         mesh.lab.delete_pod(pod)?;
     }
     mesh.lab.delete(&service)
+}
+
+/// Handshakes, tunnels and enrolments are counted at both ends, and what is counted is explained.
+pub(crate) fn what_agents_count_of_themselves(mesh: &mut Mesh) -> anyhow::Result<()> {
+    ensure!(mesh.reaches("client", mesh.server())?, "the client does not reach the server");
+    for (node, role) in [("a", "client"), ("b", "server")] {
+        let text = mesh.lab.node(node).metrics()?;
+        for (metric, labels) in [
+            (
+                "culvert_tls_handshakes_total",
+                &[("role", role), ("result", "ok")] as &[(&str, &str)],
+            ),
+            ("culvert_tunnels_open", &[("role", role)]),
+            ("culvert_enrolment_requests_total", &[("request", "enroll"), ("result", "ok")]),
+        ] {
+            let count = sum_of(&text, metric, labels);
+            ensure!(count >= 1.0, "{metric} of node {node}, {labels:?}: {count}");
+        }
+        let explained: BTreeSet<&str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# HELP ")?.split(' ').next())
+            .collect();
+        for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+            let name = line.split(' ').next().unwrap_or_default();
+            ensure!(explained.contains(name), "{name} has no HELP");
+        }
+    }
+    Ok(())
 }
 
 /// Two pods of one node: both ends are reported, each with both identities, one connection and its bytes.
