@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::{Method, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::rt::TokioIo;
+use mesh_model::error_chain;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -93,7 +94,7 @@ impl AdminClient {
     ) -> Result<(StatusCode, Bytes), Failure> {
         let stream =
             UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(error))?;
-        let broken = |error: &dyn std::error::Error| self.no_answer(chain(error));
+        let broken = |error: &dyn std::error::Error| self.no_answer(error_chain(error));
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| broken(&error))?;
@@ -195,16 +196,6 @@ pub(crate) fn query(pairs: &[(&str, &str)]) -> String {
                 text.push_str(&format!("%{byte:02X}"));
             }
         }
-    }
-    text
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
     }
     text
 }

@@ -1,10 +1,11 @@
 //! How a run ends, and the exit codes that scripts rely on.
 
-use std::error::Error as _;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+use mesh_model::error_chain;
 
 /// The exit codes, as `--help` tells them.
 pub(crate) const EXIT_CODES: &str = "\
@@ -122,13 +123,7 @@ impl Failure {
         if self.is_closed_pipe() {
             return ExitCode::SUCCESS;
         }
-        let mut text = format!("culvert: {self}");
-        let mut source = self.source();
-        while let Some(cause) = source {
-            write_to(&mut text, &format!(": {cause}"));
-            source = cause.source();
-        }
-        text.push('\n');
+        let mut text = format!("culvert: {}\n", error_chain(self));
         let remedy = self.remedy();
         if !remedy.is_empty() {
             write_to(&mut text, &format!("  remedy: {remedy}\n"));

@@ -7,6 +7,7 @@
 
 pub mod address;
 pub mod close;
+pub mod error;
 pub mod flow;
 pub mod identity;
 pub mod request_path;
@@ -17,6 +18,7 @@ pub use address::{
     ClientAddr, InvalidPrefix, IpPrefix, NetworkAddress, NetworkId, OrigDst, canonical_ip,
 };
 pub use close::{CloseReason, Fault};
+pub use error::error_chain;
 pub use flow::{Direction, Flow, FlowId, PodUid, Reporter, Revision};
 pub use identity::{InvalidSpiffeId, SpiffeId};
 pub use request_path::{

@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mesh_model::error_chain;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::SUPPORTED_VERSIONS;
-use super::error::{CniError, Code, chain};
+use super::error::{CniError, Code};
 use crate::DEFAULT_SOCKET;
 use crate::names::ContainerId;
 
@@ -63,7 +64,7 @@ impl Config {
     /// [`Code::Decode`] for what is no JSON of this shape, [`Code::IncompatibleVersion`], [`Code::InvalidConfig`].
     pub fn parse(stdin: &[u8]) -> Result<Self, CniError> {
         let raw: RawConfig = serde_json::from_slice(stdin).map_err(|error| {
-            CniError::new(Code::Decode, "network configuration cannot be read", chain(&error))
+            CniError::new(Code::Decode, "network configuration cannot be read", error_chain(&error))
         })?;
         let version = raw.cni_version.unwrap_or_default();
         if !SUPPORTED_VERSIONS.contains(&version.as_str()) {

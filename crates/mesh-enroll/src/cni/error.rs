@@ -1,7 +1,5 @@
 //! Failures in the form the specification asks for.
 
-use std::error::Error;
-
 use serde_json::{Value, json};
 
 /// A failure's number. Source: CNI specification 1.1.0, section 5, "Error"; from 100 on they are the plugin's own.
@@ -77,16 +75,4 @@ impl CniError {
             "details": self.details,
         })
     }
-}
-
-/// The text of `error` and of everything behind it.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(behind) = source {
-        text.push_str(": ");
-        text.push_str(&behind.to_string());
-        source = behind.source();
-    }
-    text
 }

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mesh_model::error_chain;
 use serde_json::{Value, json};
 
 use super::SUPPORTED_VERSIONS;
 use super::config::Config;
 use super::environment::{Environment, Verb};
-use super::error::{CniError, Code, chain};
+use super::error::{CniError, Code};
 use super::previous;
 use crate::frame::FrameError;
 use crate::reply::{EnrollReply, Refusal};
@@ -187,7 +188,7 @@ fn settled(answer: Result<EnrollReply, AskError>, refused: Code) -> Result<(), C
 }
 
 fn away(error: &AskError, code: Code) -> CniError {
-    CniError::new(code, error.to_string(), chain(error))
+    CniError::new(code, error.to_string(), error_chain(error))
 }
 
 fn versions(stdin: &[u8]) -> Value {

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use mesh_model::canonical_ip;
+use mesh_model::{canonical_ip, error_chain};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::error::{CniError, Code, chain};
+use super::error::{CniError, Code};
 use crate::request::pod_addresses;
 
 /// What is taken from a result.
@@ -52,7 +52,7 @@ struct RawDns {
 /// An address that belongs to an interface outside the sandbox (the host's end) is not the pod's.
 pub(super) fn read(result: &Value) -> Result<Previous, CniError> {
     let raw: RawResult = Deserialize::deserialize(result)
-        .map_err(|error: serde_json::Error| invalid(chain(&error)))?;
+        .map_err(|error: serde_json::Error| invalid(error_chain(&error)))?;
     let inside = |ip: &&RawIp| match ip.interface {
         None => true,
         Some(number) => usize::try_from(number)
