@@ -50,6 +50,7 @@ use crate::handover::predecessor::{Ended, Predecessor};
 use crate::handover::successor::Successor;
 use crate::health;
 use crate::identity::{IdentityRequests, Rotation};
+use crate::kept_keys;
 use crate::picture::Picture;
 use crate::telemetry::FlowReports;
 use crate::tend::{node_addresses, retire_foreign_layouts, tend_kernel};
@@ -249,7 +250,12 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         stop.clone(),
     );
     tasks.spawn(vital.until(&stop, "pod reports", reporting));
-    let rotation = Rotation::new(session, Arc::clone(&picture), Arc::clone(&enroller));
+    let rotation = Rotation::new(
+        session,
+        Arc::clone(&picture),
+        Arc::clone(&enroller),
+        (settings.keep_keys, settings.bpffs.clone()),
+    );
     let rotating =
         rotation.run(identity_inbox, channel.subscribe(), enrolment.changes(), stop.clone());
     tasks.spawn(vital.until(&stop, "certificates", rotating));
@@ -325,6 +331,7 @@ pub fn uninstall(settings: &Settings) -> anyhow::Result<()> {
         .context("reading the list of enrolled pods")?
         .remove_all();
     capture.detach_all().context("detaching from the kernel")?;
+    kept_keys::remove(&settings.bpffs).context("wiping kept keys")?;
     if left.is_empty() {
         return forget(settings);
     }

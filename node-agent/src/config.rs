@@ -123,6 +123,10 @@ pub struct Settings {
     /// How long connections may go on when the agent stops, seconds. Those of a pod that leaves the mesh go on until they end.
     #[arg(long, env = "CULVERT_DRAIN_SECONDS", default_value_t = 5)]
     pub drain_seconds: u64,
+    /// Where private keys outlive this process, so that one that starts while the controller is away has them: `kernel`, in
+    /// a map that root alone may read and no disk holds, gone when the machine stops; or `none`.
+    #[arg(long, env = "CULVERT_KEEP_KEYS", value_enum, default_value = "kernel")]
+    pub keep_keys: KeepKeys,
     /// Enrolled pods may not send UDP, except DNS to the agent.
     #[arg(long, env = "CULVERT_DENY_UDP")]
     pub deny_udp: bool,
@@ -186,6 +190,15 @@ pub enum Guard {
     Auto,
     /// clsact everywhere.
     Clsact,
+}
+
+/// Where private keys outlive the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KeepKeys {
+    /// In the kernel's memory, pinned in the folder of the pinned programs.
+    Kernel,
+    /// Nowhere: they are in this process's memory only.
+    None,
 }
 
 /// The form of log lines.

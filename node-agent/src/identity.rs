@@ -1,6 +1,9 @@
 //! Certificates of this node's pods: the CA is asked in time, keys stay in memory, what is issued goes into the picture.
+//!
+//! A process that starts begins with what its predecessor hands over, or with what an earlier one kept in the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,10 +21,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::Request;
 use tonic::transport::Channel;
 
+use crate::config::KeepKeys;
 use crate::control::session::ControllerSession;
 use crate::dataplane::{IdentityDesk, Snapshot};
 use crate::enrolment::enroller::Enroller;
 use crate::error::error_chain;
+use crate::kept_keys::KeptKeys;
 use crate::picture::Picture;
 
 /// Requests from workers waiting at most; a flow that waits asks again.
@@ -61,7 +66,10 @@ pub(crate) struct Rotation {
     picture: Arc<Picture>,
     enroller: Arc<Enroller>,
     core: RotationCore,
-    /// Identities whose certificates a predecessor handed over: the first request for each is answered by what is there.
+    /// What outlives this process. Opened when rotation begins to run.
+    keys: Option<KeptKeys>,
+    keep: (KeepKeys, PathBuf),
+    /// Identities whose certificates are from an earlier process: the first request for each is answered by what is there.
     inherited: BTreeSet<SpiffeId>,
     /// Answers that the core has not decided upon.
     issued: BTreeMap<SpiffeId, IssuedAnswer>,
@@ -79,17 +87,19 @@ impl std::fmt::Debug for Rotation {
 type Outcome = (SpiffeId, Result<IssuedAnswer, String>);
 
 impl Rotation {
-    /// Rotation for the pods of `enroller`.
+    /// Rotation for the pods of `enroller`. `keep` says whether keys outlive this process, and on which bpffs.
     pub(crate) fn new(
         session: ControllerSession,
         picture: Arc<Picture>,
         enroller: Arc<Enroller>,
+        keep: (KeepKeys, PathBuf),
     ) -> Self {
         let seed = u64::from(crate::entropy::number()) << 32 | u64::from(crate::entropy::number());
         let trusted = Arc::clone(&picture.snapshot().trust);
-        let inherited = picture.snapshot().svids.keys().cloned().collect();
         Self {
-            inherited,
+            keys: None,
+            keep,
+            inherited: BTreeSet::new(),
             session,
             picture,
             enroller,
@@ -111,6 +121,7 @@ impl Rotation {
         let mut requests: JoinSet<Outcome> = JoinSet::new();
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.restore().await;
         loop {
             for id in self.commands() {
                 requests.spawn(request(self.session.clone(), channel.clone(), id));
@@ -140,6 +151,32 @@ impl Rotation {
         }
     }
 
+    /// Takes up the certificates of earlier processes, and sees to it that all there are outlive this one.
+    async fn restore(&mut self) {
+        let snapshot = self.picture.snapshot();
+        let (keep, bpffs) = &self.keep;
+        let mut keys = match keep {
+            KeepKeys::None => KeptKeys::none(bpffs),
+            KeepKeys::Kernel => {
+                let here = self.identities_here(&snapshot).await.unwrap_or_default();
+                let (keys, good) = KeptKeys::open(bpffs, &here, &snapshot.trust, SystemTime::now());
+                if !good.is_empty() {
+                    let number = u64::try_from(good.len()).unwrap_or(u64::MAX);
+                    metrics::counter!(metric::KEPT_KEYS_RESTORED.name).increment(number);
+                    tracing::info!(number, "certificates that an earlier process kept are used");
+                    self.picture.restored(good);
+                }
+                keys
+            }
+        };
+        let snapshot = self.picture.snapshot();
+        for svid in snapshot.svids.values() {
+            keys.keep(svid);
+        }
+        self.inherited = snapshot.svids.keys().cloned().collect();
+        self.keys = Some(keys);
+    }
+
     /// Feeds the core and carries out what needs no request.
     fn feed(&mut self, input: RotationInput) {
         self.core.handle(input, Now { wall: SystemTime::now(), monotonic: Instant::now() });
@@ -162,11 +199,15 @@ impl Rotation {
                 RotationCommand::Request { id } => requests.push(id),
                 RotationCommand::Install { id } => {
                     if let Some(answer) = self.issued.remove(&id) {
+                        if let Some(keys) = &mut self.keys {
+                            keys.keep(&answer.svid);
+                        }
                         self.picture.certified(answer.svid, &answer.root_pem);
                     }
                 }
                 RotationCommand::Discard { id } => {
                     self.issued.remove(&id);
+                    self.forget_key(&id);
                     self.picture.uncertified(&id);
                 }
             }
@@ -202,15 +243,14 @@ impl Rotation {
                 self.feed(RotationInput::RenewAll);
             }
             self.trusted = Arc::clone(&snapshot.trust);
+            for svid in snapshot.svids.values() {
+                if let Err(rejection) = svid.is_accepted(&snapshot.trust, SystemTime::now()) {
+                    tracing::warn!(id = %svid.id(), %rejection, "peers refuse this certificate; its key is not kept");
+                    self.forget_key(svid.id());
+                }
+            }
         }
-        let enroller = Arc::clone(&self.enroller);
-        let listed = tokio::task::spawn_blocking(move || enroller.list()).await;
-        let Ok(pods) = listed else { return };
-        let here: BTreeSet<SpiffeId> = pods
-            .iter()
-            .filter(|pod| pod.phase != PodPhase::Excluded)
-            .filter_map(|pod| identity_of(&snapshot, pod))
-            .collect();
+        let Some(here) = self.identities_here(&snapshot).await else { return };
         let gone: Vec<SpiffeId> =
             self.core.wanted().filter(|id| !here.contains(*id)).cloned().collect();
         for id in gone {
@@ -220,6 +260,20 @@ impl Rotation {
             self.feed(RotationInput::Want { id: id.clone(), urgency: Urgency::Prefetch });
         }
         self.prefetched = here;
+    }
+
+    fn forget_key(&mut self, id: &SpiffeId) {
+        if let Some(keys) = &mut self.keys {
+            keys.forget(id);
+        }
+    }
+
+    /// The identities of the pods that are here; none when they cannot be listed.
+    async fn identities_here(&self, snapshot: &Snapshot) -> Option<BTreeSet<SpiffeId>> {
+        let enroller = Arc::clone(&self.enroller);
+        let pods = tokio::task::spawn_blocking(move || enroller.list()).await.ok()?;
+        let of_mesh = pods.iter().filter(|pod| pod.phase != PodPhase::Excluded);
+        Some(of_mesh.filter_map(|pod| identity_of(snapshot, pod)).collect())
     }
 }
 

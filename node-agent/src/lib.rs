@@ -14,6 +14,7 @@ mod error;
 mod handover;
 mod health;
 mod identity;
+mod kept_keys;
 mod memory;
 mod picture;
 mod program_pages;

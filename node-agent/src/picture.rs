@@ -75,6 +75,15 @@ impl Picture {
         }
     }
 
+    /// Takes over certificates that an earlier process was given, where there are none yet.
+    pub(crate) fn restored(&self, svids: Vec<Svid>) {
+        self.swap(Changed::IDENTITIES, |snapshot, _sources| {
+            for svid in svids {
+                snapshot.svids.entry(svid.id().clone()).or_insert_with(|| Arc::new(svid));
+            }
+        });
+    }
+
     /// Forgets a certificate that no pod needs any more, or that has expired.
     pub(crate) fn uncertified(&self, id: &SpiffeId) {
         self.swap(Changed::IDENTITIES, |snapshot, _sources| {

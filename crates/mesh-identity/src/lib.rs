@@ -14,6 +14,7 @@
 mod ca;
 mod certificate;
 mod csr;
+mod kept;
 mod peer;
 mod rejection;
 mod revocation;
@@ -25,6 +26,7 @@ mod trust;
 
 pub use ca::{AuthorityState, CaConfig, CaCore, CaError, CaState, RevocationState, SignError};
 pub use csr::{CsrError, CsrKey, csr};
+pub use kept::{InvalidRecord, KEPT_BYTES, KeptRecord, TooLargeToKeep};
 pub use peer::{Expected, PeerCertificate, PeerVerifier, Side};
 pub use rejection::PeerRejection;
 pub use revocation::InvalidRevocationList;

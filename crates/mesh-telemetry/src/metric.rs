@@ -109,6 +109,14 @@ metrics! {
     CERTIFICATE_EXPIRY = "culvert_certificate_next_expiry_timestamp_seconds", Gauge, "when the first certificate in use expires, Unix time";
     /// Labels: `result` (ok, or a reason).
     CERTIFICATE_REQUESTS = "culvert_certificate_requests_total", Counter, "certificate requests, by result";
+    /// No labels.
+    KEPT_KEYS = "culvert_kept_keys", Gauge, "keys that outlive this process in the kernel's memory";
+    /// No labels.
+    KEPT_KEYS_RESTORED = "culvert_kept_keys_restored_total", Counter, "keys of an earlier process that are used";
+    /// Labels: `reason` (damaged, no_pod, or why peers would refuse the certificate).
+    KEPT_KEYS_IGNORED = "culvert_kept_keys_ignored_total", Counter, "keys of an earlier process that are not used";
+    /// Labels: `reason` (full, too_large, kernel).
+    KEPT_KEYS_FAILED = "culvert_kept_keys_failed_total", Counter, "keys that could not be kept, read or wiped";
     /// Labels: `outcome` (answered, forwarded, cached, refused, failed).
     DNS_QUERIES = "culvert_dns_queries_total", Counter, "DNS queries of pods, by outcome";
     /// No labels.

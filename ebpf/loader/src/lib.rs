@@ -14,6 +14,7 @@ mod features;
 mod foreign;
 mod guard;
 mod interface;
+mod kept;
 mod maps;
 mod netns;
 mod object;
@@ -30,8 +31,8 @@ pub use config::{
 };
 pub use direct::{DirectClose, DirectEvent, DirectFlow, DirectOutcome, DirectPair};
 pub use error::CaptureError;
+pub use kept::KeptRecords;
 pub use mesh_ebpf_abi::{DELIVERY_MARK, LAYOUT, port};
-
 pub use probe::{Attachments, Probes, probe};
 
 pub use features::{CgroupOrder, FeatureReport, GuardAttachment};

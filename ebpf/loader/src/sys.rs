@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
-    Address, ClientKey, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey,
+    Address, ClientKey, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey, MapSpec,
     NetworkKey, Pod, PortKey, SocketNote,
 };
 
@@ -45,6 +45,7 @@ plain!(
 );
 
 // Commands and flags of bpf(2), include/uapi/linux/bpf.h.
+const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
@@ -189,6 +190,48 @@ pub(crate) fn map_next_key<K: Plain>(
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+#[repr(C)]
+struct MapCreate {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    name: [u8; 16],
+}
+
+/// Makes a map that no program of ours uses. Its name is for `bpftool map`.
+pub(crate) fn map_create(shape: &MapSpec) -> io::Result<OwnedFd> {
+    let mut name = [0; 16];
+    let length = shape.name.len().min(name.len() - 1);
+    name[..length].copy_from_slice(&shape.name.as_bytes()[..length]);
+    let mut attr = MapCreate {
+        kind: shape.kind as u32,
+        key_size: shape.key_size,
+        value_size: shape.value_size,
+        max_entries: shape.max_entries,
+        flags: 0,
+        inner_map_fd: 0,
+        numa_node: 0,
+        name,
+    };
+    bpf(BPF_MAP_CREATE, &mut attr).and_then(owned)
+}
+
+/// Copies an element of an array out. `value` has the size that the map states.
+pub(crate) fn array_read(map: BorrowedFd<'_>, index: u32, value: &mut [u8]) -> io::Result<()> {
+    let value = value.as_mut_ptr();
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut element(map, &raw const index, value, 0)).map(drop)
+}
+
+/// Overwrites an element of an array in its place. `value` has the size that the map states.
+pub(crate) fn array_write(map: BorrowedFd<'_>, index: u32, value: &[u8]) -> io::Result<()> {
+    let value = value.as_ptr().cast_mut();
+    bpf(BPF_MAP_UPDATE_ELEM, &mut element(map, &raw const index, value, 0)).map(drop)
 }
 
 #[repr(C)]

@@ -3,10 +3,12 @@
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use mesh_identity::{
-    CaConfig, CaCore, IssuedAnswer, PeerCertificate, PeerVerifier, Side, TrustBundle,
+    CaConfig, CaCore, IssuedAnswer, KEPT_BYTES, KeptRecord, PeerCertificate, PeerVerifier, Side,
+    Svid, TrustBundle,
 };
 use rustls_pki_types::CertificateDer;
 
@@ -149,6 +151,49 @@ pub(crate) fn answer_seeds() -> Vec<Vec<u8>> {
         [vec![1], long(LEAF.as_bytes()), long(INTERMEDIATE.as_bytes())].concat(),
         [vec![1], long(INTERMEDIATE.as_bytes())].concat(),
     ]
+}
+
+/// A certificate with its key as an earlier process kept it: what is read is written back the same, and one that was damaged
+/// is refused.
+pub fn kept(data: &[u8]) {
+    let mut input = Input::new(data);
+    let sealed = input.byte() & 1 == 1;
+    let content = input.rest();
+    let mut record = KeptRecord::empty();
+    let bytes = record.bytes_mut();
+    let used = if sealed {
+        // With a checksum that fits, so that the fields are looked at.
+        let content = &content[..content.len().min(KEPT_BYTES - 36)];
+        let length = u32::try_from(content.len()).expect("shorter than a record");
+        bytes[..4].copy_from_slice(&length.to_le_bytes());
+        bytes[4..36].copy_from_slice(digest(&SHA256, content).as_ref());
+        bytes[36..36 + content.len()].copy_from_slice(content);
+        36 + content.len()
+    } else {
+        let length = content.len().min(KEPT_BYTES);
+        bytes[..length].copy_from_slice(&content[..length]);
+        length
+    };
+    let Ok(Some(svid)) = record.read() else { return };
+    let mut again = KeptRecord::empty();
+    again.write(&svid).expect("it was in a record before");
+    if sealed {
+        assert_eq!(again.bytes()[..used], record.bytes()[..used]);
+    }
+    if svid.is_accepted(&BUNDLE, fixture::now()).is_ok() {
+        assert_eq!(*svid.id(), fixture::id());
+        assert_eq!(svid.chain()[0], der(LEAF), "a leaf nobody signed");
+    }
+}
+
+pub(crate) fn kept_seeds() -> Vec<Vec<u8>> {
+    let chain = vec![der(LEAF), der(INTERMEDIATE)];
+    let svid = Svid::handed_over(chain, fixture::key()).expect("the fixture's own");
+    let mut record = KeptRecord::empty();
+    record.write(&svid).expect("it fits");
+    let length = record.bytes().iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    let whole = &record.bytes()[..length];
+    vec![[&[0], whole].concat(), [&[1], &whole[36..]].concat(), vec![1]]
 }
 
 fn pem(label: &str, der: &[u8]) -> String {

@@ -78,6 +78,7 @@ pub const TARGETS: &[Target] = &[
     target("revocation_list", certificate::revocation_list, certificate::revocation_list_seeds),
     target("csr", certificate::csr, certificate::csr_seeds),
     target("csr_answer", certificate::answer, certificate::answer_seeds),
+    target("kept_certificate", certificate::kept, certificate::kept_seeds),
     target("packet", packet::packet, packet::packet_seeds),
     target("policy", policy::policy, policy::policy_seeds),
     target("path_template", text::path_template, text::path_template_seeds),

@@ -8,6 +8,7 @@ mod enrolment;
 mod guard;
 mod hostile;
 mod inbound;
+mod kept;
 mod lab;
 mod outbound;
 mod probes;

@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use mesh_netns::process::run;
 use mesh_netns::servers::ports;
-use mesh_netns::wait::PATIENCE;
-use mesh_netns::{PodSpec, Traffic};
+use mesh_netns::wait::{PATIENCE, until};
+use mesh_netns::{PodSpec, Traffic, manifest};
 
 use crate::mesh::Mesh;
 use crate::watch::{Scope, Watch};
@@ -96,6 +96,66 @@ pub(crate) fn controller_away_changes_nothing(mesh: &mut Mesh) -> anyhow::Result
     traffic.more(8, "hello from")?;
     traffic.finish_whole()?;
     watch.finish()?.nothing_in_the_clear(&Scope::All)
+}
+
+/// The controller is away and agents die: their successors go on with the keys that the kernel kept. One that may keep none
+/// refuses, and says why.
+pub(crate) fn keys_outlive_an_agent(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let pin = mesh.lab.node("a").bpffs().join("kept-v1");
+    ensure!(pin.exists(), "nothing is kept at {}", pin.display());
+    // What is heard is saved a moment later, and in order.
+    let mark = manifest::service("mesh", "last-words", "server", &[], &[("http", 80, 8080)]);
+    mesh.lab.apply(&mark)?;
+    for node in ["a", "b"] {
+        let saved = mesh.lab.node(node).state_dir().join("mesh-state");
+        until("the state of the mesh being saved", PATIENCE, || {
+            let Ok(state) = std::fs::read(&saved) else { return Ok(None) };
+            Ok(state.windows(10).any(|words| words == b"last-words").then_some(()))
+        })?;
+    }
+    mesh.lab.kill_controller();
+    for node in ["a", "b"] {
+        mesh.lab.node_mut(node).kill_agent();
+    }
+    for node in ["a", "b"] {
+        mesh.restart_agent(node)?;
+    }
+    let watch = Watch::start(&mesh.lab, "orphans")?;
+    let made = mesh.curl("client")?;
+    ensure!(made.success(), "new connections: {}{}", made.stdout, made.stderr);
+    let seen = watch.finish()?;
+    seen.nothing_in_the_clear(&Scope::All)?;
+    let (between, inside) = seen.tunnelled(mesh)?;
+    ensure!(between > 0 && inside > 0, "{between} and {inside} packets of tunnels");
+    let restored = "culvert_kept_keys_restored_total";
+    let metrics = mesh.lab.node("a").metrics()?;
+    ensure!(metrics.contains(&format!("{restored} 2\n")), "of client and mate: {metrics}");
+
+    mesh.lab.node_mut("a").kill_agent();
+    mesh.restart_agent_with("a", &["--keep-keys", "none"])?;
+    ensure!(!pin.exists(), "{} is still there", pin.display());
+    let watch = Watch::start(&mesh.lab, "keyless")?;
+    let refused = mesh.curl("client")?;
+    ensure!(!refused.success(), "made without a certificate: {}", refused.stdout);
+    watch.finish()?.nothing_in_the_clear(&Scope::All)?;
+    let client = format!("src.addr={}:", mesh.pod("client").ipv4);
+    until("the log naming the reason", PATIENCE, || {
+        let log = mesh.lab.node("a").agent_log(20);
+        let named = log
+            .lines()
+            .any(|line| line.contains(&client) && line.contains("reason=no_certificate"));
+        Ok(named.then_some(()))
+    })
+    .with_context(|| mesh.lab.node("a").agent_log(20))?;
+
+    mesh.lab.start_controller()?;
+    mesh.wait_for("client")?;
+    mesh.lab.delete(&mark)?;
+    mesh.lab.node_mut("a").kill_agent();
+    mesh.restart_agent("a")?;
+    mesh.wait_for("client")?;
+    ensure!(pin.exists(), "nothing is kept at {}", pin.display());
+    Ok(())
 }
 
 /// A process of a pod cannot bind the agent's ports, neither beside the agent nor while it is away.

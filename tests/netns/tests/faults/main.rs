@@ -23,6 +23,7 @@ const FAULTS: &[Named<Mesh>] = &[
     ("restarts_under_traffic_never_leak", agent::restarts_under_traffic_never_leak),
     ("pod_does_not_start_without_an_agent", agent::pod_does_not_start_without_one),
     ("controller_away_changes_nothing", agent::controller_away_changes_nothing),
+    ("keys_outlive_an_agent_while_the_controller_is_away", agent::keys_outlive_an_agent),
     ("pod_cannot_take_the_agents_ports", agent::pod_cannot_take_its_ports),
     ("raw_packets_of_a_pod_do_not_leave", hostile::raw_packets_do_not_leave),
     ("pod_that_undoes_its_own_network_does_not_leak", hostile::vandal_does_not_leak),

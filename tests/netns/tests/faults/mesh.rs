@@ -86,8 +86,12 @@ impl Mesh {
     }
 
     pub(crate) fn restart_agent(&mut self, node: &str) -> anyhow::Result<()> {
+        self.restart_agent_with(node, &[])
+    }
+
+    pub(crate) fn restart_agent_with(&mut self, node: &str, extra: &[&str]) -> anyhow::Result<()> {
         let index = self.lab.node_index(node);
-        self.lab.start_agent(index)?;
+        self.lab.start_agent_with(index, extra)?;
         self.lab.node_mut(node).wait_ready()
     }
 
