@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_model::IpPrefix;
 
 use crate::cluster::ObjectName;
 
@@ -87,6 +88,15 @@ pub struct RunArgs {
     /// What becomes of unknown destinations, unless a namespace says otherwise
     #[arg(long, env = "CULVERT_UNKNOWN_EGRESS", value_enum, default_value_t = Egress::Allow)]
     pub unknown_egress: Egress,
+    /// Network that pods have their addresses from, beside the nodes' spec.podCIDRs: an address inside that no workload has is
+    /// refused, never reached in the clear; may repeat
+    #[arg(
+        long = "pod-cidr",
+        env = "CULVERT_POD_CIDRS",
+        value_delimiter = ',',
+        value_parser = parse_pod_cidr
+    )]
+    pub pod_cidrs: Vec<IpPrefix>,
     /// Namespace that is never captured; may repeat
     #[arg(
         long = "exclude-namespace",
@@ -219,6 +229,14 @@ fn parse_source(text: &str) -> Result<Source, String> {
     }
 }
 
+fn parse_pod_cidr(text: &str) -> Result<IpPrefix, String> {
+    let network: IpPrefix = text.parse().map_err(|error| format!("{error}"))?;
+    if network.length() == 0 {
+        return Err("every address is no pod's network; --unknown-egress deny refuses them".into());
+    }
+    Ok(network)
+}
+
 /// Reads `250ms`, `90s`, `15m`, `24h` or `7d`.
 ///
 /// # Errors
@@ -279,5 +297,23 @@ mod tests {
             panic!("not run")
         };
         assert_eq!(args.sans, ["a", "127.0.0.1", "b"]);
+    }
+
+    #[test]
+    fn networks_of_pods_may_repeat_and_hold_less_than_everything() {
+        let parse = |cidrs: &str| {
+            let run =
+                ["culvert-controller", "run", "--source", "directory:/m", "--pod-cidr", cidrs];
+            Cli::try_parse_from(run).map(|cli| match cli.command {
+                Command::Run(args) => args.pod_cidrs.iter().map(ToString::to_string).collect(),
+                Command::Token(_) | Command::Source(_) | Command::Ca(_) | Command::Leave { .. } => {
+                    Vec::new()
+                }
+            })
+        };
+        assert_eq!(parse("10.0.0.0/8,fd00::/16").unwrap(), ["10.0.0.0/8", "fd00::/16"]);
+        for wrong in ["0.0.0.0/0", "::/0", "10.0.0.0/33", "pods"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -57,6 +57,8 @@ pub struct IndexSettings {
     /// Namespaces whose pods are never captured, whatever their labels say; default
     /// [`mesh_model::EXCLUDED_NAMESPACES`].
     pub excluded_namespaces: BTreeSet<Arc<str>>,
+    /// Networks that pods have their addresses from beside the nodes' `podCIDRs`; default none.
+    pub pod_networks: Vec<IpPrefix>,
 }
 
 impl Default for IndexSettings {
@@ -70,6 +72,7 @@ impl Default for IndexSettings {
             istio_labels: false,
             unknown_egress: UnknownEgress::Allow,
             excluded_namespaces: mesh_model::EXCLUDED_NAMESPACES.map(Into::into).into(),
+            pod_networks: Vec::new(),
         }
     }
 }
@@ -162,6 +165,7 @@ impl Index {
     /// An empty index.
     #[must_use]
     pub fn new(settings: IndexSettings) -> Self {
+        let pod_networks = IpPrefix::aggregate(settings.pod_networks.iter().copied());
         Self {
             settings,
             objects: Objects::default(),
@@ -177,7 +181,7 @@ impl Index {
             policies: BTreeMap::new(),
             pods: BTreeMap::new(),
             egress: BTreeMap::new(),
-            pod_networks: Vec::new(),
+            pod_networks,
         }
     }
 
@@ -260,7 +264,7 @@ impl Index {
         &self.egress
     }
 
-    /// The networks that the nodes' pods have their addresses from, joined where they touch.
+    /// The networks that pods have their addresses from, the nodes' and those of the settings, joined where they touch.
     #[must_use]
     pub fn pod_networks(&self) -> &[IpPrefix] {
         &self.pod_networks
@@ -575,7 +579,8 @@ impl Index {
         }
         if dirty.pod_networks {
             let of_nodes = self.objects.nodes.values().flat_map(|node| &node.pod_networks);
-            let networks = IpPrefix::aggregate(of_nodes.copied());
+            let networks =
+                IpPrefix::aggregate(of_nodes.chain(&self.settings.pod_networks).copied());
             if networks != self.pod_networks {
                 self.pod_networks.clone_from(&networks);
                 delta.pod_networks = Some(networks);

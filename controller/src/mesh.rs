@@ -80,13 +80,11 @@ impl Mesh {
     /// An empty mesh.
     #[must_use]
     pub fn new(settings: IndexSettings) -> Self {
-        let picture = Picture::default();
-        let state = State {
-            index: Index::new(settings),
-            picture,
-            trust: Trust::default(),
-            source: SourceStatus::default(),
-        };
+        let index = Index::new(settings);
+        let mut picture = Picture::default();
+        picture.policies.set_pod_networks(index.pod_networks());
+        let state =
+            State { index, picture, trust: Trust::default(), source: SourceStatus::default() };
         Self {
             state: Mutex::new(state),
             store: Store::default(),

@@ -299,6 +299,7 @@ fn index_settings(args: &RunArgs) -> IndexSettings {
             .iter()
             .map(|name| name.as_str().into())
             .collect(),
+        pod_networks: args.pod_cidrs.clone(),
     }
 }
 

@@ -843,6 +843,28 @@ fn networks_of_pods_come_from_the_nodes_joined_and_follow_them() {
 }
 
 #[test]
+fn networks_of_pods_that_are_told_count_beside_those_of_nodes() {
+    let settings = |cidrs: &[&str]| IndexSettings {
+        pod_networks: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+        ..IndexSettings::default()
+    };
+    let texts = |index: &Index| {
+        index.pod_networks().iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    // Before any node is known.
+    let mut index = Index::new(settings(&["10.2.0.0/24", "10.2.1.0/24", "fd00:2::/32"]));
+    assert_eq!(texts(&index), "10.2.0.0/23 fd00:2::/32");
+    let node = "{apiVersion: v1, kind: Node, metadata: {name: n}, spec: {podCIDRs: [10.1.0.0/24]}}";
+    let changes = upserts(node);
+    let Change::Upsert(object) = &changes[0] else { panic!("{changes:?}") };
+    let key = object.key();
+    assert!(index.apply(changes).pod_networks.is_some());
+    assert_eq!(texts(&index), "10.1.0.0/24 10.2.0.0/23 fd00:2::/32");
+    index.apply([Change::Delete(key)]);
+    assert_eq!(texts(&index), "10.2.0.0/23 fd00:2::/32");
+}
+
+#[test]
 fn workloads_name_the_gateway_of_their_network_while_there_is_one() {
     let pod = "{apiVersion: v1, kind: Pod, metadata: {name: p, namespace: n, uid: u, labels: {topology.istio.io/network: west}}, spec: {nodeName: x}, status: {phase: Running, podIP: 10.0.0.1}}";
     let gateway = |network: &str| {
