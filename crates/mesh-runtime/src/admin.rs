@@ -4,6 +4,7 @@
 //! this process's own user. On loopback the `Host` header must name loopback as well, so that a web page cannot reach
 //! it through a name of its own (DNS rebinding).
 
+mod gzip;
 mod listener;
 mod routes;
 
@@ -133,7 +134,12 @@ impl AdminServer {
     ) -> http::Response<Full<Bytes>> {
         let (head, body) = request.into_parts();
         let only_head = head.method == Method::HEAD;
-        let mut response = self.respond(peer, head, body).await.into_response();
+        let gzip = !only_head && gzip::is_accepted(&head.headers);
+        let mut reply = self.respond(peer, head, body).await;
+        if gzip {
+            reply = gzip::compressed(reply).await;
+        }
+        let mut response = reply.into_response();
         if only_head {
             *response.body_mut() = Full::default();
         }

@@ -76,6 +76,8 @@ pub struct Reply {
     /// The body.
     pub body: Bytes,
     allow: Option<&'static str>,
+    /// The body is compressed.
+    gzip: bool,
 }
 
 #[derive(Serialize)]
@@ -113,7 +115,12 @@ impl Reply {
     /// Any body.
     #[must_use]
     pub fn with(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Self {
-        Self { status, content_type, body: body.into(), allow: None }
+        Self { status, content_type, body: body.into(), allow: None, gzip: false }
+    }
+
+    /// The same reply with its body as gzip.
+    pub(super) fn gzipped(self, body: Bytes) -> Self {
+        Self { body, gzip: true, ..self }
     }
 
     pub(super) fn into_response(self) -> http::Response<Full<Bytes>> {
@@ -123,6 +130,10 @@ impl Reply {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(self.content_type));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
+        headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
+        if self.gzip {
+            headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+        }
         if let Some(allow) = self.allow {
             headers.insert(header::ALLOW, HeaderValue::from_static(allow));
         }

@@ -14,6 +14,7 @@ fn routes() -> Routes {
         .get("/hello", async |request: Request| {
             Reply::text(format!("hello {}", request.query("name").unwrap_or("nobody")))
         })
+        .get("/long", async |_| Reply::text("metric 1\n".repeat(1000)))
         .get("/never", async |_| std::future::pending::<Reply>().await)
         .get("/level", async |_| Reply::json(&["info"]))
         .post("/level", async |request: Request| Reply::text(request.body))
@@ -49,6 +50,38 @@ fn start_unix(server: AdminServer, path: &Path) -> DrainTrigger {
     let (trigger, drain) = Drain::new();
     tokio::spawn(server.serve(listener, drain));
     trigger
+}
+
+#[test]
+fn what_is_long_is_compressed_for_whoever_accepts_it() {
+    block_on(async {
+        let (address, _trigger) = start_tcp(server()).await;
+        let get = async |path: &str, accepts: &str| {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let request = format!(
+                "GET {path} HTTP/1.1\r\nhost: localhost\r\n{accepts}connection: close\r\n\r\n"
+            );
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).await.unwrap();
+            let head = answer.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+            let body = answer.split_off(head);
+            (String::from_utf8(answer).unwrap(), body)
+        };
+        let (head, body) = get("/long", "accept-encoding: gzip\r\n").await;
+        assert!(head.contains("content-encoding: gzip"), "{head}");
+        assert!(head.contains("content-type: text/plain"), "{head}");
+        assert!(body.len() < 500, "{} bytes", body.len());
+        let mut text = String::new();
+        let mut decoder = flate2::read::GzDecoder::new(&*body);
+        io::Read::read_to_string(&mut decoder, &mut text).unwrap();
+        assert_eq!(text, "metric 1\n".repeat(1000));
+        for (path, accepts) in [("/long", ""), ("/hello", "accept-encoding: gzip\r\n")] {
+            let (head, body) = get(path, accepts).await;
+            assert!(!head.contains("content-encoding"), "{head}");
+            assert!(body.starts_with(b"metric 1") || body.starts_with(b"hello"));
+        }
+    });
 }
 
 #[test]
