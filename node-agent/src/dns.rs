@@ -2,6 +2,7 @@
 
 mod exchange;
 pub(crate) mod lookup;
+mod meter;
 mod tcp;
 mod udp;
 
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use mesh_dns::{Cache, CacheConfig, DnsClient, DnsDecision, Transport};
 use mesh_ebpf::NetnsCookie;
-use mesh_model::{PodUid, ports};
+use mesh_model::{PodUid, Workload, ports};
 use mesh_net::Netns;
 use mesh_telemetry::metric;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -23,6 +24,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use self::meter::{CountedQuery, DnsMeter};
 use crate::capture::KernelGate;
 use crate::dataplane::Shared;
 use crate::enrolment::attachment::AttachedPod;
@@ -39,6 +41,7 @@ pub(crate) struct DnsDesk {
     pods: Mutex<BTreeMap<PodUid, Arc<PodDns>>>,
     /// Sockets of a predecessor, until their pods are added.
     handed: Mutex<BTreeMap<PodUid, Vec<OwnedFd>>>,
+    meter: DnsMeter,
 }
 
 /// One pod's resolver.
@@ -102,6 +105,7 @@ impl DnsDesk {
             cluster_domain: cluster_domain.into(),
             pods: Mutex::default(),
             handed: Mutex::default(),
+            meter: DnsMeter::default(),
         }
     }
 
@@ -227,21 +231,34 @@ impl DnsDesk {
         }
     }
 
-    /// What to do with a pod's query.
-    fn decide(&self, pod: &PodDns, query: &[u8], transport: Transport) -> DnsDecision {
-        let Some(shared) = self.shared.get() else { return DnsDecision::Forward };
-        let snapshot = shared.snapshot.load();
+    /// What to do with a pod's query, which is counted.
+    fn decide(
+        &self,
+        pod: &PodDns,
+        query: &[u8],
+        transport: Transport,
+    ) -> (DnsDecision, CountedQuery) {
+        let snapshot = self.shared.get().map(|shared| shared.snapshot.load());
+        let known = snapshot.as_ref().and_then(|snapshot| {
+            let workload = snapshot.index.workload_by_name(&pod.namespace, &pod.name)?;
+            Some((snapshot, workload))
+        });
+        let counted = self.meter.asked(known.map(|(_, workload)| &**workload), query, transport);
         // Without its workload the pod's network is not known, and so not which addresses it can reach.
-        let Some(workload) = snapshot.index.workload_by_name(&pod.namespace, &pod.name) else {
-            return DnsDecision::Forward;
-        };
+        let Some((snapshot, workload)) = known else { return (DnsDecision::Forward, counted) };
         let client = DnsClient {
             namespace: Arc::clone(&pod.namespace),
             network: workload.network.clone(),
             search: pod.search.clone(),
             cluster_domain: Arc::clone(&self.cluster_domain),
         };
-        mesh_dns::answer(query, &client, &snapshot.index, transport)
+        (mesh_dns::answer(query, &client, &snapshot.index, transport), counted)
+    }
+
+    /// A pod's workload, where the controller has told about it.
+    fn workload_of(&self, pod: &PodDns) -> Option<Arc<Workload>> {
+        let snapshot = self.shared.get()?.snapshot.load();
+        snapshot.index.workload_by_name(&pod.namespace, &pod.name).cloned()
     }
 
     /// Where a captured UDP query was going.

@@ -41,6 +41,7 @@ impl HostResolver for PodResolver {
 
 async fn lookup(desk: &DnsDesk, pod: &PodDns, hostname: &str) -> io::Result<Vec<IpAddr>> {
     let name = Name::from_ascii(hostname).map_err(io::Error::other)?;
+    desk.meter.on_demand(desk.workload_of(pod).as_deref(), hostname);
     let (v4, v6) = tokio::join!(
         records(desk, pod, name.clone(), RecordType::A),
         records(desk, pod, name, RecordType::AAAA),

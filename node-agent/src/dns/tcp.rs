@@ -1,10 +1,11 @@
 //! Queries over TCP: what is the mesh's is answered in between, the rest goes both ways untouched, also answers of many
 //! messages such as zone transfers.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use mesh_dns::{DnsDecision, Transport};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -13,6 +14,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::meter::CountedQuery;
 use super::{DnsDesk, PodDns, count, exchange};
 
 /// How long a connection may be silent. Source: RFC 7766 §6.2.3 leaves it to the server.
@@ -61,6 +63,7 @@ pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, listener: TcpLi
 /// A connection to the resolver the pod meant.
 struct Upstream {
     writer: OwnedWriteHalf,
+    asked: Arc<Asked>,
     /// Carries what it says to the client.
     reader: JoinHandle<()>,
 }
@@ -68,6 +71,40 @@ struct Upstream {
 impl Drop for Upstream {
     fn drop(&mut self) {
         self.reader.abort();
+    }
+}
+
+/// Queries without an answer yet, by their ids; those left when the connection ends have failed.
+#[derive(Default)]
+struct Asked(std::sync::Mutex<BTreeMap<[u8; 2], (Instant, CountedQuery)>>);
+
+/// Queries of one connection that are timed at once; a further one is not.
+const MAX_TIMED: usize = 256;
+
+impl Asked {
+    fn note(&self, query: &[u8], counted: CountedQuery) {
+        let Some(id) = query.first_chunk::<2>() else { return };
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked.len() < MAX_TIMED {
+            asked.insert(*id, (Instant::now(), counted));
+        }
+    }
+
+    fn answered(&self, answer: &[u8]) {
+        let Some(id) = answer.first_chunk::<2>() else { return };
+        let asked = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        if let Some((since, counted)) = asked {
+            counted.answered(since.elapsed());
+        }
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let asked = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (_, counted) in asked.values() {
+            counted.failed();
+        }
     }
 }
 
@@ -83,7 +120,8 @@ async fn converse(
     let mut upstream: Option<Upstream> = None;
     loop {
         let query = timeout(IDLE, exchange::read_message(&mut queries)).await??;
-        match desk.decide(pod, &query, Transport::Tcp) {
+        let (decision, counted) = desk.decide(pod, &query, Transport::Tcp);
+        match decision {
             DnsDecision::Reply(answer) => {
                 count("answered");
                 exchange::write_message(&mut *answers.lock().await, &answer).await?;
@@ -98,15 +136,19 @@ async fn converse(
             }
             DnsDecision::Forward => {
                 count("forwarded");
+                counted.forwarded();
                 let open = match upstream.take().filter(|open| !open.reader.is_finished()) {
                     Some(open) => open,
                     None => {
                         let resolver = resolver.ok_or(io::ErrorKind::AddrNotAvailable)?;
-                        let stream = exchange::connect(desk, pod, resolver).await?;
+                        let stream = exchange::connect(desk, pod, resolver)
+                            .await
+                            .inspect_err(|_error| counted.failed())?;
                         open_upstream(stream, Arc::clone(&answers))
                     }
                 };
                 let open = upstream.insert(open);
+                open.asked.note(&query, counted);
                 exchange::write_message(&mut open.writer, &query).await?;
             }
         }
@@ -115,17 +157,24 @@ async fn converse(
 
 fn open_upstream(stream: TcpStream, answers: Arc<Mutex<OwnedWriteHalf>>) -> Upstream {
     let (reader, writer) = stream.into_split();
+    let asked = Arc::new(Asked::default());
+    let noted = Arc::clone(&asked);
     let reader = tokio::spawn(async move {
-        if let Err(error) = carry(reader, &answers).await {
+        if let Err(error) = carry(reader, &answers, &noted).await {
             tracing::debug!(%error, "the resolver's connection ended");
         }
     });
-    Upstream { writer, reader }
+    Upstream { writer, asked, reader }
 }
 
-async fn carry(mut from: OwnedReadHalf, to: &Mutex<OwnedWriteHalf>) -> io::Result<()> {
+async fn carry(
+    mut from: OwnedReadHalf,
+    to: &Mutex<OwnedWriteHalf>,
+    asked: &Asked,
+) -> io::Result<()> {
     loop {
         let answer = exchange::read_message(&mut from).await?;
+        asked.answered(&answer);
         exchange::write_message(&mut *to.lock().await, &answer).await?;
     }
 }

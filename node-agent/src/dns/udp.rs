@@ -64,7 +64,8 @@ fn receive(socket: &UdpSocket) -> io::Result<(Vec<u8>, SocketAddr)> {
 }
 
 async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) -> Option<Vec<u8>> {
-    match desk.decide(pod, query, Transport::Udp) {
+    let (decision, counted) = desk.decide(pod, query, Transport::Udp);
+    match decision {
         DnsDecision::Reply(answer) => {
             count("answered");
             Some(answer)
@@ -84,9 +85,12 @@ async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) 
                 count("cached");
                 return Some(answer);
             }
+            counted.forwarded();
+            let asked = Instant::now();
             match exchange::over_udp(desk, pod, resolver, query).await {
                 Ok(answer) => {
                     count("forwarded");
+                    counted.answered(asked.elapsed());
                     pod.cache().store(&scope, query, &answer, Instant::now());
                     Some(answer)
                 }
@@ -94,6 +98,7 @@ async fn answer(desk: &DnsDesk, pod: &PodDns, query: &[u8], client: SocketAddr) 
                 // nobody is, the client hears of it at once, as it would from its own socket.
                 Err(error) => {
                     count("failed");
+                    counted.failed();
                     tracing::debug!(%error, "a resolver did not answer");
                     if error.kind() == io::ErrorKind::TimedOut {
                         return None;
