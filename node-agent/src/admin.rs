@@ -14,6 +14,7 @@ use mesh_telemetry::{Metric, metric};
 use serde_json::json;
 use tokio::sync::watch;
 
+use crate::allocator::AllocatorBytes;
 use crate::capture::KernelGate;
 use crate::control::ads::Standing;
 use crate::dataplane::{DataPlane, TunnelRole, TunnelStats};
@@ -104,6 +105,7 @@ impl Desk {
     fn add_views(&self, routes: Routes) -> Routes {
         let [dump, certs, connections, pods, stats, status] = std::array::from_fn(|_| self.clone());
         routes
+            .get("/memory", |_request| async { memory() })
             .get("/config_dump", move |_request| {
                 let desk = dump.clone();
                 async move { Reply::json(&desk.config_dump().await) }
@@ -242,6 +244,10 @@ impl Desk {
             }
             Err(error) => tracing::debug!(%error, "the counters of capture cannot be read"),
         }
+        match AllocatorBytes::now() {
+            Ok(bytes) => bytes.observe(),
+            Err(error) => tracing::debug!(%error, "the allocator's counts cannot be read"),
+        }
         let stats = self.data_plane.stats();
         metrics::counter!(metric::LIVE_FLOWS_CUT.name).absolute(stats.live_cut);
         metrics::counter!(metric::CONNECTIONS_SHED.name).absolute(stats.shed);
@@ -296,6 +302,17 @@ fn start_successor(upgrade: &Upgrade, request: &Request) -> Reply {
     match upgrade.start(program.trim()) {
         Ok(started) => Reply::json(&started),
         Err(refused) => Reply::error(StatusCode::CONFLICT, &error_chain(&refused)),
+    }
+}
+
+/// What the allocator holds, and what the kernel counts of this process.
+fn memory() -> Reply {
+    match AllocatorBytes::now() {
+        Ok(allocator) => Reply::json(&json!({
+            "allocator": allocator,
+            "residentBytes": mesh_runtime::process::resident_bytes(),
+        })),
+        Err(error) => Reply::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod admin;
 pub mod agent;
+mod allocator;
 mod capture;
 mod cni;
 pub mod config;

@@ -128,6 +128,8 @@ metrics! {
     /// No labels.
     SERIES_FOLDED = "culvert_series_folded_total", Counter, "flows counted without their source because there are too many time series";
 
+    /// Labels: `kind` (allocated, active, metadata, resident, mapped, retained).
+    MEMORY_BYTES = "culvert_memory_bytes", Gauge, "memory as the allocator counts it";
     /// Labels: `reason`.
     ACCESS_LOG_LEFT_OUT = "culvert_access_log_lines_left_out_total", Counter, "refusals without a line of their own, because they came in a flood";
     /// Kept by the kernel over all agents' lives. Labels: `event`.
