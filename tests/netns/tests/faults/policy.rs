@@ -1,12 +1,13 @@
 //! What a changed policy does to connections that are open.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use mesh_netns::manifest;
 use mesh_netns::peer::ports as peer;
 use mesh_netns::wait::{PATIENCE, until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::mesh::Mesh;
 
@@ -72,7 +73,44 @@ fn cut_once(mesh: &Mesh) -> anyhow::Result<Duration> {
         Ok((count >= 6).then_some(()))
     })
     .with_context(|| mesh.lab.node("b").agent_log(8))?;
+    same_everywhere(mesh, &mesh.lab.node("b").agent_log(usize::MAX)[log_before..], target)?;
     mesh.lab.delete(&deny)?;
     mesh.wait_for("client")?;
     Ok(took)
+}
+
+/// The log's lines of what was cut, the metrics and `explain` name one policy and one rule.
+fn same_everywhere(mesh: &Mesh, log: &str, target: SocketAddr) -> anyhow::Result<()> {
+    const POLICY: &str = "policy=\"AuthorizationPolicy mesh/no-client\"";
+    let cut = log.lines().filter(|line| line.contains("reason=policy_changed"));
+    for line in cut {
+        ensure!(line.contains(POLICY) && line.contains("rule=0"), "the log's words: {line}");
+    }
+    let labels = [
+        "reporter=\"destination\"",
+        "reason=\"policy_changed\"",
+        "policy=\"AuthorizationPolicy mesh/no-client\"",
+        "rule=\"0\"",
+    ];
+    let metrics = mesh.lab.node("b").metrics()?;
+    let counted: f64 = metrics
+        .lines()
+        .filter(|line| line.starts_with("culvert_denials_total{"))
+        .filter(|line| labels.iter().all(|label| line.contains(label)))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum();
+    ensure!(counted >= 6.0, "{counted} of six cut connections are counted by policy and rule");
+    let answer =
+        mesh.lab.culvert(&["explain", "mesh/client", &target.to_string(), "-o", "json"])?;
+    let answer: Value = serde_json::from_str(&answer.stdout)?;
+    ensure!(answer["allowed"] == false, "explain allows it: {answer:#}");
+    let stage = answer["stages"].as_array().and_then(|all| all.last()).context("no stage")?;
+    let blamed = &stage["authorize"]["outcome"]["denied"]["rule"];
+    let origin = &blamed["origin"];
+    let same = origin["kind"] == "AuthorizationPolicy"
+        && origin["namespace"] == "mesh"
+        && origin["name"] == "no-client"
+        && blamed["rule_index"] == 0;
+    ensure!(same, "explain blames {blamed:#}");
+    Ok(())
 }

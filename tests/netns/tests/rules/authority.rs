@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use mesh_model::ports;
 use mesh_netns::peer::ports as peer;
 use mesh_netns::wait::{PATIENCE, until};
-use mesh_netns::{PodSpec, Traffic};
+use mesh_netns::{PodSpec, Traffic, servers};
 use serde_json::Value;
 
 use crate::identity::{CLIENT, SERVER, tunnel_port};
@@ -100,6 +100,34 @@ pub(crate) fn hold_open(
 fn open_connections(mesh: &Mesh, pod: &str) -> anyhow::Result<usize> {
     let line = format!("ss -Htn state established dport = :{} | wc -l", ports::OUTBOUND);
     Ok(mesh.lab.pod(pod).shell(&line)?.output()?.trim().parse()?)
+}
+
+/// A server whose certificate is revoked is not dialled: the client's agent refuses it, and says why.
+pub(crate) fn revoked_server(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let pod = mesh.lab.run_pod("b", PodSpec::new("mesh", "convict"))?;
+    let _nginx = servers::nginx(pod)?;
+    let target = SocketAddr::new(pod.ipv4, servers::ports::HTTP);
+    mesh.wait_for("client", target)?;
+    let leaf = certificate(mesh, "b", "convict")?;
+    let serial = leaf["certChain"][0]["serialNumber"].as_str().context("no serial")?.to_owned();
+    let log = LogFromNow::of(mesh, "a")?;
+    mesh.lab.controller_command(&["ca", "revoke", "--serial", &serial])?;
+    until("the revoked server being refused", PATIENCE, || {
+        Ok((!mesh.reaches("client", target)?).then_some(()))
+    })?;
+    ensure!(!mesh.reaches("client", target)?, "refused once only");
+    let address = format!("dst.addr={}:", target.ip());
+    let parts = ["direction=\"outbound\"", "reason=cert_revoked", &address];
+    let line = log.line(&parts).with_context(|| mesh.lab.node("a").agent_log(5))?;
+    ensure!(line.contains("certificate is revoked"), "the log's words: {line}");
+    let metrics = mesh.lab.node("a").metrics()?;
+    let labels =
+        [("reporter", "source"), ("response_flags", "CERT_REVOKED"), ("source_workload", "client")];
+    let failed = sum_of(&metrics, "istio_tcp_connections_failed_total", &labels);
+    ensure!(failed > 0.0, "no connection failed for a revoked certificate");
+    // It is this server, not all of them.
+    ensure!(mesh.reaches("client", mesh.server())?, "another server is refused as well");
+    mesh.lab.delete_pod("convict")
 }
 
 /// A revoked certificate's live connections end at once, for that reason; others' go on.

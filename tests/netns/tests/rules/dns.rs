@@ -13,7 +13,7 @@ use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{PodSpec, manifest, servers};
 use serde_json::{Value, json};
 
-use crate::mesh::{Mesh, OUTSIDE_PORT, inside};
+use crate::mesh::{Mesh, OUTSIDE_PORT, inside, sum_of};
 
 /// What the resolver outside says to everything.
 const ELSEWHERE_V4: [u8; 4] = [198, 51, 100, 7];
@@ -429,4 +429,48 @@ pub(crate) fn names_of_pods(mesh: &mut Mesh) -> anyhow::Result<()> {
     });
     mesh.lab.delete_pod("db-7f")?;
     looked
+}
+/// An answer of the pod's resolver is given again while its TTL lasts, with what is left of it, and not longer. Every query
+/// and every answer is counted as Istio counts them.
+pub(crate) fn answers_are_kept_for_their_ttl(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const FIRST: &str = "kept";
+    const TTL: Duration = Duration::from_secs(5);
+    let name = format!("{FIRST}.unknown.example.");
+    let labels = [
+        ("request_query_type", "A"),
+        ("request_protocol", "udp"),
+        ("source_canonical_service", "client"),
+    ];
+    let counted = |mesh: &Mesh| -> anyhow::Result<[f64; 3]> {
+        let metrics = mesh.lab.node("a").metrics()?;
+        Ok(["requests_total", "upstream_requests_total", "upstream_request_duration_seconds_count"]
+            .map(|name| sum_of(&metrics, &format!("istio_dns_{name}"), &labels)))
+    };
+    let before = counted(mesh)?;
+    let begun = Instant::now();
+    let mut asked = 0.0;
+    loop {
+        // The answer was kept at the earliest now, and its whole seconds are counted down.
+        let age = begun.elapsed();
+        let answer = ask(mesh, "client", &name, RecordType::A, Transport::Udp)?;
+        asked += 1.0;
+        ensure!(addresses(&answer) == [IpAddr::from(ELSEWHERE_V4)], "{answer:?}");
+        let left = Duration::from_secs(answer.answers.first().context("no record")?.ttl.into());
+        match mesh.resolver.asked_about(FIRST).len() {
+            1 => {
+                ensure!(age < TTL, "an answer of {TTL:?} was given after {age:?}");
+                // What the question took on its way is not yet in the age.
+                ensure!(left <= TTL, "{left:?} are left of {TTL:?}");
+                ensure!(asked < 2.0 || left < TTL, "given again as if it were new");
+            }
+            2 => break,
+            more => anyhow::bail!("the resolver was asked {more} times within {age:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(asked > 3.0, "nothing was kept: {asked} queries");
+    let [requests, forwarded, timed] = counted(mesh)?;
+    let more = [requests - before[0], forwarded - before[1], timed - before[2]];
+    ensure!(more == [asked, 2.0, 2.0], "{asked} queries, two of them forwarded: counted {more:?}");
+    Ok(())
 }

@@ -5,6 +5,7 @@
 
 mod annotations;
 mod authority;
+mod capture;
 mod churn;
 mod dns;
 mod identity;
@@ -14,6 +15,7 @@ mod networks;
 mod policy;
 mod pressure;
 mod routing;
+mod telemetry;
 mod tls;
 mod traffic;
 
@@ -45,6 +47,10 @@ const STEPS: &[Named<Mesh>] = &[
     ("annotations::inbound_lists", annotations::inbound_lists),
     ("annotations::outbound_networks", annotations::outbound_networks),
     ("annotations::denied_protocols", annotations::denied_protocols),
+    ("capture::excluded_outbound_ports", capture::excluded_outbound_ports),
+    ("telemetry::istios_labels", telemetry::istios_labels),
+    ("telemetry::scrapes_are_compressed", telemetry::scrapes_are_compressed),
+    ("telemetry::memory", telemetry::memory),
     ("identity::certificates", identity::certificates),
     ("identity::server_of_another_name", identity::server_of_another_name),
     ("identity::requests", identity::requests),
@@ -59,6 +65,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("dns::pod_that_keeps_its_own_names", dns::pod_that_keeps_its_own_names),
     ("dns::resolver_that_is_not_there", dns::resolver_that_is_not_there),
     ("dns::names_of_pods", dns::names_of_pods),
+    ("dns::answers_are_kept_no_longer_than_their_ttl", dns::answers_are_kept_for_their_ttl),
     ("manifests::refused_object_leaves_the_last_good_one", manifests::refused_object),
     ("manifests::unreadable_policy_refuses_whom_it_selects", manifests::unreadable_policy),
     ("manifests::last_good_policy_over_a_restart", manifests::last_good_policy_over_a_restart),
@@ -67,6 +74,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("churn::two_thousand_pods", churn::two_thousand_pods),
     ("authority::root_rotates_under_traffic", authority::root_rotates_under_traffic),
     ("authority::revocation_cuts_live_connections", authority::revocation_cuts),
+    ("authority::revoked_server_is_not_dialled", authority::revoked_server),
 ];
 
 fn main() -> anyhow::Result<()> {
