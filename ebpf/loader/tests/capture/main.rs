@@ -12,3 +12,4 @@ mod kept;
 mod lab;
 mod outbound;
 mod probes;
+mod sniffer;
