@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_ebpf::{Capture, GuardAttachment, Interfaces, NetnsCookie, monotonic_now};
-use mesh_telemetry::metric::INTERFACES_UNGUARDED;
+use mesh_telemetry::metric::{GUARDS_RESTORED, INTERFACES_UNGUARDED};
 use tokio_util::sync::CancellationToken;
 
 /// Between rounds of looking after the kernel's tables.
@@ -53,7 +53,7 @@ fn tend_guards(capture: &Capture) {
     match capture.verify_guards() {
         Ok(0) => {}
         Ok(gone) => {
-            metrics::counter!("culvert_guards_restored_total")
+            metrics::counter!(GUARDS_RESTORED.name)
                 .increment(u64::try_from(gone).unwrap_or(u64::MAX));
             tracing::error!(gone, "another tool had removed guards of pods; they are back");
         }

@@ -209,7 +209,6 @@ impl NodeWorker {
         let snapshot = self.snapshot();
         let certificate = self.tunnels.certificate(tunnel)?;
         let rejection = certificate.is_trusted(&snapshot.trust, SystemTime::now()).err()?;
-        self.stats.handshake_failed(rejection.close_reason());
         self.distrust(ops, tunnel, &rejection);
         Some(rejection)
     }
