@@ -12,6 +12,7 @@ use mesh_model::PodUid;
 use mesh_resolve::{ResolveSettings, WorkloadIndex};
 
 use super::*;
+use crate::config::KeepKeys;
 use crate::control::session::{ControllerConfig, Credential};
 use crate::dataplane::{
     DataPlane, DataPlaneConfig, FlowEvent, FlowSink, HostResolver, KernelCapture, PodSockets,
@@ -23,7 +24,9 @@ use crate::enrolment::tests::{IPS, Node, TestNetns, request, wanted};
 struct Nobody;
 
 impl FlowSink for Nobody {
-    fn report(&self, _event: FlowEvent) {}
+    fn report(&self, _event: FlowEvent) -> bool {
+        true
+    }
 }
 
 impl IdentityDesk for Nobody {
@@ -102,7 +105,12 @@ async fn an_identity_is_kept_while_any_pod_of_it_lives() {
         node: "n".to_owned(),
         credential: Credential::File("/none".into()),
     });
-    let mut rotation = Rotation::new(session, Arc::clone(&picture), Arc::clone(&enroller));
+    let mut rotation = Rotation::new(
+        session,
+        Arc::clone(&picture),
+        Arc::clone(&enroller),
+        (KeepKeys::None, std::path::PathBuf::new()),
+    );
     let id = |account: &str| SpiffeId::new("cluster.local", "shop", account).unwrap();
     rotation.look().await;
     let mut asked = rotation.commands();
