@@ -109,7 +109,7 @@ async fn an_identity_is_kept_while_any_pod_of_it_lives() {
         session,
         Arc::clone(&picture),
         Arc::clone(&enroller),
-        (KeepKeys::None, std::path::PathBuf::new()),
+        (KeepKeys::None, PathBuf::new()),
     );
     let id = |account: &str| SpiffeId::new("cluster.local", "shop", account).unwrap();
     rotation.look().await;
