@@ -29,7 +29,7 @@ pub enum Command {
     /// The manifests.
     #[command(subcommand)]
     Source(SourceCommand),
-    /// The certificate authority. A running controller picks changes up within two seconds.
+    /// The certificate authority. A running controller picks changes up within two seconds; other replicas within six.
     #[command(subcommand)]
     Ca(CaCommand),
     /// Tell a DaemonSet's agents to undo what they did to their nodes, and wait until all have; before a chart is removed
@@ -196,18 +196,18 @@ pub enum CaCommand {
         /// Time for agents to learn the new root before it signs
         #[arg(long, default_value = "10m", value_parser = parse_duration)]
         overlap: Duration,
-        /// The controller's state directory
-        #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
-        state_dir: PathBuf,
+        /// Where the authority is.
+        #[command(flatten)]
+        place: CaPlace,
     },
     /// Revoke a certificate of this CA; its live connections are cut
     Revoke {
         /// Serial number, hexadecimal
         #[arg(long)]
         serial: String,
-        /// The controller's state directory
-        #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
-        state_dir: PathBuf,
+        /// Where the authority is.
+        #[command(flatten)]
+        place: CaPlace,
     },
     /// Print the roots agents need to trust the controller, PEM
     Root {
@@ -218,6 +218,20 @@ pub enum CaCommand {
         #[arg(long, env = "CULVERT_TRUST_DOMAIN", default_value = "cluster.local")]
         trust_domain: String,
     },
+}
+
+/// Where the authority is. In a controller's pod the environment says it.
+#[derive(Clone, Debug, Args)]
+pub struct CaPlace {
+    /// The controller's state directory
+    #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
+    pub state_dir: PathBuf,
+    /// NAMESPACE/NAME of the Secret that holds the authority; it is changed first, and the command waits for it
+    #[arg(long, env = "CULVERT_CA_SECRET")]
+    pub ca_secret: Option<ObjectName>,
+    /// How the cluster of that Secret is reached: kubernetes or kubernetes:KUBECONFIG
+    #[arg(long, env = "CULVERT_SOURCE", value_parser = parse_source, default_value = "kubernetes")]
+    pub source: Source,
 }
 
 fn parse_source(text: &str) -> Result<Source, String> {

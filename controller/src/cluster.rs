@@ -2,6 +2,8 @@
 //! Secret, tells agents the roots in a ConfigMap, and takes agents off the nodes before the chart is removed.
 
 pub mod ca_secret;
+#[cfg(test)]
+mod fake_api;
 pub mod leave;
 pub mod roots;
 pub mod token_review;

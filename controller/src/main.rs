@@ -7,9 +7,12 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use mesh_controller::ca::authority::Authority;
+use mesh_controller::ca::authority::{Authority, Order};
 use mesh_controller::ca::tokens::Tokens;
-use mesh_controller::cli::{CaCommand, Cli, Command, RunArgs, SourceCommand, TokenCommand};
+use mesh_controller::cli::{
+    CaCommand, CaPlace, Cli, Command, RunArgs, Source, SourceCommand, TokenCommand,
+};
+use mesh_controller::cluster::ca_secret::CaSecret;
 use mesh_controller::cluster::{self, ObjectName};
 use mesh_controller::run::Controller;
 use mesh_controller::source::directory::accept_empty;
@@ -75,9 +78,7 @@ fn run(args: RunArgs) -> Result<()> {
 }
 
 fn leave(daemonset: &ObjectName, timeout: Duration) -> Result<()> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("runtime")?;
-    runtime.block_on(async {
+    in_runtime(async {
         let client = KubernetesSettings::new(None).client().await?;
         cluster::leave::leave(&client, daemonset, timeout).await
     })?;
@@ -87,12 +88,12 @@ fn leave(daemonset: &ObjectName, timeout: Duration) -> Result<()> {
 fn ca(command: CaCommand) -> Result<()> {
     let now = SystemTime::now();
     match command {
-        CaCommand::RotateRoot { overlap, state_dir } => {
-            Authority::open_existing(open(&state_dir)?, now)?.rotate_root(overlap, now)?;
+        CaCommand::RotateRoot { overlap, place } => {
+            order(&place, &Order::RotateRoot { overlap }, now)?;
             say("the new root is believed at once and signs after the overlap")
         }
-        CaCommand::Revoke { serial, state_dir } => {
-            Authority::open_existing(open(&state_dir)?, now)?.revoke(&serial, now)?;
+        CaCommand::Revoke { serial, place } => {
+            order(&place, &Order::Revoke { serial }, now)?;
             say("revoked")
         }
         CaCommand::Root { state_dir, trust_domain } => {
@@ -100,6 +101,26 @@ fn ca(command: CaCommand) -> Result<()> {
             say(authority.root_bundle_pem().trim_end())
         }
     }
+}
+
+fn order(place: &CaPlace, order: &Order, now: SystemTime) -> Result<()> {
+    let files = open(&place.state_dir)?;
+    let Some(name) = &place.ca_secret else {
+        return Ok(Authority::open_existing(files, now)?.order(order, now)?);
+    };
+    let Source::Kubernetes(kubeconfig) = &place.source else {
+        anyhow::bail!("--ca-secret needs --source kubernetes");
+    };
+    in_runtime(async {
+        let client = KubernetesSettings::new(kubeconfig.clone()).client().await?;
+        Ok(CaSecret::new(&client, name, files).order(order, now).await?)
+    })
+}
+
+fn in_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("runtime")?;
+    runtime.block_on(work)
 }
 
 fn open(state_dir: &Path) -> Result<StateDir> {

@@ -41,12 +41,24 @@ impl StateDir {
     /// # Errors
     /// When the lock file cannot be made.
     pub fn lock(&self) -> io::Result<StateLock> {
+        self.lock_on("lock")
+    }
+
+    /// Waits for what keeps operators' orders apart. A running controller never does: an order may wait for an API server.
+    ///
+    /// # Errors
+    /// When the lock file cannot be made.
+    pub fn lock_orders(&self) -> io::Result<StateLock> {
+        self.lock_on("order.lock")
+    }
+
+    fn lock_on(&self, name: &str) -> io::Result<StateLock> {
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
             .mode(0o600)
-            .open(self.path("lock"))?;
+            .open(self.path(name))?;
         file.lock()?;
         Ok(StateLock { _file: file })
     }

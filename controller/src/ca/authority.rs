@@ -57,6 +57,61 @@ pub enum AuthorityError {
     },
 }
 
+/// What an operator has an authority do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Begin a root rotation whose new root signs after the overlap.
+    RotateRoot {
+        /// Time for agents to learn the new root.
+        overlap: Duration,
+    },
+    /// Revoke a certificate: an intermediate's with all it signed, otherwise a leaf's.
+    Revoke {
+        /// Its serial number, hexadecimal.
+        serial: String,
+    },
+}
+
+/// The text of an authority's file after an order; for authorities that are kept elsewhere than in a state directory.
+///
+/// # Errors
+/// When the text is no authority, or it refuses.
+pub fn carry_out(
+    text: &str,
+    order: &Order,
+    now: SystemTime,
+) -> Result<Zeroizing<String>, AuthorityError> {
+    let stored: Stored = serde_json::from_str(text).map_err(AuthorityError::Format)?;
+    let mut core = CaCore::load(&stored.ca, CaConfig::default())?;
+    let mut activate_root_at = stored.activate_root_at;
+    order.apply(&mut core, &mut activate_root_at, now)?;
+    written(&core, activate_root_at)
+}
+
+impl Order {
+    fn apply(
+        &self,
+        core: &mut CaCore,
+        activate_root_at: &mut Option<SystemTime>,
+        now: SystemTime,
+    ) -> Result<(), AuthorityError> {
+        match self {
+            Self::RotateRoot { overlap } => {
+                core.begin_root_rotation(now)?;
+                *activate_root_at = Some(now + *overlap);
+            }
+            Self::Revoke { serial } => {
+                let bytes = parse_serial(serial)?;
+                match core.revoke_intermediate(&bytes, now) {
+                    Err(CaError::UnknownAuthority) => core.revoke_leaf(&bytes, now),
+                    outcome => outcome?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Stored {
     ca: CaState,
@@ -174,6 +229,12 @@ impl Authority {
         Arc::clone(&self.lock().lists)
     }
 
+    /// When nothing is signed any more, unless the authority is renewed before.
+    #[must_use]
+    pub fn ends_at(&self) -> SystemTime {
+        self.lock().core.intermediate_not_after()
+    }
+
     /// Takes in what others wrote, and does what is due: activates a coming root, replaces an ageing intermediate, drops
     /// what is over, renews lists. True when anything changed.
     ///
@@ -197,7 +258,7 @@ impl Authority {
         // Looked at on a copy first, so that the file is only written when there is something to write.
         let mut trial = CaCore::load(&self.lock().core.state(), self.config.clone())?;
         if trial.maintain(now)? {
-            self.change(now, |core, _| core.maintain(now).map(|_| ()))?;
+            self.change(now, |core, _| Ok(core.maintain(now).map(drop)?))?;
             changed = true;
         }
         let mut loaded = self.lock();
@@ -215,11 +276,7 @@ impl Authority {
     /// # Errors
     /// When one is under way, or the file cannot be used.
     pub fn rotate_root(&self, overlap: Duration, now: SystemTime) -> Result<(), AuthorityError> {
-        self.change(now, |core, activate_root_at| {
-            core.begin_root_rotation(now)?;
-            *activate_root_at = Some(now + overlap);
-            Ok(())
-        })
+        self.order(&Order::RotateRoot { overlap }, now)
     }
 
     /// Revokes a certificate by serial: an intermediate's with all it signed, otherwise a leaf's.
@@ -227,21 +284,22 @@ impl Authority {
     /// # Errors
     /// When the text is no serial, or the file cannot be used.
     pub fn revoke(&self, serial: &str, now: SystemTime) -> Result<(), AuthorityError> {
-        let bytes = parse_serial(serial)?;
-        self.change(now, |core, _| match core.revoke_intermediate(&bytes, now) {
-            Err(CaError::UnknownAuthority) => {
-                core.revoke_leaf(&bytes, now);
-                Ok(())
-            }
-            outcome => outcome,
-        })
+        self.order(&Order::Revoke { serial: serial.to_owned() }, now)
+    }
+
+    /// Does what an operator orders.
+    ///
+    /// # Errors
+    /// When it cannot be done, or the file cannot be used.
+    pub fn order(&self, order: &Order, now: SystemTime) -> Result<(), AuthorityError> {
+        self.change(now, |core, activate_root_at| order.apply(core, activate_root_at, now))
     }
 
     /// Changes the authority on disk, then in memory; nothing changes when one of them fails.
     fn change(
         &self,
         now: SystemTime,
-        change: impl FnOnce(&mut CaCore, &mut Option<SystemTime>) -> Result<(), CaError>,
+        change: impl FnOnce(&mut CaCore, &mut Option<SystemTime>) -> Result<(), AuthorityError>,
     ) -> Result<(), AuthorityError> {
         let _lock = self.files.lock()?;
         let mut loaded = load(&self.files, &self.config, now)?;
@@ -271,10 +329,15 @@ fn store(
     core: &CaCore,
     activate_root_at: Option<SystemTime>,
 ) -> Result<(), AuthorityError> {
+    Ok(files.write(FILE, &written(core, activate_root_at)?)?)
+}
+
+fn written(
+    core: &CaCore,
+    activate_root_at: Option<SystemTime>,
+) -> Result<Zeroizing<String>, AuthorityError> {
     let stored = Stored { ca: core.state(), activate_root_at };
-    let text = Zeroizing::new(serde_json::to_string(&stored).map_err(AuthorityError::Format)?);
-    files.write(FILE, &text)?;
-    Ok(())
+    serde_json::to_string(&stored).map(Zeroizing::new).map_err(AuthorityError::Format)
 }
 
 /// Hexadecimal, with or without colons and `0x`, leading zeros or not.

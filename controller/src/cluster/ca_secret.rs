@@ -2,9 +2,11 @@
 //!
 //! Of two controllers that start at once, the API server takes the Secret of one; the other throws its new authority away
 //! before it has signed anything. Later changes go from the state directory to the Secret under its resource version, and
-//! from the Secret to the state directory; where both changed, the Secret wins.
+//! from the Secret to the state directory; where both changed, the Secret wins. That loses nothing but what a running
+//! controller does by itself and then does again. What an operator orders goes to the Secret first, see [`CaSecret::order`].
 
 use std::collections::BTreeMap;
+use std::time::SystemTime;
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
@@ -15,7 +17,7 @@ use tracing::{info, warn};
 use zeroize::Zeroizing;
 
 use super::{ObjectName, refusal};
-use crate::ca::authority::FILE;
+use crate::ca::authority::{AuthorityError, FILE, Order, carry_out};
 use crate::state_dir::StateDir;
 
 /// The Secret and the file cannot be kept the same.
@@ -32,7 +34,22 @@ pub enum CaSecretError {
         "the Secret has no key {FILE}, or what it holds is no text; restore it, or delete it to make a new authority"
     )]
     Damaged,
+    /// There is no Secret yet.
+    #[error("there is no Secret {name} yet; a controller makes it within seconds of its start")]
+    Missing {
+        /// Its name.
+        name: String,
+    },
+    /// The authority refuses.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// Others change the Secret all the time.
+    #[error("others changed the Secret {MAX_TRIES} times meanwhile; nothing is done, try again")]
+    Contended,
 }
+
+/// How often an order is tried again because somebody else changed the Secret meanwhile.
+const MAX_TRIES: usize = 16;
 
 impl From<kube::Error> for CaSecretError {
     fn from(error: kube::Error) -> Self {
@@ -127,6 +144,34 @@ impl CaSecret {
         }
         Ok(())
     }
+
+    /// Does what an operator orders: in the Secret under its resource version, then in the state directory. When this
+    /// returns, the Secret holds it, and whatever a running controller writes later is made from it.
+    ///
+    /// # Errors
+    /// When nothing is changed; or, [`CaSecretError::Files`], when the Secret is and the state directory is not: the
+    /// controller takes the Secret's then.
+    pub async fn order(&self, order: &Order, now: SystemTime) -> Result<(), CaSecretError> {
+        // Of two orders at once the file must not keep the earlier one: it would go back to the Secret as a change of ours.
+        let _orders = self.files.lock_orders()?;
+        for _ in 0..MAX_TRIES {
+            let found = self.secrets.get_opt(&self.name).await?;
+            let Some(mut secret) = found else {
+                return Err(CaSecretError::Missing { name: self.name.clone() });
+            };
+            let changed = carry_out(&content(&secret)?, order, now)?;
+            fill(&mut secret, &changed);
+            match self.secrets.replace(&self.name, &PostParams::default(), &secret).await {
+                Ok(_replaced) => {
+                    let _lock = self.files.lock()?;
+                    return Ok(self.files.write(FILE, &changed)?);
+                }
+                Err(error) if refusal(&error) == Some(409) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(CaSecretError::Contended)
+    }
 }
 
 fn step<T: PartialEq>(ours: Option<&T>, theirs: Option<&T>, agreed: Option<&T>) -> Step {
@@ -157,7 +202,71 @@ fn fill(secret: &mut Secret, text: &str) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+
+    use super::super::fake_api::FakeApi;
     use super::*;
+    use crate::ca::authority::Authority;
+
+    const PATH: &str = "/api/v1/namespaces/mesh/secrets/ca";
+
+    fn name() -> ObjectName {
+        "mesh/ca".parse().unwrap()
+    }
+
+    fn secret(text: &str) -> serde_json::Value {
+        json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ca"},
+            "data": {FILE: ByteString(text.as_bytes().to_vec())},
+        })
+    }
+
+    fn held(api: &FakeApi) -> Zeroizing<String> {
+        content(&serde_json::from_value(api.get(PATH).unwrap()).unwrap()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_order_is_in_the_secret_when_it_returns_whoever_else_writes() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = StateDir::open(&directory.path().join("state")).unwrap();
+        let now = SystemTime::now();
+        let api = FakeApi::default();
+        let mut running = CaSecret::new(&api.client(), &name(), files.clone());
+        let revoke = |serial: &str| Order::Revoke { serial: serial.to_owned() };
+        let missing = running.order(&revoke("0a"), now).await.unwrap_err();
+        assert!(matches!(missing, CaSecretError::Missing { .. }), "{missing}");
+        Authority::open(files.clone(), "td", now).unwrap();
+        running.sync().await.unwrap();
+
+        // Another replica revokes at the same time: both revocations stay.
+        let theirs = carry_out(&held(&api), &revoke("0b"), now).unwrap();
+        api.meddle(PATH, secret(&theirs));
+        let command = CaSecret::new(&api.client(), &name(), files.clone());
+        command.order(&revoke("0a"), now).await.unwrap();
+        let both = held(&api);
+        assert_ne!(*both, *theirs);
+        let expected = carry_out(&theirs, &revoke("0a"), now).unwrap();
+        assert_eq!(*both, *expected, "one is made from the other");
+
+        // What a running controller does by itself, made from before the order, gives way.
+        let overlap = Duration::from_secs(60);
+        files
+            .write(FILE, &carry_out(&theirs, &Order::RotateRoot { overlap }, now).unwrap())
+            .unwrap();
+        running.sync().await.unwrap();
+        assert_eq!(*held(&api), *both);
+        assert_eq!(files.read(FILE).unwrap().as_deref(), Some(both.as_str()));
+
+        // A command that ended before it wrote the file.
+        let later = carry_out(&both, &revoke("0c"), now).unwrap();
+        api.put(PATH, Some(secret(&later)));
+        running.sync().await.unwrap();
+        assert_eq!(files.read(FILE).unwrap().as_deref(), Some(later.as_str()));
+        assert!(command.order(&revoke("xyz"), now).await.is_err());
+        assert_eq!(*held(&api), *later, "an order that is refused changes nothing");
+    }
 
     #[test]
     fn the_secret_wins_unless_only_the_file_changed() {
