@@ -131,24 +131,29 @@ fn found(
 /// The container of a process, when its control groups are those of the pod `uid`.
 ///
 /// Groups are named `…/pod<uid>/<container>`, by systemd's driver `…-pod<uid with _>.slice/<runtime>-<container>.scope`.
+/// Only the first such name counts: those below it are of the pod's own making, and may name another one.
 fn container_of<'a>(cgroups: &'a str, uid: &str) -> Option<&'a str> {
     if uid.is_empty() {
         return None;
     }
-    let names = [format!("pod{uid}"), format!("pod{}.slice", uid.replace('-', "_"))];
+    let slice = uid.replace('-', "_");
     cgroups.lines().find_map(|line| {
-        let path = line.splitn(3, ':').nth(2)?;
-        let mut parts = path.split('/').skip_while(|part| {
-            !names.iter().any(|name| {
-                part.strip_suffix(name.as_str())
-                    .is_some_and(|before| before.is_empty() || before.ends_with('-'))
-            })
-        });
-        parts.next()?;
-        let container = parts.next()?;
+        let mut parts = line.splitn(3, ':').nth(2)?.split('/');
+        let named = parts.find_map(pod_uid)?;
+        let container = parts.next().filter(|_| named == uid || named == slice)?;
         let container = container.strip_suffix(".scope").unwrap_or(container);
         Some(container.rsplit_once('-').map_or(container, |(_, id)| id))
     })
+}
+
+/// The uid in the name of a pod's group, as it is written there; none of any other group.
+fn pod_uid(group: &str) -> Option<&str> {
+    let uid = match group.strip_suffix(".slice") {
+        Some(slice) => slice.rsplit_once("-pod").map(|(_, uid)| uid),
+        None => group.strip_prefix("pod"),
+    }?;
+    let is_uid = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-' || byte == b'_';
+    ((32..=36).contains(&uid.len()) && uid.bytes().all(is_uid)).then_some(uid)
 }
 
 /// When a process began, in clock ticks. Source: proc(5), field 22 of `stat`; the name before may hold anything.
@@ -178,7 +183,22 @@ mod tests {
         check(&format!("0::/kubepods/pod{uid}"), None);
         check(&format!("0::/kubepods/notpod{uid}/c0ffee"), None);
         check("0::/system.slice/x.service", None);
+        check(&format!("0::/podman-1/kubepods/pod{uid}/c0ffee"), Some("c0ffee"));
         assert_eq!(container_of("0::/kubepods/pod/c0ffee", ""), None);
+    }
+
+    #[test]
+    fn a_pod_cannot_name_its_groups_after_another() {
+        let (own, other) =
+            ("0b1cf5a2-6f2c-4c0e-9d0a-0e8c2b0d6f11", "7d6a1e6e-3f63-4f6e-8ad0-5f1b3c0a9e77");
+        let slice = |uid: &str| format!("kubepods-pod{}.slice", uid.replace('-', "_"));
+        for below in [format!("pod{other}/x"), format!("{}/x", slice(other))] {
+            for above in [format!("pod{own}"), format!("kubepods.slice/{}", slice(own))] {
+                let cgroups = format!("0::/kubepods/{above}/c0ffee/{below}");
+                assert_eq!(container_of(&cgroups, other), None, "{cgroups}");
+                assert_eq!(container_of(&cgroups, own), Some("c0ffee"), "{cgroups}");
+            }
+        }
     }
 
     #[test]
