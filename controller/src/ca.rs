@@ -160,7 +160,7 @@ impl IstioCertificateService for Certificates {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let caller = caller(&*self.authenticate, request.metadata()).await?;
+        let caller = caller(&*self.authenticate, &request).await?;
         door::admit(request.extensions());
         self.mesh.synced().await;
         let (service, body) = (self.clone(), request.into_inner());

@@ -5,6 +5,7 @@ pub mod ca_secret;
 #[cfg(test)]
 mod fake_api;
 pub mod leave;
+mod review_gate;
 pub mod roots;
 pub mod token_review;
 

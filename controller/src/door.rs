@@ -99,7 +99,7 @@ impl Door {
         waiting.next += 1;
         waiting.guests.insert(number, Guest { source, silent: true, admit });
         *waiting.sources.entry(source).or_default() += 1;
-        let place = Place { door: self.clone(), number };
+        let place = Place { door: self.clone(), number, from };
         (place.clone(), Verdict { receiver: verdict, place })
     }
 
@@ -159,6 +159,7 @@ fn source_of(from: IpAddr) -> IpAddr {
 pub struct Place {
     door: Door,
     number: u64,
+    from: IpAddr,
 }
 
 impl Place {
@@ -176,6 +177,12 @@ impl Place {
             // The connection has ended meanwhile.
         }
     }
+}
+
+/// Where the request with these extensions comes from.
+#[must_use]
+pub fn source(extensions: &Extensions) -> Option<IpAddr> {
+    extensions.get::<Place>().map(|place| place.from)
 }
 
 /// The peer of the request with these extensions has proved who it is.

@@ -76,7 +76,7 @@ impl AggregatedDiscoveryService for Discovery {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Responses>, Status> {
-        let caller = caller(&*self.authenticate, request.metadata()).await?;
+        let caller = caller(&*self.authenticate, &request).await?;
         door::admit(request.extensions());
         let (send, receive) = mpsc::channel(1);
         let session = Session {

@@ -3,12 +3,15 @@
 //! One trait, so that join tokens and a cluster's token review stand side by side. Whatever proves it, a caller is a
 //! node: it gets what concerns that node and identities that run there.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mesh_telemetry::metric;
-use tonic::Status;
 use tonic::metadata::MetadataMap;
+use tonic::{Request, Status};
+
+use crate::door;
 
 /// A node that proved itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +39,9 @@ pub enum Unauthenticated {
         /// The same for people.
         detail: String,
     },
+    /// Too many tokens from the caller's address were refused, or wait to be judged.
+    #[error("too many tokens from this address are refused or wait; try again in a few seconds")]
+    Throttled,
     /// Whoever judges the token cannot be asked; the same token may be good a little later.
     #[error("the token cannot be judged now: {detail}")]
     Unavailable {
@@ -52,6 +58,7 @@ impl Unauthenticated {
             Self::Missing => "missing",
             Self::NotBearer => "not_bearer",
             Self::Refused { word, .. } => word,
+            Self::Throttled => "throttled",
             Self::Unavailable { .. } => "unavailable",
         }
     }
@@ -60,6 +67,7 @@ impl Unauthenticated {
         let text = self.to_string();
         match self {
             Self::Missing | Self::NotBearer | Self::Refused { .. } => Status::unauthenticated(text),
+            Self::Throttled => Status::resource_exhausted(text),
             Self::Unavailable { .. } => Status::unavailable(text),
         }
     }
@@ -68,13 +76,14 @@ impl Unauthenticated {
 /// Judges bearer tokens.
 #[tonic::async_trait]
 pub trait Authenticate: Send + Sync + 'static {
-    /// The node that `bearer` proves.
+    /// The node that `bearer`, sent from `source`, proves.
     ///
     /// # Errors
     /// Why it proves none.
     async fn authenticate(
         &self,
         bearer: &str,
+        source: Option<IpAddr>,
         now: SystemTime,
     ) -> Result<NodeCaller, Unauthenticated>;
 }
@@ -82,20 +91,25 @@ pub trait Authenticate: Send + Sync + 'static {
 /// The node that calls.
 ///
 /// # Errors
-/// `UNAUTHENTICATED`, or `UNAVAILABLE` where the token cannot be judged, with the reason; it is counted.
-pub async fn caller(
-    authenticate: &dyn Authenticate,
-    metadata: &MetadataMap,
-) -> Result<NodeCaller, Status> {
-    let judged = match bearer(metadata) {
-        Ok(bearer) => authenticate.authenticate(bearer, SystemTime::now()).await,
-        Err(error) => Err(error),
-    };
-    judged.map_err(|error| {
-        metrics::counter!(metric::CONTROLLER_UNAUTHENTICATED.name, "reason" => error.word())
-            .increment(1);
-        error.status()
-    })
+/// `UNAUTHENTICATED`, or `UNAVAILABLE` or `RESOURCE_EXHAUSTED` where the token cannot be judged, with the reason; it is
+/// counted.
+pub fn caller<'a, T>(
+    authenticate: &'a dyn Authenticate,
+    request: &Request<T>,
+) -> impl Future<Output = Result<NodeCaller, Status>> + Send + use<'a, T> {
+    let source = door::source(request.extensions());
+    let bearer = bearer(request.metadata()).map(str::to_owned);
+    async move {
+        let judged = match bearer {
+            Ok(bearer) => authenticate.authenticate(&bearer, source, SystemTime::now()).await,
+            Err(error) => Err(error),
+        };
+        judged.map_err(|error| {
+            metrics::counter!(metric::CONTROLLER_UNAUTHENTICATED.name, "reason" => error.word())
+                .increment(1);
+            error.status()
+        })
+    }
 }
 
 fn bearer(metadata: &MetadataMap) -> Result<&str, Unauthenticated> {

@@ -85,7 +85,7 @@ impl Enrolment for Enrolments {
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<Session>, Status> {
         // Only what this controller issued can be prolonged by it.
-        let caller = caller(&*self.tokens as &dyn Authenticate, request.metadata()).await?;
+        let caller = caller(&*self.tokens as &dyn Authenticate, &request).await?;
         door::admit(request.extensions());
         let issued = self
             .tokens
@@ -98,7 +98,7 @@ impl Enrolment for Enrolments {
         &self,
         request: Request<ReportPodsRequest>,
     ) -> Result<Response<ReportPodsReply>, Status> {
-        let caller = caller(&*self.authenticate, request.metadata()).await?;
+        let caller = caller(&*self.authenticate, &request).await?;
         door::admit(request.extensions());
         let pods = request.into_inner().pods;
         if pods.len() > MAX_PODS {

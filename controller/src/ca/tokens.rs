@@ -1,6 +1,7 @@
 //! Join and session tokens with their files: `token.key` and `tokens-spent.json` in the state directory.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -158,6 +159,7 @@ impl Authenticate for Tokens {
     async fn authenticate(
         &self,
         bearer: &str,
+        _source: Option<IpAddr>,
         now: SystemTime,
     ) -> Result<NodeCaller, Unauthenticated> {
         self.node_of(bearer, now)

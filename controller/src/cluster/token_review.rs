@@ -5,8 +5,9 @@
 //! bound tokens carry (KEP-4193, on by default since 1.30); older API servers name the pod only, which is then looked up.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use k8s_openapi::api::core::v1::Pod;
@@ -16,6 +17,7 @@ use kube::{Api, Client};
 use tokio::sync::Semaphore;
 use tracing::warn;
 
+use super::review_gate::{Gate, Origin, TokenDigest, digest};
 use super::{ObjectName, refusal};
 use crate::ca::authenticate::{Authenticate, NodeCaller, Unauthenticated};
 
@@ -27,6 +29,8 @@ const REMEMBERED_FOR: Duration = Duration::from_secs(60);
 const MAX_REMEMBERED: usize = 4_096;
 /// Questions to the API server at once; further ones wait.
 const MAX_QUESTIONS: usize = 16;
+/// Of these, questions about tokens that were never found good: agents that are in the mesh do not wait for a flood.
+const MAX_STRANGERS: usize = 12;
 /// Longest token that is passed on, bytes. Real ones have about 1,200.
 const MAX_TOKEN_BYTES: usize = 16 * 1024;
 /// How the controller's own tokens begin; those are judged by whoever made them.
@@ -43,8 +47,10 @@ pub struct TokenReviews {
     account: ObjectName,
     audience: String,
     own: Arc<dyn Authenticate>,
-    proven: Mutex<BTreeMap<Box<str>, Proven>>,
+    proven: Mutex<BTreeMap<TokenDigest, Proven>>,
+    gate: Mutex<Gate>,
     questions: Semaphore,
+    strangers: Semaphore,
 }
 
 struct Proven {
@@ -86,15 +92,62 @@ impl TokenReviews {
             audience,
             own,
             proven: Mutex::default(),
+            gate: Mutex::default(),
             questions: Semaphore::new(MAX_QUESTIONS),
+            strangers: Semaphore::new(MAX_STRANGERS),
         }
     }
 
-    async fn ask(&self, token: &str) -> Result<Arc<str>, Unauthenticated> {
-        if token.len() > MAX_TOKEN_BYTES || token.split('.').count() != 3 {
-            return Err(refused("malformed", "it is no service-account token"));
+    /// The node of a token that is not remembered: of a known one at once, of others in their address's turn.
+    async fn review(
+        &self,
+        bearer: &str,
+        token: TokenDigest,
+        source: Option<IpAddr>,
+        now: SystemTime,
+    ) -> Result<Arc<str>, Unauthenticated> {
+        let origin = Origin::of(source);
+        if self.gate().knows(&token, Instant::now()) {
+            return self.ask_and_remember(bearer, token, None, now).await;
         }
-        // The semaphore is never closed.
+        let turns = self.gate().queue(origin, Instant::now())?;
+        let _waiting = Waiting { gate: &self.gate, origin };
+        // The semaphores are never closed.
+        let _turn = turns.acquire().await;
+        // Whoever was before may have asked the same.
+        if let Some(node) = self.remembered(&token, now) {
+            return Ok(node);
+        }
+        if let Some(refusal) = self.gate().refused(&token, Instant::now()) {
+            return Err(refusal);
+        }
+        self.gate().spend(origin, Instant::now())?;
+        let _slot = self.strangers.acquire().await;
+        self.ask_and_remember(bearer, token, Some(origin), now).await.inspect_err(|error| {
+            warn!(reason = error.word(), %error, ?source, "an agent's token is refused");
+        })
+    }
+
+    async fn ask_and_remember(
+        &self,
+        bearer: &str,
+        token: TokenDigest,
+        payer: Option<Origin>,
+        now: SystemTime,
+    ) -> Result<Arc<str>, Unauthenticated> {
+        let outcome = self.ask(bearer).await;
+        self.gate().answered(payer, token, outcome.as_ref().err(), Instant::now());
+        let node = outcome?;
+        self.remember(token, &node, now);
+        Ok(node)
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Gate> {
+        // It is changed in single steps.
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn ask(&self, token: &str) -> Result<Arc<str>, Unauthenticated> {
         let _slot = self.questions.acquire().await;
         let review = TokenReview {
             metadata: ObjectMeta::default(),
@@ -121,19 +174,32 @@ impl TokenReviews {
             .ok_or_else(|| refused("not_bound", "the pod it is bound to runs on no node"))
     }
 
-    fn remembered(&self, token: &str, now: SystemTime) -> Option<Arc<str>> {
+    fn remembered(&self, token: &TokenDigest, now: SystemTime) -> Option<Arc<str>> {
         let proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
         proven.get(token).filter(|proof| now < proof.until).map(|proof| Arc::clone(&proof.node))
     }
 
-    fn remember(&self, token: &str, node: &Arc<str>, now: SystemTime) {
+    fn remember(&self, token: TokenDigest, node: &Arc<str>, now: SystemTime) {
         let mut proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
         proven.retain(|_, proof| now < proof.until);
         if proven.len() >= MAX_REMEMBERED {
             proven.clear();
         }
         let proof = Proven { node: Arc::clone(node), until: now + REMEMBERED_FOR };
-        proven.insert(token.into(), proof);
+        proven.insert(token, proof);
+    }
+}
+
+/// Leaves the queue of an address, also when its caller goes away meanwhile.
+struct Waiting<'r> {
+    gate: &'r Mutex<Gate>,
+    origin: Origin,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        gate.leave(self.origin, Instant::now());
     }
 }
 
@@ -142,19 +208,25 @@ impl Authenticate for TokenReviews {
     async fn authenticate(
         &self,
         bearer: &str,
+        source: Option<IpAddr>,
         now: SystemTime,
     ) -> Result<NodeCaller, Unauthenticated> {
         if bearer.starts_with(OWN_TOKENS) {
-            return self.own.authenticate(bearer, now).await;
+            return self.own.authenticate(bearer, source, now).await;
         }
-        let node = match self.remembered(bearer, now) {
+        if bearer.len() > MAX_TOKEN_BYTES || bearer.split('.').count() != 3 {
+            return Err(refused("malformed", "it is no service-account token"));
+        }
+        let token = digest(bearer);
+        let node = match self.remembered(&token, now) {
             Some(node) => node,
             None => {
-                let node = self.ask(bearer).await.inspect_err(|error| {
-                    warn!(reason = error.word(), %error, "an agent's token is refused");
-                })?;
-                self.remember(bearer, &node, now);
-                node
+                // A guard must not be held while the API server is asked.
+                let refusal = self.gate().refused(&token, Instant::now());
+                match refusal {
+                    Some(refusal) => return Err(refusal),
+                    None => self.review(bearer, token, source, now).await?,
+                }
             }
         };
         Ok(NodeCaller { node, valid_for: PROOF_LASTS })
@@ -209,9 +281,15 @@ fn unavailable(error: &kube::Error) -> Unauthenticated {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::authentication::v1::UserInfo;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use k8s_openapi::api::authentication::v1::UserInfo;
+    use serde_json::json;
+
+    use super::super::fake_api::FakeApi;
     use super::*;
+    use crate::ca::tokens::Tokens;
+    use crate::state_dir::StateDir;
 
     fn status(audience: &str, account: &str, extra: &[(&str, &str)]) -> TokenReviewStatus {
         let extra = extra.iter().map(|(key, value)| ((*key).into(), vec![(*value).into()]));
@@ -250,5 +328,79 @@ mod tests {
         bad.authenticated = Some(false);
         check(bad, Err("not_accepted"));
         check(TokenReviewStatus::default(), Err("not_accepted"));
+    }
+
+    /// Judges by an API server that takes its time and knows good tokens by their beginning.
+    fn reviews(asked: &Arc<AtomicUsize>) -> (tempfile::TempDir, TokenReviews) {
+        let asked = Arc::clone(asked);
+        let api = FakeApi::answering(
+            "/apis/authentication.k8s.io/v1/tokenreviews",
+            move |review| {
+                asked.fetch_add(1, Ordering::Relaxed);
+                let good = review["spec"]["token"].as_str().unwrap_or_default().starts_with("good");
+                let bound = [(NODE_NAME, "node1"), (POD_NAME, "agent-1"), (POD_UID, "u1")];
+                let status = status("culvert", "culvert-agent", &bound);
+                let mut answer = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {}});
+                answer["status"] =
+                    if good { json!(status) } else { json!({"authenticated": false}) };
+                answer
+            },
+        );
+        let directory = tempfile::tempdir().unwrap();
+        let files = StateDir::open(&directory.path().join("state")).unwrap();
+        let own = Arc::new(Tokens::open(files).unwrap());
+        let account = "culvert-system/culvert-agent".parse().unwrap();
+        (directory, TokenReviews::new(&api.client(), account, "culvert".into(), own))
+    }
+
+    #[tokio::test]
+    async fn a_flood_costs_the_api_server_little_and_keeps_no_agent_out() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (_directory, reviews) = reviews(&asked);
+        let reviews = Arc::new(reviews);
+        let start = SystemTime::now();
+        let agent = Some("10.0.0.1".parse().unwrap());
+        reviews.authenticate("good.a.b", agent, start).await.unwrap();
+        // From elsewhere, and from the agent's own node.
+        let flood: Vec<_> = (0..2_000)
+            .map(|number: u32| {
+                let reviews = Arc::clone(&reviews);
+                let last = if number.is_multiple_of(2) { 1 } else { 2 };
+                let source = Some(IpAddr::from([10, 0, 0, last]));
+                tokio::spawn(async move {
+                    reviews.authenticate(&format!("false.{number}.x"), source, start).await
+                })
+            })
+            .collect();
+        // The proof is remembered no longer, so the API server is asked again.
+        let later = start + REMEMBERED_FOR;
+        reviews.authenticate("good.a.b", agent, later).await.expect("the agent is let in");
+        let other = Some("10.0.0.3".parse().unwrap());
+        reviews.authenticate("good.c.d", other, later).await.expect("so is a new one");
+        for one in flood {
+            let word = one.await.unwrap().unwrap_err().word();
+            assert!(["not_accepted", "throttled"].contains(&word), "{word}");
+        }
+        let count = asked.load(Ordering::Relaxed);
+        assert!((5..=40).contains(&count), "{count} questions for 2,002 tokens");
+        // What was refused is refused again without a question.
+        let refused = reviews.authenticate("false.again.x", other, later).await.unwrap_err();
+        let count = asked.load(Ordering::Relaxed);
+        assert_eq!(reviews.authenticate("false.again.x", other, later).await.unwrap_err(), refused);
+        assert_eq!(asked.load(Ordering::Relaxed), count);
+    }
+
+    #[tokio::test]
+    async fn what_a_node_asks_at_once_is_one_question() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (_directory, reviews) = reviews(&asked);
+        let now = SystemTime::now();
+        let source = Some("10.0.0.1".parse().unwrap());
+        let calls = (0..50).map(|_| reviews.authenticate("good.a.b", source, now));
+        for judged in futures_util::future::join_all(calls).await {
+            judged.expect("an agent is let in");
+        }
+        let count = asked.load(Ordering::Relaxed);
+        assert!(count <= 2, "{count}");
     }
 }

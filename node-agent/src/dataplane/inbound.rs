@@ -127,7 +127,7 @@ impl NodeWorker {
         self.tunnels.accepted(tunnel, ServerTunnel { pod, own, peer, ends });
         self.stats.tunnel_opened(TunnelRole::Server);
         self.retire_ended(ops);
-        if let Some(rejection) = self.judge_proved(ops, tunnel) {
+        if let Some(rejection) = self.judge_proved(ops, (TunnelRole::Server, tunnel)) {
             return self.tunnel_refused(tag, ends.peer, rejection.close_reason(), &rejection);
         }
         // Replaced during the handshake: the peer is told, and dials again for its next stream.

@@ -270,7 +270,7 @@ impl NodeWorker {
         self.stats.tunnel_opened(TunnelRole::Client);
         self.retire_ended(ops);
         // What waited for the tunnel is on it by now, and is cut.
-        if self.judge_proved(ops, tunnel).is_some() {
+        if self.judge_proved(ops, (TunnelRole::Client, tunnel)).is_some() {
             return;
         }
         // The certificate may have been replaced during the handshake. What waited for the tunnel is on it by now.

@@ -14,6 +14,7 @@ use mesh_tunnel::{RelayId, Retire, TunnelId};
 
 use crate::dataplane::flows::LiveFlow;
 use crate::dataplane::shared::{Changed, Snapshot};
+use crate::dataplane::stats::TunnelRole;
 use crate::dataplane::worker::{NodeWorker, Refusal};
 
 /// Flows judged per turn; some hundred nanoseconds each.
@@ -200,7 +201,7 @@ impl NodeWorker {
     pub(super) fn judge_proved(
         &mut self,
         ops: &mut Ops,
-        tunnel: TunnelId,
+        (role, tunnel): (TunnelRole, TunnelId),
     ) -> Option<PeerRejection> {
         let changed = self.rejudge.trust_changed?;
         if ops.now().saturating_duration_since(changed) > self.config.limits.handshake_timeout {
@@ -209,6 +210,8 @@ impl NodeWorker {
         let snapshot = self.snapshot();
         let certificate = self.tunnels.certificate(tunnel)?;
         let rejection = certificate.is_trusted(&snapshot.trust, SystemTime::now()).err()?;
+        // Besides the tunnel's own end: whoever looks for refused peers looks at handshakes.
+        self.stats.handshake_failed(role, rejection.close_reason());
         self.distrust(ops, tunnel, &rejection);
         Some(rejection)
     }
