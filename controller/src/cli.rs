@@ -117,6 +117,12 @@ pub struct RunArgs {
     /// NAMESPACE/NAME of the ConfigMap in which agents find the roots (source kubernetes only)
     #[arg(long, env = "CULVERT_ROOT_CONFIG_MAP")]
     pub root_config_map: Option<ObjectName>,
+    /// NAMESPACE/NAME of the Lease whose holder writes the status of policies; nobody does without (source kubernetes only)
+    #[arg(long, env = "CULVERT_LEASE")]
+    pub lease: Option<ObjectName>,
+    /// This controller's name among its replicas; the machine's unless given
+    #[arg(long, env = "CULVERT_IDENTITY")]
+    pub identity: Option<String>,
     /// PEM file of certificate revocation lists, watched, added to the CA's own
     #[arg(long, env = "CULVERT_CRL_FILE")]
     pub crl_file: Option<PathBuf>,

@@ -1,13 +1,20 @@
 //! What the controller does in a Kubernetes cluster beside watching it: it asks who an agent is, keeps its authority in a
-//! Secret, tells agents the roots in a ConfigMap, and takes agents off the nodes before the chart is removed.
+//! Secret, tells agents the roots in a ConfigMap, writes the status of policies and Events while it leads, and takes agents
+//! off the nodes before the chart is removed.
 
 pub mod ca_secret;
+pub(crate) mod conditions;
+mod events;
+pub(crate) mod expiry;
 #[cfg(test)]
 mod fake_api;
+pub mod lease;
 pub mod leave;
 mod review_gate;
 pub mod roots;
+pub(crate) mod status;
 pub mod token_review;
+pub mod uncaptured;
 
 use std::str::FromStr;
 

@@ -6,6 +6,7 @@
 
 mod authorization;
 mod enrolment;
+mod generations;
 mod objects;
 mod peer;
 mod pods;

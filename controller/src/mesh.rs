@@ -2,6 +2,7 @@
 //! changed together, under one lock, so that they never tell different stories.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use imbl::OrdMap;
@@ -14,7 +15,9 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::ca::revocations::RevocationStatus;
+use crate::cluster::conditions::PolicyReport;
 use crate::index::{Captured, Delta, Index, IndexSettings, NodeReport, PodSettings, PolicyStatus};
+use crate::manifest::ObjectKey;
 use crate::publish::Store;
 use crate::source::{Change, Refusal, SourceEvent, SourceStatus};
 
@@ -51,6 +54,7 @@ pub struct Mesh {
     state: Mutex<State>,
     store: Store,
     synced: watch::Sender<bool>,
+    revision: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -89,6 +93,7 @@ impl Mesh {
             state: Mutex::new(state),
             store: Store::default(),
             synced: watch::Sender::new(false),
+            revision: AtomicU64::new(0),
         }
     }
 
@@ -100,6 +105,7 @@ impl Mesh {
 
     /// Takes in what a source tells.
     pub fn source_event(&self, event: SourceEvent) {
+        self.revision.fetch_add(1, Ordering::Relaxed);
         match event {
             SourceEvent::Changes(changes) => self.apply(changes),
             SourceEvent::Status(status) => {
@@ -216,6 +222,29 @@ impl Mesh {
     /// Remembers the addresses that are assigned to hosts of ServiceEntries, see [`Index::keep_addresses`].
     pub fn keep_addresses(&self, before: &str) {
         self.lock().index.keep_addresses(before);
+    }
+
+    /// Another number whenever objects or what is known of them may have changed.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision.load(Ordering::Relaxed)
+    }
+
+    /// How every policy object stands, for its status.
+    pub(crate) fn policy_reports(&self) -> BTreeMap<ObjectKey, PolicyReport> {
+        let state = self.lock();
+        let mut reports: BTreeMap<ObjectKey, PolicyReport> = BTreeMap::new();
+        for (key, status) in state.index.policy_status() {
+            let generation = state.index.policy_generation(&key);
+            let report = PolicyReport { generation, enforcement: Some(status), refusal: None };
+            reports.insert(key, report);
+        }
+        for refusal in &state.source.refused {
+            if let Some(key) = refusal.policy() {
+                reports.entry(key).or_default().refusal = Some(refusal.clone());
+            }
+        }
+        reports
     }
 
     /// Looks at the index.

@@ -20,8 +20,8 @@ use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDis
 use mesh_wire::pb::mesh::enrolment_server::EnrolmentServer;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::{JoinError, JoinSet};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -37,8 +37,12 @@ use crate::ca::revocations::Revocations;
 use crate::ca::tokens::Tokens;
 use crate::cli::{Egress, RunArgs, Source};
 use crate::cluster::ca_secret::CaSecret;
+use crate::cluster::expiry;
+use crate::cluster::lease::Election;
 use crate::cluster::roots::RootConfigMap;
+use crate::cluster::status::StatusWriter;
 use crate::cluster::token_review::TokenReviews;
+use crate::cluster::uncaptured::{self, Uncaptured};
 use crate::door::{Door, DoorLimits, Watched};
 use crate::index::{Index, IndexSettings};
 use crate::mesh::{Mesh, SharedMesh, Trust};
@@ -59,11 +63,12 @@ const MAX_CALLS: u32 = 256;
 const MAX_HEADER_BYTES: u32 = 64 << 10;
 /// How long streams may take to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long giving back the Lease may take.
+const RESIGN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Largest message from an agent; its first lists what it holds.
 const MAX_REQUEST_BYTES: usize = 64 << 20;
 
 /// A controller that is listening.
-#[derive(Debug)]
 pub struct Controller {
     mesh: SharedMesh,
     authority: Arc<Authority>,
@@ -76,11 +81,19 @@ pub struct Controller {
     secret: Option<CaSecret>,
     roots: Option<RootConfigMap>,
     source: SourceEnd,
+    client: Option<Client>,
+    uncaptured: Uncaptured,
     args: RunArgs,
 }
 
 /// Closed when nothing reads the source any more.
 type SourceEnd = oneshot::Receiver<()>;
+
+impl std::fmt::Debug for Controller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Controller").field("args", &self.args).finish_non_exhaustive()
+    }
+}
 
 impl Controller {
     /// Opens the state, starts the source and binds the listener. What goes wrong here is a mistake in the settings.
@@ -128,6 +141,7 @@ impl Controller {
             (Some(name), Some(client)) => Some(RootConfigMap::new(client, name)),
             (Some(_), None) | (None, _) => None,
         };
+        let uncaptured = Uncaptured::default();
         Ok(Self {
             discovery: Discovery::new(
                 Arc::clone(&mesh),
@@ -140,10 +154,17 @@ impl Controller {
                 Arc::clone(&authority),
                 Arc::clone(&authenticate),
             ),
-            enrolments: Enrolments::new(Arc::clone(&mesh), tokens, authenticate),
+            enrolments: Enrolments::new(
+                Arc::clone(&mesh),
+                tokens,
+                authenticate,
+                uncaptured.clone(),
+            ),
             secret,
             roots,
             source,
+            client,
+            uncaptured,
             mesh,
             authority,
             revocations,
@@ -222,6 +243,15 @@ impl Controller {
             in_cluster.await;
             "what keeps the cluster's copies of the authority"
         });
+        let mut writing = JoinSet::new();
+        let election = write_cluster(
+            &mut writing,
+            self.client.as_ref(),
+            (&self.mesh, &self.authority),
+            self.uncaptured,
+            &self.args,
+            &drain,
+        )?;
         let (accepted, incoming) = mpsc::channel(64);
         let accepting = accept(self.listener, self.tls, accepted);
         parts.spawn(async move {
@@ -244,11 +274,18 @@ impl Controller {
             server.serve_with_incoming_shutdown(ReceiverStream::new(incoming), async move {
                 ending.begun().await;
             });
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = serving => outcome.context("gRPC server"),
             ended = first_end(&mut parts, self.source) => Err(ended),
             () = async { drain.begun().await; tokio::time::sleep(DRAIN_TIMEOUT).await } => Ok(()),
+        };
+        // Whatever the outcome: another replica need not wait for the Lease to run out.
+        if let Some(election) = election
+            && tokio::time::timeout(RESIGN_TIMEOUT, election).await.is_err()
+        {
+            warn!("the Lease is not given back in time");
         }
+        outcome
     }
 }
 
@@ -315,6 +352,7 @@ async fn client(args: &RunArgs) -> Result<Option<Client>> {
                 ("--agent-account", args.agent_account.is_some()),
                 ("--ca-secret", args.ca_secret.is_some()),
                 ("--root-config-map", args.root_config_map.is_some()),
+                ("--lease", args.lease.is_some()),
             ] {
                 anyhow::ensure!(!given, "{flag} needs --source kubernetes");
             }
@@ -331,6 +369,35 @@ async fn agree(secret: &mut Option<CaSecret>) {
         warn!(error = %format!("{:#}", anyhow::Error::from(error)), "waiting for the authority's Secret");
         tokio::time::sleep(CA_TICK).await;
     }
+}
+
+/// Starts what is written about the mesh: Events about pods by every replica, the status of policies by the leader.
+fn write_cluster(
+    writing: &mut JoinSet<()>,
+    client: Option<&Client>,
+    (mesh, authority): (&SharedMesh, &Arc<Authority>),
+    uncaptured: Uncaptured,
+    args: &RunArgs,
+    drain: &Drain,
+) -> Result<Option<JoinHandle<()>>> {
+    let (Some(client), Some(lease)) = (client, &args.lease) else { return Ok(None) };
+    let identity = match &args.identity {
+        Some(identity) => identity.clone(),
+        None => nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .context("the machine has no name; give --identity")?,
+    };
+    let (election, leadership) = Election::new(client, lease, identity.clone());
+    let telling = uncaptured::tell(client.clone(), Arc::clone(mesh), identity.clone(), uncaptured);
+    writing.spawn(telling);
+    if let Some(secret) = &args.ca_secret {
+        let (secret, authority) = (secret.clone(), Arc::clone(authority));
+        let (identity, leadership) = (identity.clone(), leadership.clone());
+        writing.spawn(expiry::tell(client.clone(), identity, authority, secret, leadership));
+    }
+    writing.spawn(StatusWriter::new(client, Arc::clone(mesh), identity).run(leadership));
+    Ok(Some(tokio::spawn(election.run(drain.clone()))))
 }
 
 /// Keeps what the cluster holds of the authority up to date.

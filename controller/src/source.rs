@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::manifest::{Object, ObjectKey};
+use crate::manifest::{Kind, Object, ObjectKey};
 
 pub use last_good::{LastGood, Records};
 pub use scan::{FileContent, Scan};
@@ -88,6 +88,15 @@ impl Refusal {
         !self.last_good_in_use
             && !self.denied
             && self.kind.is_none_or(|kind| policies.contains(&kind))
+    }
+
+    /// The policy object that it is about, when it is about one.
+    pub(crate) fn policy(&self) -> Option<ObjectKey> {
+        let kinds = [Kind::AuthorizationPolicy, Kind::PeerAuthentication];
+        let kind = kinds.into_iter().find(|kind| Some(kind.as_str()) == self.kind)?;
+        let (_, name) = self.object.as_deref()?.split_once(' ')?;
+        let (namespace, name) = name.split_once('/')?;
+        Some(ObjectKey { kind, namespace: namespace.into(), name: name.into() })
     }
 
     /// A refusal of nothing in particular in a file.

@@ -382,7 +382,7 @@ async fn a_pod_that_joins_while_it_runs_is_announced_when_it_is_captured() {
     assert_eq!(cart(&lab), TunnelProtocol::None, "peers are not told yet");
     let pods =
         vec![EnrolledPod { namespace: "shop".into(), name: "cart".into(), ..Default::default() }];
-    let report = with_token(ReportPodsRequest { pods }, &token);
+    let report = with_token(ReportPodsRequest { pods, uncaptured: Vec::new() }, &token);
     EnrolmentClient::new(lab.channel().await).report_pods(report).await.unwrap();
     assert_eq!(cart(&lab), TunnelProtocol::Hbone);
     drop(agent);

@@ -247,6 +247,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         Arc::clone(&enroller),
         channel.subscribe(),
         enrolment.changes(),
+        enrolment.blocked(),
         stop.clone(),
     );
     tasks.spawn(vital.until(&stop, "pod reports", reporting));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use mesh_telemetry::metric;
 use mesh_wire::pb::mesh::enrolment_server::Enrolment;
@@ -12,12 +12,15 @@ use tracing::{info, warn};
 
 use super::authenticate::{Authenticate, caller};
 use super::tokens::{Issued, Tokens};
+use crate::cluster::uncaptured::Uncaptured;
 use crate::door;
 use crate::index::{Key, NodeReport};
 use crate::mesh::SharedMesh;
 
 /// Most pods in a report; a node of Kubernetes has 110 by default.
 const MAX_PODS: usize = 10_000;
+/// Most characters that are kept of a reason.
+const MAX_REASON: usize = 1_000;
 
 /// The enrolment service.
 #[derive(Clone)]
@@ -25,6 +28,7 @@ pub struct Enrolments {
     mesh: SharedMesh,
     tokens: Arc<Tokens>,
     authenticate: Arc<dyn Authenticate>,
+    uncaptured: Uncaptured,
 }
 
 impl std::fmt::Debug for Enrolments {
@@ -34,14 +38,16 @@ impl std::fmt::Debug for Enrolments {
 }
 
 impl Enrolments {
-    /// A service that exchanges and prolongs `tokens`, and hears the reports of whoever `authenticate` knows.
+    /// A service that exchanges and prolongs `tokens`, and hears the reports of whoever `authenticate` knows; what cannot be
+    /// captured goes to `uncaptured`.
     #[must_use]
     pub const fn new(
         mesh: SharedMesh,
         tokens: Arc<Tokens>,
         authenticate: Arc<dyn Authenticate>,
+        uncaptured: Uncaptured,
     ) -> Self {
-        Self { mesh, tokens, authenticate }
+        Self { mesh, tokens, authenticate, uncaptured }
     }
 }
 
@@ -100,12 +106,17 @@ impl Enrolment for Enrolments {
     ) -> Result<Response<ReportPodsReply>, Status> {
         let caller = caller(&*self.authenticate, &request).await?;
         door::admit(request.extensions());
-        let pods = request.into_inner().pods;
-        if pods.len() > MAX_PODS {
+        let ReportPodsRequest { pods, uncaptured } = request.into_inner();
+        if pods.len() > MAX_PODS || uncaptured.len() > MAX_PODS {
             return Err(Status::invalid_argument(format!("more than {MAX_PODS} pods")));
         }
         let keys: BTreeSet<Key> =
             pods.iter().map(|pod| Key::new(&pod.namespace, &pod.name)).collect();
+        let uncaptured = uncaptured.into_iter().map(|pod| {
+            let reason = pod.reason.chars().take(MAX_REASON).collect();
+            (Key::new(&pod.namespace, &pod.name), reason)
+        });
+        self.uncaptured.report(&caller.node, uncaptured.collect(), Instant::now());
         self.mesh.report(&caller.node, NodeReport::Enrolled(keys));
         Ok(Response::new(ReportPodsReply {}))
     }

@@ -84,6 +84,8 @@ pub struct Metadata {
     pub annotations: BTreeMap<String, String>,
     /// Creation, seconds since the epoch; [`i64::MAX`] when unknown, so that a known age counts as older.
     pub created: i64,
+    /// Counts the changes of what is asked for; 0 in manifests written by hand.
+    pub generation: i64,
     /// True once deletion was asked for.
     pub deleting: bool,
     /// The controlling owner, or the first one.
@@ -137,6 +139,7 @@ pub(super) struct RawMetadata {
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<BTreeMap<String, Option<String>>>,
     creation_timestamp: Option<String>,
+    generation: Option<i64>,
     deletion_timestamp: Option<String>,
     owner_references: Option<Vec<RawOwner>>,
 }
@@ -195,6 +198,7 @@ impl RawMetadata {
                 .filter(|(key, _)| key != "kubectl.kubernetes.io/last-applied-configuration")
                 .collect(),
             created,
+            generation: self.generation.unwrap_or(0),
             deleting: self.deletion_timestamp.is_some(),
             owner: owners
                 .into_iter()

@@ -21,6 +21,7 @@ use tracing::{error, info, warn};
 use super::{SourceEvent, SourceStatus};
 use crate::manifest::Kind;
 use follow::Follower;
+pub(crate) use kinds::resource;
 use ledger::Ledger;
 
 /// What may wait between followers and collector. A full queue holds the followers back, and so the API server.

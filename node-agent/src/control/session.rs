@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mesh_wire::pb::mesh::enrolment_client::EnrolmentClient;
-use mesh_wire::pb::mesh::{EnrolledPod, JoinRequest, RenewRequest, ReportPodsRequest, Session};
+use mesh_wire::pb::mesh::{JoinRequest, RenewRequest, ReportPodsRequest, Session};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -189,9 +189,9 @@ impl ControllerSession {
     pub(crate) async fn report(
         &self,
         channel: &Channel,
-        pods: Vec<EnrolledPod>,
+        report: ReportPodsRequest,
     ) -> Result<(), SessionError> {
-        let mut request = Request::new(ReportPodsRequest { pods });
+        let mut request = Request::new(report);
         request.set_timeout(CALL_TIMEOUT);
         request.metadata_mut().insert("authorization", self.bearer(channel).await?);
         EnrolmentClient::new(channel.clone())

@@ -45,24 +45,35 @@ pub(crate) async fn run(
         let enrolment = enrolment.clone();
         let looked = tokio::task::spawn_blocking(move || {
             let missing = enrolment.missing(&list);
+            let mut blocked = BTreeMap::new();
             if missing.is_empty() {
+                enrolment.set_blocked(blocked);
                 return;
             }
             let addresses = |name: &PodName| -> BTreeSet<IpAddr> {
                 let workload = snapshot.index.workload_by_name(name.namespace(), name.name());
                 workload.into_iter().flat_map(|one| one.addresses.iter().copied()).collect()
             };
-            for (request, wanted) in found(&missing, addresses) {
-                let name = request.pod.name.clone();
+            for (name, found) in found(&missing, addresses) {
+                let (request, wanted) = match found {
+                    Ok(found) => found,
+                    Err(reason) => {
+                        tracing::warn!(pod = %name, reason, "a running pod is not taken in");
+                        blocked.insert(name, reason.to_owned());
+                        continue;
+                    }
+                };
                 match enrolment.enroll_found(&request, &wanted) {
                     EnrollReply::Refused(refusal) => {
                         tracing::warn!(pod = %name, reason = refusal.reason, "a running pod cannot be taken in; trying again");
+                        blocked.insert(name, format!("{}; {}", refusal.reason, refusal.remedy));
                     }
                     EnrollReply::Ok | EnrollReply::Excluded { .. } | EnrollReply::Pods { .. } => {
                         tracing::info!(pod = %name, "a running pod enters the mesh");
                     }
                 }
             }
+            enrolment.set_blocked(blocked);
         })
         .await;
         if let Err(error) = looked {
@@ -78,11 +89,14 @@ struct Process {
     container: String,
 }
 
-/// Those of `missing` that are running, each with what is needed to take it in.
+/// What is needed to take a running pod in, or why it cannot be.
+type Found = Result<(Enroll, WantedPod), &'static str>;
+
+/// Those of `missing` that are running.
 fn found(
     missing: &BTreeMap<PodName, WantedPod>,
     addresses: impl Fn(&PodName) -> BTreeSet<IpAddr>,
-) -> Vec<(Enroll, WantedPod)> {
+) -> Vec<(PodName, Found)> {
     let mut processes: BTreeMap<&PodName, Vec<Process>> = BTreeMap::new();
     for path in search::processes() {
         // A process may end while it is looked at.
@@ -106,8 +120,8 @@ fn found(
         let path = mounted.get(&first.netns)?;
         let ips = addresses(name);
         if processes.iter().any(|process| process.netns != first.netns) {
-            tracing::warn!(pod = %name, "a running pod is not taken in: its processes are in several of the node's network namespaces");
-            return None;
+            let reason = "its processes are in several of the node's network namespaces";
+            return Some((name.clone(), Err(reason)));
         }
         if ips.is_empty() {
             tracing::debug!(pod = %name, "a running pod has no known address yet");
@@ -123,7 +137,7 @@ fn found(
             nameservers: BTreeSet::new(),
             live: true,
         };
-        Some((request, wanted))
+        Some((name.clone(), Ok((request, wanted))))
     };
     processes.into_iter().filter_map(request).collect()
 }

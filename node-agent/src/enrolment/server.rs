@@ -28,6 +28,7 @@ pub(crate) struct Enrolment {
     wanted: watch::Receiver<Arc<WantedPods>>,
     changed: watch::Sender<u64>,
     word_patience: Duration,
+    blocked: watch::Sender<Arc<BTreeMap<PodName, String>>>,
 }
 
 /// Requests served at once; further ones wait in the socket's queue.
@@ -45,8 +46,27 @@ const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
 impl Enrolment {
     /// Enrolment over an enroller and what the controller wants.
     pub(crate) fn new(enroller: Arc<Enroller>, wanted: watch::Receiver<Arc<WantedPods>>) -> Self {
-        let changed = watch::Sender::new(0);
-        Self { enroller, wanted, changed, word_patience: WORD_PATIENCE }
+        Self {
+            enroller,
+            wanted,
+            changed: watch::Sender::new(0),
+            blocked: watch::Sender::new(Arc::default()),
+            word_patience: WORD_PATIENCE,
+        }
+    }
+
+    /// Running pods that cannot be taken in, each with the reason.
+    pub(crate) fn blocked(&self) -> watch::Receiver<Arc<BTreeMap<PodName, String>>> {
+        self.blocked.subscribe()
+    }
+
+    /// Replaces [`blocked`](Self::blocked).
+    pub(super) fn set_blocked(&self, pods: BTreeMap<PodName, String>) {
+        self.blocked.send_if_modified(|blocked| {
+            let is_new = **blocked != pods;
+            *blocked = Arc::new(pods);
+            is_new
+        });
     }
 
     /// Pods that are to be captured and that nobody has told of.

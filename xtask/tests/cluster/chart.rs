@@ -75,6 +75,12 @@ fn one_install_and_one_label_bring_pods_in_and_leave_nothing() {
 /// A policy of Istio's API decides, and the refusal names it.
 fn policy(mesh: &Mesh) {
     mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/only-client.yaml"]);
+    for condition in ["culvert.dev/Accepted", "culvert.dev/Enforced"] {
+        let condition = format!("--for=condition={condition}");
+        let policy = ["wait", "-n", "mesh", "authorizationpolicy/only-client", "--timeout=30s"];
+        mesh.cluster.kubectl(&[&policy[..], &[&condition]].concat());
+    }
+    a_policy_that_cannot_be_read(mesh);
     eventually("the intruder to be refused", || match mesh.curl("intruder") {
         Ok(answer) => Err(answer),
         Err(_refused) => Ok(()),
@@ -90,6 +96,25 @@ fn policy(mesh: &Mesh) {
         let named = "not allowed by AuthorizationPolicy mesh/only-client";
         if logs.contains(named) { Ok(()) } else { Err(logs) }
     });
+}
+
+/// Its status and an Event say so; nobody it could be about is let in or out by it, for it selects nothing that is there.
+fn a_policy_that_cannot_be_read(mesh: &Mesh) {
+    mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/broken-policy.yaml"]);
+    eventually("the broken policy's status", || {
+        let status = "jsonpath={.status.conditions[?(@.type=='culvert.dev/Accepted')]}";
+        let get = ["get", "authorizationpolicy", "broken", "-n", "mesh", "-o", status];
+        let condition = mesh.cluster.try_kubectl(&get)?;
+        let told = condition.contains("Invalid") && condition.contains("spec.action");
+        if told { Ok(()) } else { Err(condition) }
+    });
+    eventually("an Event at the broken policy", || {
+        let about = "involvedObject.name=broken,reason=Invalid";
+        let get = ["get", "events", "-n", "mesh", "--field-selector", about, "-o", "name"];
+        let events = mesh.cluster.try_kubectl(&get)?;
+        if events.is_empty() { Err("none".to_owned()) } else { Ok(()) }
+    });
+    mesh.cluster.kubectl(&["delete", "-f", "tests/cluster/broken-policy.yaml"]);
 }
 
 /// Another tool writes its configuration anew: the plugin is back behind it.

@@ -5,7 +5,7 @@ use kube::core::ApiResource;
 use crate::manifest::Kind;
 
 /// The resource of a kind in a version.
-pub(super) fn resource(kind: Kind, version: &str) -> ApiResource {
+pub(crate) fn resource(kind: Kind, version: &str) -> ApiResource {
     let group = kind.group();
     ApiResource {
         group: group.to_owned(),
