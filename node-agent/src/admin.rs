@@ -29,6 +29,8 @@ const MAX_DENYING: usize = 100;
 /// What the admin interface looks at.
 #[derive(Clone)]
 pub(crate) struct Desk {
+    /// This agent's name among those that follow one another.
+    pub(crate) instance: Option<String>,
     /// This node's name.
     pub(crate) node: String,
     /// The data plane's picture.
@@ -55,8 +57,17 @@ impl Desk {
     /// Readiness alone, for every address.
     pub(crate) fn ready_routes(&self) -> Routes {
         let (readiness, enroller) = (self.readiness.clone(), Arc::clone(&self.enroller));
-        Routes::new().get("/healthz/ready", move |_request| {
-            let reply = ready(&readiness, enroller.pending());
+        let instance = self.instance.clone();
+        Routes::new().get("/healthz/ready", move |request| {
+            // A probe of another agent that shares the port: one that is to succeed this one, or has been succeeded.
+            let other =
+                request.query("instance").filter(|asked| Some(*asked) != instance.as_deref());
+            let reply = match other {
+                Some(_) => {
+                    Reply::error(StatusCode::SERVICE_UNAVAILABLE, "another agent serves this node")
+                }
+                None => ready(&readiness, enroller.pending()),
+            };
             async move { reply }
         })
     }

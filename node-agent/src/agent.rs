@@ -52,17 +52,27 @@ use crate::health;
 use crate::identity::{IdentityRequests, Rotation};
 use crate::kept_keys;
 use crate::picture::Picture;
+use crate::retired;
 use crate::telemetry::FlowReports;
 use crate::tend::{node_addresses, retire_foreign_layouts, tend_kernel};
 use crate::upgrade::Upgrade;
 use crate::vital::Vital;
+
+/// How an agent ended that did its work to the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It was asked to.
+    Asked,
+    /// A successor has everything.
+    HandedOver,
+}
 
 /// Runs the agent until it is told to end. Capture stays: what is pinned refuses new connections until a successor
 /// serves them.
 ///
 /// # Errors
 /// When the agent cannot do its whole work; the error names the remedy.
-pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyhow::Result<()> {
+pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyhow::Result<Ending> {
     settings.check()?;
     let node = settings.node_name()?;
     let (trigger, drain) = DrainSignal::new();
@@ -187,6 +197,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     pods_pending.done();
 
     let desk = Desk {
+        instance: settings.instance.clone(),
         node: node.clone(),
         picture: Arc::clone(&picture),
         data_plane: Arc::clone(&data_plane),
@@ -287,7 +298,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         tracing::info!(?ended, "the agent ends");
         // The successor took the connections with it into its grave: a supervisor starts another agent.
         anyhow::ensure!(ended == Ended::HandedOver, "the successor is gone");
-        return Ok(());
+        return Ok(Ending::HandedOver);
     }
     tell_supervisor(Notice::Stopping);
     close_doors.begin();
@@ -304,7 +315,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     // Ends once the workers, which hold its queue, have.
     drop(telemetry);
     drop(logging);
-    ended_early.map_or(Ok(()), |ended| Err(ended.into()))
+    ended_early.map_or(Ok(Ending::Asked), |ended| Err(ended.into()))
 }
 
 /// Takes every pod out of the mesh and everything out of the kernel.
@@ -373,14 +384,19 @@ fn forget(settings: &Settings) -> anyhow::Result<()> {
 pub async fn stay(settings: &Settings) -> anyhow::Result<()> {
     let (trigger, drain) = DrainSignal::new();
     tokio::spawn(await_signals(trigger));
-    if let ListenAddress(Some(address)) = settings.ready_address {
+    let closed = if let ListenAddress(Some(address)) = settings.ready_address {
+        let (close, closed) = DrainSignal::new();
         let left = |_request| async { Reply::text("the node has left the mesh\n") };
         let routes = Routes::new().get("/healthz/ready", left);
         let listener = AdminListener::tcp(address).await?;
-        tokio::spawn(
-            AdminServer::new(routes, AdminLimits::default()).serve(listener, drain.clone()),
-        );
-    }
+        tokio::spawn(AdminServer::new(routes, AdminLimits::default()).serve(listener, closed));
+        Some(close)
+    } else {
+        None
+    };
+    // An agent that starts here, because the removal was taken back, gets the port.
+    retired::until_succeeded(&settings.handover_socket(), &drain).await;
+    drop(closed);
     drain.begun().await;
     Ok(())
 }

@@ -39,6 +39,11 @@ pub enum Command {
         #[arg(long)]
         stay: bool,
     },
+    /// What an agent becomes that stays after a hand-over.
+    #[command(hide = true)]
+    Retired,
+    /// Says whether the agent of this instance serves the node and is ready: for a probe. Of two that hand over, only one is.
+    Ready,
 }
 
 /// The settings, as written.
@@ -89,8 +94,15 @@ pub struct Settings {
     #[arg(long, env = "CULVERT_ADMIN_ADDRESS", default_value = "127.0.0.1:15000")]
     pub admin_address: ListenAddress,
     /// Where readiness is told, or `none`.
-    #[arg(long, env = "CULVERT_READY_ADDRESS", default_value = "[::]:15021")]
+    #[arg(long, env = "CULVERT_READY_ADDRESS", default_value = "[::]:15021", global = true)]
     pub ready_address: ListenAddress,
+    /// This agent's name among those that follow one another on the node, such as its pod's uid.
+    #[arg(long, env = "CULVERT_INSTANCE", global = true)]
+    pub instance: Option<String>,
+    /// After a hand-over stay and do nothing, until told to end or the successor is gone: where a supervisor starts every
+    /// agent again that ends.
+    #[arg(long, env = "CULVERT_STAY_AFTER_HAND_OVER")]
+    pub stay_after_hand_over: bool,
     /// Where metrics are scraped by whoever reaches the port, or `none`.
     #[arg(long, env = "CULVERT_METRICS_ADDRESS", default_value = "[::]:15020")]
     pub metrics_address: ListenAddress,

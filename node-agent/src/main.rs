@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use culvert_agent::agent;
+use culvert_agent::agent::{self, Ending};
 use culvert_agent::config::{Arguments, Command, Settings};
-use mesh_runtime::{FlowMeterConfig, LogConfig, Logging, Metrics};
+use culvert_agent::retired;
+use mesh_runtime::{Drain, FlowMeterConfig, LogConfig, Logging, Metrics};
 
 /// glibc keeps what a burst of pods and connections took; this one gives it back within seconds.
 #[global_allocator]
@@ -34,11 +35,28 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
             agent::uninstall(&settings)?;
             runtime()?.block_on(agent::stay(&settings))
         }
-        Some(Command::Run) | None => run(settings, logging),
+        Some(Command::Ready) => culvert_agent::probe::ready(&settings),
+        Some(Command::Retired) => runtime()?.block_on(retire(&settings)),
+        Some(Command::Run) | None => match run(settings.clone(), logging)? {
+            Ending::HandedOver if settings.stay_after_hand_over => {
+                Err(retired::become_one(&settings))
+            }
+            Ending::HandedOver | Ending::Asked => Ok(()),
+        },
     }
 }
 
-fn run(settings: Settings, logging: Logging) -> anyhow::Result<()> {
+async fn retire(settings: &Settings) -> anyhow::Result<()> {
+    let (trigger, drain) = Drain::new();
+    tokio::spawn(async move {
+        if let Err(error) = trigger.begin_on_signals().await {
+            tracing::error!(%error, "signals cannot be received");
+        }
+    });
+    retired::stay(&settings.handover_socket(), &drain).await
+}
+
+fn run(settings: Settings, logging: Logging) -> anyhow::Result<Ending> {
     let metrics = Metrics::install(
         "culvert-agent",
         env!("CARGO_PKG_VERSION"),

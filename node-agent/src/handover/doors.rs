@@ -7,12 +7,18 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use mesh_runtime::AdminListener;
+use mesh_runtime::{AdminListener, BindError};
+use tokio::time::Instant;
 
 use crate::config::Settings;
 use crate::enrolment::server;
+
+/// How long a port may be taken, and how often it is looked at.
+const PORT_PATIENCE: Duration = Duration::from_secs(3);
+const PORT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A place where the agent listens for its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -135,7 +141,7 @@ impl Doors {
         }
         self.0.remove(&door);
         if let Some(address) = address {
-            let listener = AdminListener::tcp(address).await?;
+            let listener = listen(address).await?;
             self.0.insert(door, listener.duplicate()?);
         }
         Ok(())
@@ -182,5 +188,20 @@ impl Doors {
             fds.push(fd.try_clone()?);
         }
         Ok((names, fds))
+    }
+}
+
+/// Waits a moment for a port that is about to be let go, by an agent that has left the node or by one that ends.
+async fn listen(address: SocketAddr) -> Result<AdminListener, BindError> {
+    let deadline = Instant::now() + PORT_PATIENCE;
+    loop {
+        match AdminListener::tcp(address).await {
+            Err(BindError::Tcp { source, .. })
+                if source.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline =>
+            {
+                tokio::time::sleep(PORT_INTERVAL).await;
+            }
+            outcome => return outcome,
+        }
     }
 }
