@@ -17,6 +17,9 @@ pub(crate) struct Arguments {
     /// Whom to ask.
     #[command(flatten)]
     pub(crate) reach: Reach,
+    /// Whether a cluster is meant, and which.
+    #[command(flatten)]
+    pub(crate) cluster: ClusterReach,
     /// Tables for people, or the server's JSON, untouched, for programs.
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
     pub(crate) output: Output,
@@ -47,6 +50,23 @@ pub(crate) struct Reach {
     pub(crate) timeout_seconds: u64,
 }
 
+/// How a cluster is reached.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ClusterReach {
+    /// Ask a mesh on Kubernetes, through kubectl, instead of this machine's daemons; kubectl-culvert always does
+    #[arg(long, env = "CULVERT_CLUSTER", global = true)]
+    pub(crate) cluster: bool,
+    /// The agent of this node of the cluster is meant
+    #[arg(long, global = true)]
+    pub(crate) node: Option<String>,
+    /// kubectl's context
+    #[arg(long, global = true)]
+    pub(crate) context: Option<String>,
+    /// The namespace that Culvert is installed in
+    #[arg(long, default_value = "culvert-system", global = true)]
+    pub(crate) system_namespace: String,
+}
+
 /// For whom the answer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
@@ -68,9 +88,11 @@ pub(crate) enum Daemon {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Has this machine what the agent needs? Works without an agent; run it as the agent will run
+    /// Has this machine what the agent needs? Works without an agent; run it as the agent will run. Of a cluster: which
+    /// NetworkPolicies stop the mesh?
     Check(CheckArgs),
-    /// How the node's agent, or the controller, is doing; exit code 1 while it is not ready
+    /// How the node's agent, or the controller, is doing; exit code 1 while it is not ready. Of a cluster: controller, agents
+    /// and every pod of the mesh, with the reason why it is not captured
     Status(StatusArgs),
     /// Would a connection be made, and what decides? Nothing is sent.
     ///
@@ -108,11 +130,44 @@ Reads the journal of the agent's unit, or a file, or standard input:
     /// This node's agent itself
     #[command(subcommand)]
     Agent(AgentCommand),
+    /// Install the mesh on a Kubernetes cluster, or bring it up to date; needs helm
+    Install(ChartCommand),
+    /// Take the mesh off a Kubernetes cluster, without a trace; needs helm
+    Uninstall,
+    /// Namespaces of a Kubernetes cluster: let one join the mesh, or leave it
+    #[command(subcommand)]
+    Ns(NamespaceCommand),
     /// A script that completes command lines: culvert completions bash > /etc/bash_completion.d/culvert
     Completions {
         /// Of which shell
         #[arg(value_enum)]
         shell: clap_complete::Shell,
+    },
+}
+
+/// What is installed.
+#[derive(Debug, Args)]
+pub(crate) struct ChartCommand {
+    /// The chart: a folder, an archive or oci://…; default: charts/culvert
+    #[arg(long)]
+    pub(crate) chart: Option<String>,
+    /// A value of the chart, KEY=VALUE; give it once for each
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+/// What to do with a namespace.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NamespaceCommand {
+    /// Let a namespace join: its pods are captured without a restart; waits until they are
+    Add {
+        /// Its name
+        namespace: String,
+    },
+    /// Let a namespace leave; waits until its pods are let go
+    Remove {
+        /// Its name
+        namespace: String,
     },
 }
 

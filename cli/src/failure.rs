@@ -26,6 +26,8 @@ pub(crate) enum Ending {
     Yes,
     /// No.
     No,
+    /// What another program ended with, whose answer it is.
+    Code(u8),
 }
 
 impl Ending {
@@ -34,6 +36,7 @@ impl Ending {
         match self {
             Self::Yes => ExitCode::SUCCESS,
             Self::No => ExitCode::from(1),
+            Self::Code(code) => ExitCode::from(code),
         }
     }
 }

@@ -40,6 +40,22 @@ pub(crate) fn run(args: &LogsArgs, reach: &Reach) -> Result<Ending, Failure> {
     Ok(Ending::Yes)
 }
 
+/// Prints the lines about the pod that a program writes.
+///
+/// # Errors
+/// When they cannot be read or written.
+pub(crate) fn print_from(args: &LogsArgs, lines: impl BufRead) -> Result<Ending, Failure> {
+    let name = pod_name(&args.pod)?;
+    let known = PodLines::new(name.namespace(), name.name());
+    each_line(lines, Path::new("the agent's log"), |line| {
+        if known.has(line) && (!args.refused || is_refusal(line)) {
+            show::text(&format!("{line}\n"))?;
+        }
+        Ok(())
+    })?;
+    Ok(Ending::Yes)
+}
+
 fn journal(args: &LogsArgs, print: impl Fn(&str) -> Result<(), Failure>) -> Result<(), Failure> {
     let mut command = Command::new("journalctl");
     command.args(["--quiet", "--no-pager", "--output=cat"]).arg(format!("--unit={}", args.unit));

@@ -62,8 +62,8 @@ const RECIPES: &[Recipe] = &[
     },
     Recipe {
         name: "culvert-controller",
-        packages: &["mesh-controller"],
-        programs: &["culvert-controller"],
+        packages: &["mesh-controller", "culvert"],
+        programs: &["culvert-controller", "culvert"],
         plugin: false,
         user: "65532:65532",
         title: "Culvert's controller",
