@@ -60,6 +60,10 @@ pub(crate) fn run(verb: Verb) -> anyhow::Result<()> {
         }
         Verb::PowerOff { cluster, node } => power_off(&open(&cluster.name)?, node),
         Verb::PowerOn { cluster, node } => power_on(&open(&cluster.name)?, node),
+        Verb::Programs { output } => {
+            setup::ensure_cluster()?;
+            images::write_programs(&output)
+        }
         Verb::Build => prepare(),
         Verb::Machine { step, machine, folder } => match step.as_str() {
             "enter" => machine::enter(&machine, &folder),
@@ -72,6 +76,7 @@ pub(crate) fn run(verb: Verb) -> anyhow::Result<()> {
 /// Installs and builds what clusters are made of, so that no test has to.
 pub(crate) fn prepare() -> anyhow::Result<()> {
     setup::ensure_cluster()?;
+    tools::GRPC.build()?;
     Tools::build().map(drop)
 }
 

@@ -81,6 +81,12 @@ const CLUSTER_PACKAGES: &[Package] = &[
     package("util-linux", "unshare and nsenter", "/usr/bin/nsenter"),
     package("curl", "asks whether the API server is ready, and is a real client", "/usr/bin/curl"),
     package("nginx-light", "a real server in pods", "/usr/sbin/nginx"),
+    package("redis-server", "a real server in pods", "/usr/bin/redis-server"),
+    package(
+        "postgresql",
+        "a real server in pods",
+        "/usr/lib/postgresql/15/bin/postgres|/usr/lib/postgresql/17/bin/postgres",
+    ),
     package("tcpdump", "the sniffer between the nodes", "/usr/bin/tcpdump|/usr/sbin/tcpdump"),
 ];
 

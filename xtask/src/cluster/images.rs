@@ -1,12 +1,13 @@
 //! The images every node starts with: there is no registry, and nothing is ever pulled.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 
 use super::layout::Layout;
-use super::tools::Tools;
+use super::tools::{GRPC, Tools};
 use crate::command::{command, output_of};
 use crate::oci::{self, Image, runtime};
 
@@ -19,6 +20,10 @@ const SHELL_IMAGE: &str = "culvert.test/shell:1";
 /// A real server and a real client of HTTP.
 const NGINX_IMAGE: &str = "culvert.test/nginx:1";
 const CURL_IMAGE: &str = "culvert.test/curl:1";
+/// Real servers with their clients.
+const REDIS_IMAGE: &str = "culvert.test/redis:1";
+const POSTGRES_IMAGE: &str = "culvert.test/postgres:1";
+const GRPC_IMAGE: &str = "culvert.test/grpc:1";
 
 /// Writes the archive that nodes import while the API server starts.
 pub(super) fn write(layout: &Layout, tools: &Tools) -> anyhow::Result<()> {
@@ -36,6 +41,70 @@ pub(super) fn write(layout: &Layout, tools: &Tools) -> anyhow::Result<()> {
         real(CURL_IMAGE, "/usr/bin/curl", &[], CURL)?,
     ];
     oci::write(&layout.images(), &images)
+}
+
+/// Writes an archive with programs that tests of the mesh use; the nodes do not start with them.
+pub(super) fn write_programs(archive: &Path) -> anyhow::Result<()> {
+    let mut redis = real(REDIS_IMAGE, "/usr/bin/redis-server", &[], CURL)?;
+    add(&mut redis, Path::new("/usr/bin/redis-cli"))?;
+    let mut grpc = shell()?;
+    GRPC_IMAGE.clone_into(&mut grpc.name);
+    grpc.entrypoint = vec!["/usr/bin/grpc".to_owned()];
+    grpc.files.insert("/usr/bin/grpc".to_owned(), GRPC.build()?.join("grpc"));
+    oci::write(archive, &[redis, postgres()?, grpc])
+}
+
+/// Debian's newest PostgreSQL; it refuses to run as root.
+fn postgres() -> anyhow::Result<Image> {
+    let folder = PathBuf::from("/usr/lib/postgresql");
+    let versions = fs::read_dir(&folder).context("no PostgreSQL: cargo xtask setup")?;
+    let newest = versions.flatten().map(|entry| entry.file_name()).max();
+    let version = newest.context("no PostgreSQL: cargo xtask setup")?;
+    let programs = folder.join(&version).join("bin");
+    let mut image = shell()?;
+    POSTGRES_IMAGE.clone_into(&mut image.name);
+    for name in ["postgres", "initdb", "psql", "pgbench", "pg_isready"] {
+        add(&mut image, &programs.join(name))?;
+        let link = (format!("/usr/bin/{name}"), programs.join(name).display().to_string());
+        image.links.insert(link.0, link.1);
+    }
+    let shared = Path::new("/usr/share/postgresql").join(&version);
+    for below in [folder.join(&version).join("lib"), shared] {
+        // The compiler of queries is as large as everything else, and needs its own libraries.
+        add_folder(&mut image, &below, &|path| !path.to_string_lossy().contains("llvm"))?;
+    }
+    image.user = "1000:1000".to_owned();
+    let user = ("/etc/passwd".to_owned(), "postgres:x:1000:1000::/data:/bin/sh\n".to_owned());
+    image.texts.extend([user]);
+    Ok(image)
+}
+
+/// Adds a program of this machine with its libraries, at its own path.
+fn add(image: &mut Image, program: &Path) -> anyhow::Result<()> {
+    image.files.extend(runtime::libraries(program)?);
+    image.files.insert(program.display().to_string(), program.to_owned());
+    Ok(())
+}
+
+fn add_folder(
+    image: &mut Image,
+    folder: &Path,
+    wanted: &dyn Fn(&Path) -> bool,
+) -> anyhow::Result<()> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        if !wanted(&path) {
+            continue;
+        }
+        if path.is_dir() {
+            add_folder(image, &path, wanted)?;
+        } else {
+            image.files.insert(path.display().to_string(), path);
+        }
+    }
+    Ok(())
 }
 
 /// A text file of an image: path and content.

@@ -73,6 +73,12 @@ pub(crate) enum Verb {
         /// 1 is the first.
         node: u8,
     },
+    /// Writes an archive with images of redis, PostgreSQL and a gRPC pair, for tests.
+    #[command(hide = true)]
+    Programs {
+        /// The archive.
+        output: PathBuf,
+    },
     /// Builds the upstream programs, as `up` does when they are missing.
     Build,
     /// A step of starting a machine.

@@ -66,6 +66,10 @@ pub(super) const HELM: ToolSet = ToolSet {
 pub(super) const PAUSE: ToolSet =
     ToolSet { name: "pause", packages: &[(".", "pause")], stamps: &[], takes: "a moment" };
 
+/// A gRPC server and its client, for tests; no cluster needs them to run.
+pub(super) const GRPC: ToolSet =
+    ToolSet { name: "grpc", packages: &[(".", "grpc")], stamps: &[], takes: "half a minute" };
+
 /// The programs a cluster needs, built if they are not there yet.
 #[derive(Debug)]
 pub(super) struct Tools {

@@ -1,6 +1,7 @@
 //! The chart on a real cluster: one install, one label, and out again without a trace.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use crate::support::{Cluster, Running, eventually};
@@ -10,14 +11,14 @@ const XTASK: &str = env!("CARGO_BIN_EXE_xtask");
 const SECRET: &str = "hello from web";
 
 /// A cluster with the chart's images, and what is asked of it.
-struct Mesh {
-    cluster: Cluster,
-    scratch: tempfile::TempDir,
+pub(crate) struct Mesh {
+    pub(crate) cluster: Cluster,
+    pub(crate) scratch: tempfile::TempDir,
 }
 
 #[test]
 fn one_install_and_one_label_bring_pods_in_and_leave_nothing() {
-    let mesh = Mesh::up();
+    let mesh = Mesh::up("m");
     mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/mesh.yaml"]);
     mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/istio-crds.yaml"]);
     let ready = ["wait", "--for=condition=Ready", "pod", "--all", "-n", "mesh", "--timeout=60s"];
@@ -187,8 +188,8 @@ fn an_agent_that_is_away(mesh: &Mesh) {
 }
 
 impl Mesh {
-    fn up() -> Self {
-        let cluster = Cluster::up("m", &["--nodes", "2", "--dual-stack"]);
+    pub(crate) fn up(name: &str) -> Self {
+        let cluster = Cluster::up(name, &["--nodes", "2", "--dual-stack"]);
         let scratch = tempfile::tempdir().expect("a temporary folder");
         let archive = scratch.path().join("images.tar").display().to_string();
         let mut image = Command::new(XTASK);
@@ -198,7 +199,7 @@ impl Mesh {
         Self { cluster, scratch }
     }
 
-    fn helm(&self, arguments: &[&str]) {
+    pub(crate) fn helm(&self, arguments: &[&str]) {
         let mut command = vec!["helm", "-n", "culvert-system"];
         command.extend(arguments);
         if matches!(arguments.first(), Some(&("install" | "upgrade"))) {
@@ -223,19 +224,26 @@ impl Mesh {
         self.cluster.try_kubectl(&curl)
     }
 
-    /// What is on the wire between the nodes while a pod asks the server; on port 15008 alone when `tunnels`.
-    fn wire(&self, pod: &str, tunnels: usize) -> String {
+    /// Writes what is on the wire between the nodes into a file, while the value lives.
+    pub(crate) fn sniff(&self) -> (PathBuf, Running) {
         let file = self.scratch.path().join("wire.pcap");
-        let path = file.display().to_string();
         if file.exists() {
             fs::remove_file(&file).expect("our own file");
         }
-        let sniffer: Running =
+        let path = file.display().to_string();
+        let sniffer =
             self.cluster.spawn(&["tcpdump", "-i", "br0", "-U", "-s0", "-Z", "root", "-w", &path]);
         eventually("the sniffer to listen", || {
             let there = fs::metadata(&file).is_ok_and(|found| found.len() > 0);
             if there { Ok(()) } else { Err("no file".to_owned()) }
         });
+        (file, sniffer)
+    }
+
+    /// What is on the wire between the nodes while a pod asks the server; on port 15008 alone when `tunnels`.
+    fn wire(&self, pod: &str, tunnels: usize) -> String {
+        let (file, sniffer) = self.sniff();
+        let path = file.display().to_string();
         let held = |filter: &str| {
             let listed = self.cluster.try_exec(&["tcpdump", "-nr", &path, filter])?;
             Ok::<_, String>(listed.lines().count())
@@ -250,7 +258,7 @@ impl Mesh {
     }
 
     /// Waits until the agent of `node` says that a pod is in this phase.
-    fn await_phase(&self, node: u8, pod: &str, phase: &str) {
+    pub(crate) fn await_phase(&self, node: u8, pod: &str, phase: &str) {
         let url = "http://localhost/pods";
         let node = node.to_string();
         let socket = "/run/culvert/admin.sock";

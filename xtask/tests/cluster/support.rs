@@ -80,6 +80,13 @@ impl Cluster {
         Running(command.args(arguments).stdin(Stdio::null()).spawn().expect("it starts"))
     }
 
+    /// Starts kubectl; what it prints is read at its end.
+    pub(crate) fn start_kubectl(&self, arguments: &[&str]) -> Child {
+        let mut command = self.command(&["kubectl"]);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("kubectl starts")
+    }
+
     /// Kills a program of the control plane, which is started again.
     pub(crate) fn restart(&self, program: &str) {
         let group = format!("/culvert-cluster-{}/control-plane", self.name);
@@ -97,8 +104,16 @@ impl Cluster {
 
     /// Forwards a port to a pod, beside the control plane.
     pub(crate) fn forward(&self, pod: &str, ports: &str) -> Running {
+        self.forward_in("default", pod, ports)
+    }
+
+    /// The same for a pod of another namespace.
+    pub(crate) fn forward_in(&self, namespace: &str, pod: &str, ports: &str) -> Running {
         let mut forward = self.command(&["kubectl"]);
-        forward.args(["port-forward", pod, ports]).stdout(Stdio::null()).stderr(Stdio::null());
+        forward
+            .args(["-n", namespace, "port-forward", pod, ports])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         Running(forward.spawn().expect("kubectl starts"))
     }
 }
