@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "a test shows how long a cluster took")]
 
 mod chart;
+mod many;
 mod programs;
 mod source;
 mod support;

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::many;
 use crate::support::{Cluster, Running, eventually};
 
 /// A controller beside the control plane.
-struct Controller<'c> {
-    cluster: &'c Cluster,
+pub(crate) struct Controller<'c> {
+    pub(crate) cluster: &'c Cluster,
     running: Running,
     _state: tempfile::TempDir,
 }
@@ -41,12 +42,12 @@ impl<'c> Controller<'c> {
         Self { cluster, running, _state: state }
     }
 
-    fn page(&self, path: &str) -> Result<String, String> {
+    pub(crate) fn page(&self, path: &str) -> Result<String, String> {
         let url = format!("http://127.0.0.1:15014{path}");
         self.cluster.try_exec(&["curl", "-sfm", "5", &url])
     }
 
-    fn json(&self, path: &str) -> Result<Value, String> {
+    pub(crate) fn json(&self, path: &str) -> Result<Value, String> {
         serde_json::from_str(&self.page(path)?).map_err(|error| error.to_string())
     }
 
@@ -72,6 +73,7 @@ fn the_controller_follows_a_cluster() {
         controller.page("/ready").map(drop)
     });
     pods_and_services(&controller);
+    many::pods_come_and_go(&controller);
     kinds_installed_later(&controller);
     refused_objects(&controller);
     a_gap_in_the_watch(&controller);
