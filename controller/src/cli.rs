@@ -114,6 +114,9 @@ pub struct RunArgs {
     /// NAMESPACE/NAME of the Secret that holds the authority, made when there is none (source kubernetes only)
     #[arg(long, env = "CULVERT_CA_SECRET")]
     pub ca_secret: Option<ObjectName>,
+    /// Folder with an authority that somebody else makes and renews, in cert-manager's layout: tls.crt, tls.key, ca.crt
+    #[arg(long, env = "CULVERT_CA_DIR", conflicts_with = "ca_secret")]
+    pub ca_dir: Option<PathBuf>,
     /// NAMESPACE/NAME of the ConfigMap in which agents find the roots (source kubernetes only)
     #[arg(long, env = "CULVERT_ROOT_CONFIG_MAP")]
     pub root_config_map: Option<ObjectName>,
@@ -235,6 +238,9 @@ pub struct CaPlace {
     /// NAMESPACE/NAME of the Secret that holds the authority; it is changed first, and the command waits for it
     #[arg(long, env = "CULVERT_CA_SECRET")]
     pub ca_secret: Option<ObjectName>,
+    /// Folder with somebody else's authority: nothing of it is changed here
+    #[arg(long, env = "CULVERT_CA_DIR")]
+    pub ca_dir: Option<PathBuf>,
     /// How the cluster of that Secret is reached: kubernetes or kubernetes:KUBECONFIG
     #[arg(long, env = "CULVERT_SOURCE", value_parser = parse_source, default_value = "kubernetes")]
     pub source: Source,

@@ -104,6 +104,9 @@ fn ca(command: CaCommand) -> Result<()> {
 }
 
 fn order(place: &CaPlace, order: &Order, now: SystemTime) -> Result<()> {
+    if let Some(folder) = &place.ca_dir {
+        Authority::open_mounted(folder, "", now)?.order(order, now)?;
+    }
     let files = open(&place.state_dir)?;
     let Some(name) = &place.ca_secret else {
         return Ok(Authority::open_existing(files, now)?.order(order, now)?);

@@ -111,8 +111,12 @@ impl Controller {
         };
         agree(&mut secret).await;
         let now = SystemTime::now();
+        let opened = match &args.ca_dir {
+            Some(folder) => Authority::open_mounted(folder, &args.trust_domain, now),
+            None => Authority::open(files.clone(), &args.trust_domain, now),
+        };
         let authority = Arc::new(
-            Authority::open(files.clone(), &args.trust_domain, now)
+            opened
                 .and_then(|authority| authority.with_longest_life(args.max_certificate_ttl, now))
                 .context("certificate authority")?,
         );

@@ -4,10 +4,13 @@
 //! looks at it every second. A root rotation takes the time it is given between its two steps, so that every connected
 //! agent believes the new root before anything is signed under it.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use mesh_identity::{CaConfig, CaCore, CaError, CaState, SignError};
+use mesh_identity::{CaConfig, CaCore, CaError, CaState, MountedFiles, SignError};
 use mesh_model::SpiffeId;
 use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
@@ -43,6 +46,15 @@ pub enum AuthorityError {
         found: String,
         /// By the settings.
         wanted: String,
+    },
+    /// A file of somebody else's authority.
+    #[error("{} cannot be read", path.display())]
+    Mounted {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
     },
     /// There is no authority yet.
     #[error("there is no {FILE}; start the controller once, or give the right --state-dir")]
@@ -131,12 +143,57 @@ struct Loaded {
 /// The authority.
 #[derive(Debug)]
 pub struct Authority {
-    files: StateDir,
+    place: Place,
     config: CaConfig,
     loaded: Mutex<Loaded>,
 }
 
+/// Where it is.
+#[derive(Debug)]
+enum Place {
+    /// Ours, in the state directory.
+    Ours(StateDir),
+    /// Somebody else's, in a folder that is mounted.
+    Mounted { folder: PathBuf, trust_domain: Arc<str> },
+}
+
+impl Place {
+    fn stamp(&self) -> Result<Option<(u64, SystemTime)>, AuthorityError> {
+        match self {
+            Self::Ours(files) => Ok(files.stamp(FILE)?),
+            // Kubelet swaps all files of a Secret at once.
+            Self::Mounted { folder, .. } => mounted_stamp(folder).map(Some),
+        }
+    }
+
+    fn load(&self, config: &CaConfig, now: SystemTime) -> Result<Loaded, AuthorityError> {
+        match self {
+            Self::Ours(files) => load(files, config, now),
+            Self::Mounted { folder, trust_domain } => {
+                load_mounted(folder, trust_domain, config, now)
+            }
+        }
+    }
+}
+
 impl Authority {
+    /// Opens an authority that somebody else makes and renews: `tls.crt`, `tls.key` and `ca.crt` in a folder, as
+    /// cert-manager has them in a Secret.
+    ///
+    /// # Errors
+    /// When they cannot be used.
+    pub fn open_mounted(
+        folder: &Path,
+        trust_domain: &str,
+        now: SystemTime,
+    ) -> Result<Self, AuthorityError> {
+        let place =
+            Place::Mounted { folder: folder.to_path_buf(), trust_domain: trust_domain.into() };
+        let config = CaConfig::default();
+        let loaded = Mutex::new(place.load(&config, now)?);
+        Ok(Self { place, config, loaded })
+    }
+
     /// Opens the authority of a trust domain, making it when there is none.
     ///
     /// # Errors
@@ -163,7 +220,7 @@ impl Authority {
                 wanted: trust_domain.to_owned(),
             });
         }
-        Ok(Self { files, config, loaded: Mutex::new(loaded) })
+        Ok(Self { place: Place::Ours(files), config, loaded: Mutex::new(loaded) })
     }
 
     /// Lets requests ask for lives of leaves of up to `longest`, instead of a day.
@@ -176,7 +233,7 @@ impl Authority {
         now: SystemTime,
     ) -> Result<Self, AuthorityError> {
         self.config.max_ttl = longest;
-        *self.lock() = load(&self.files, &self.config, now)?;
+        *self.lock() = self.place.load(&self.config, now)?;
         Ok(self)
     }
 
@@ -187,7 +244,7 @@ impl Authority {
     pub fn open_existing(files: StateDir, now: SystemTime) -> Result<Self, AuthorityError> {
         let config = CaConfig::default();
         let loaded = load(&files, &config, now)?;
-        Ok(Self { files, config, loaded: Mutex::new(loaded) })
+        Ok(Self { place: Place::Ours(files), config, loaded: Mutex::new(loaded) })
     }
 
     /// Certifies a key; see [`CaCore::sign`].
@@ -242,8 +299,9 @@ impl Authority {
     /// When the file cannot be used; what was loaded stays in use.
     pub fn tick(&self, now: SystemTime) -> Result<bool, AuthorityError> {
         let mut changed = false;
-        if self.files.stamp(FILE)? != self.lock().stamp {
-            *self.lock() = load(&self.files, &self.config, now)?;
+        if self.place.stamp()? != self.lock().stamp {
+            let loaded = self.place.load(&self.config, now)?;
+            *self.lock() = loaded;
             changed = true;
         }
         let due = self.lock().activate_root_at.is_some_and(|at| at <= now);
@@ -254,6 +312,9 @@ impl Authority {
                 Ok(())
             })?;
             changed = true;
+        }
+        if let Place::Mounted { .. } = self.place {
+            return Ok(changed);
         }
         // Looked at on a copy first, so that the file is only written when there is something to write.
         let mut trial = CaCore::load(&self.lock().core.state(), self.config.clone())?;
@@ -301,11 +362,14 @@ impl Authority {
         now: SystemTime,
         change: impl FnOnce(&mut CaCore, &mut Option<SystemTime>) -> Result<(), AuthorityError>,
     ) -> Result<(), AuthorityError> {
-        let _lock = self.files.lock()?;
-        let mut loaded = load(&self.files, &self.config, now)?;
+        let Place::Ours(files) = &self.place else {
+            return Err(AuthorityError::Ca(CaError::NotOurs));
+        };
+        let _lock = files.lock()?;
+        let mut loaded = load(files, &self.config, now)?;
         change(&mut loaded.core, &mut loaded.activate_root_at)?;
-        store(&self.files, &loaded.core, loaded.activate_root_at)?;
-        *self.lock() = load(&self.files, &self.config, now)?;
+        store(files, &loaded.core, loaded.activate_root_at)?;
+        *self.lock() = load(files, &self.config, now)?;
         Ok(())
     }
 
@@ -322,6 +386,33 @@ fn load(files: &StateDir, config: &CaConfig, now: SystemTime) -> Result<Loaded, 
     let core = CaCore::load(&stored.ca, config.clone())?;
     let lists = core.crl_pem(now)?.into();
     Ok(Loaded { core, activate_root_at: stored.activate_root_at, stamp, lists, lists_made: now })
+}
+
+fn load_mounted(
+    folder: &Path,
+    trust_domain: &str,
+    config: &CaConfig,
+    now: SystemTime,
+) -> Result<Loaded, AuthorityError> {
+    let stamp = mounted_stamp(folder)?;
+    let read = |name: &str| {
+        let path = folder.join(name);
+        fs::read_to_string(&path).map_err(|source| AuthorityError::Mounted { path, source })
+    };
+    let files = MountedFiles {
+        chain_pem: read("tls.crt")?,
+        key_pem: Zeroizing::new(read("tls.key")?),
+        roots_pem: read("ca.crt")?,
+    };
+    let core = CaCore::mounted(trust_domain, &files, config.clone())?;
+    let lists = "".into();
+    Ok(Loaded { core, activate_root_at: None, stamp: Some(stamp), lists, lists_made: now })
+}
+
+fn mounted_stamp(folder: &Path) -> Result<(u64, SystemTime), AuthorityError> {
+    let path = folder.join("tls.crt");
+    let found = fs::metadata(&path).and_then(|found| Ok((found.ino(), found.modified()?)));
+    found.map_err(|source| AuthorityError::Mounted { path, source })
 }
 
 fn store(
@@ -421,6 +512,48 @@ mod tests {
         for wrong in ["", "xyz", "0x", &"1".repeat(41)] {
             assert!(authority.revoke(wrong, now).is_err(), "{wrong}");
         }
+    }
+
+    /// The files of an authority made here, as if cert-manager had written them.
+    fn mount(folder: &Path, trust_domain: &str) {
+        let core = CaCore::create(trust_domain, CaConfig::default(), SystemTime::now()).unwrap();
+        let state = core.state();
+        for (name, text) in [
+            ("tls.key", state.intermediates[0].key_pem.as_str()),
+            ("ca.crt", &state.roots[0].cert_pem),
+            ("tls.crt", &state.intermediates[0].cert_pem),
+        ] {
+            let fresh = folder.join(format!(".{name}"));
+            fs::write(&fresh, text).unwrap();
+            fs::rename(fresh, folder.join(name)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_mounted_authority_is_used_as_it_is_and_taken_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path();
+        let now = SystemTime::now();
+        let missing = Authority::open_mounted(folder, "td", now).unwrap_err();
+        assert!(missing.to_string().contains("tls.crt"), "{missing}");
+        mount(folder, "td");
+        let authority = Authority::open_mounted(folder, "td", now).unwrap();
+        let first = authority.root_bundle_pem();
+        authority.issue_server(&["localhost".into()], Duration::from_secs(60), now).unwrap();
+        assert!(!authority.tick(now).unwrap());
+        let refused = authority.rotate_root(Duration::from_secs(60), now).unwrap_err();
+        assert!(refused.to_string().contains("somebody else"), "{refused}");
+        assert!(authority.revoke("0a", now).is_err());
+        // Renewed.
+        mount(folder, "td");
+        assert!(authority.tick(now).unwrap());
+        assert_ne!(authority.root_bundle_pem(), first);
+        // Something that is none: the last one stays.
+        let second = authority.root_bundle_pem();
+        fs::write(folder.join(".x"), "nothing").unwrap();
+        fs::rename(folder.join(".x"), folder.join("tls.crt")).unwrap();
+        assert!(authority.tick(now).is_err());
+        assert_eq!(authority.root_bundle_pem(), second);
     }
 
     #[test]

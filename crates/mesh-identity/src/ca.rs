@@ -9,6 +9,7 @@
 //! ```
 
 mod authority;
+mod mounted;
 mod state;
 
 use std::net::IpAddr;
@@ -26,6 +27,8 @@ use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, X509CertificationRequest};
 
 use self::authority::{Authority, Revocation, random_serial};
+use self::mounted::Above;
+pub use self::mounted::MountedFiles;
 pub use self::state::{AuthorityState, CaState, RevocationState};
 use crate::CsrKey;
 
@@ -53,6 +56,8 @@ pub struct CaCore {
     root_is_coming: bool,
     /// The signing one first, then those whose leaves still live.
     intermediates: Vec<Authority>,
+    /// What is above the signing one when somebody else made it; then there are no roots here.
+    above: Option<Above>,
 }
 
 /// Why the authority could not do something.
@@ -79,6 +84,12 @@ pub enum CaError {
     /// No authority of ours issued that serial.
     #[error("no such certificate authority")]
     UnknownAuthority,
+    /// Somebody else made the authority, and renews it.
+    #[error("the authority is somebody else's: it is changed and renewed there")]
+    NotOurs,
+    /// What signs does not come from a root.
+    #[error("what signs was not signed by a root that is believed, nor what is in between")]
+    Unrooted,
     /// The certificate of a server cannot be used by rustls.
     #[error("issued certificate cannot be used")]
     Unusable(#[source] rustls::Error),
@@ -146,6 +157,7 @@ impl CaCore {
             roots: vec![root],
             root_is_coming: false,
             intermediates: vec![intermediate],
+            above: None,
         })
     }
 
@@ -169,6 +181,7 @@ impl CaCore {
             roots,
             root_is_coming: state.root_is_coming,
             intermediates,
+            above: None,
         })
     }
 
@@ -192,7 +205,10 @@ impl CaCore {
     /// The roots that peers should believe, PEM: the signing one, a coming one, and retired ones with living leaves.
     #[must_use]
     pub fn root_bundle_pem(&self) -> String {
-        self.roots.iter().map(Authority::cert_pem).collect()
+        match &self.above {
+            Some(above) => above.roots_pem.clone(),
+            None => self.roots.iter().map(Authority::cert_pem).collect(),
+        }
     }
 
     /// Certifies the key of `csr_pem` for `id`: leaf, intermediate, and the root bundle as the last element.
@@ -224,7 +240,11 @@ impl CaCore {
         let leaf = leaf_params(vec![SanType::URI(name)], ttl, issuer, now)
             .and_then(|params| issuer.sign(&params, &key))
             .map_err(SignError::Failed)?;
-        Ok(vec![leaf.pem(), issuer.cert_pem().to_owned(), self.root_bundle_pem()])
+        let between = self.between().iter().map(|(pem, _)| pem.clone());
+        let mut chain = vec![leaf.pem(), issuer.cert_pem().to_owned()];
+        chain.extend(between);
+        chain.push(self.root_bundle_pem());
+        Ok(chain)
     }
 
     /// Issues a certificate for the control plane's own server, valid for DNS names and addresses.
@@ -252,7 +272,8 @@ impl CaCore {
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let leaf = issuer.sign(&params, &pair)?;
         let key = CsrKey::from_pkcs8(pair.serialize_der().into());
-        let chain = vec![leaf.der().clone(), issuer.der().clone()];
+        let mut chain = vec![leaf.der().clone(), issuer.der().clone()];
+        chain.extend(self.between().iter().map(|(_, der)| der.clone()));
         key.certify(chain).map_err(CaError::Unusable)
     }
 
@@ -261,6 +282,7 @@ impl CaCore {
     /// # Errors
     /// When the cryptographic library fails; nothing changes then.
     pub fn rotate_intermediate(&mut self, now: SystemTime) -> Result<(), CaError> {
+        self.be_ours()?;
         let fresh = Authority::intermediate(
             &self.trust_domain,
             &self.roots[0],
@@ -278,6 +300,7 @@ impl CaCore {
     /// # Errors
     /// When one is under way already or the cryptographic library fails; nothing changes then.
     pub fn begin_root_rotation(&mut self, now: SystemTime) -> Result<(), CaError> {
+        self.be_ours()?;
         if self.root_is_coming {
             return Err(CaError::RotationUnderWay);
         }
@@ -325,6 +348,9 @@ impl CaCore {
     /// # Errors
     /// When the cryptographic library fails; the present intermediate stays in use.
     pub fn maintain(&mut self, now: SystemTime) -> Result<bool, CaError> {
+        if self.above.is_some() {
+            return Ok(false);
+        }
         let due = now + self.config.intermediate_ttl / 3 >= self.issuer().not_after();
         // An intermediate cannot outlive its root, so a new one would be no better then.
         let better = self.roots[0].not_after() > self.issuer().not_after();
@@ -348,6 +374,7 @@ impl CaCore {
     /// # Errors
     /// When no such intermediate is known, or its successor cannot be made.
     pub fn revoke_intermediate(&mut self, serial: &[u8], now: SystemTime) -> Result<(), CaError> {
+        self.be_ours()?;
         let Some(index) = self.intermediates.iter().position(|known| known.has_serial(serial))
         else {
             return Err(CaError::UnknownAuthority);
@@ -384,6 +411,14 @@ impl CaCore {
             lists.push_str(&authority.list_pem(now, LIST_LIFETIME)?);
         }
         Ok(lists)
+    }
+
+    fn between(&self) -> &[(String, CertificateDer<'static>)] {
+        self.above.as_ref().map_or(&[], |above| &above.between)
+    }
+
+    const fn be_ours(&self) -> Result<(), CaError> {
+        if self.above.is_some() { Err(CaError::NotOurs) } else { Ok(()) }
     }
 
     fn issuer(&self) -> &Authority {

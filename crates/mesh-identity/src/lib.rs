@@ -24,7 +24,9 @@ pub mod tls;
 mod token;
 mod trust;
 
-pub use ca::{AuthorityState, CaConfig, CaCore, CaError, CaState, RevocationState, SignError};
+pub use ca::{
+    AuthorityState, CaConfig, CaCore, CaError, CaState, MountedFiles, RevocationState, SignError,
+};
 pub use csr::{CsrError, CsrKey, csr};
 pub use kept::{InvalidRecord, KEPT_BYTES, KeptRecord, TooLargeToKeep};
 pub use peer::{Expected, PeerCertificate, PeerVerifier, Side};
