@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use mesh_telemetry::metric;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 use tokio::time::Sleep;
@@ -126,7 +127,7 @@ impl Waiting {
         let of_source = || self.guests.iter().filter(|(_, guest)| guest.source == source);
         let victim = of_source().find(|(_, guest)| guest.silent).or_else(|| of_source().next());
         if let Some(number) = victim.map(|(number, _)| *number) {
-            metrics::counter!("culvert_controller_connections_shed_total").increment(1);
+            metrics::counter!(metric::CONTROLLER_CONNECTIONS_SHED.name).increment(1);
             drop(self.remove(number));
         }
     }
@@ -314,6 +315,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
 #[cfg(test)]
 mod tests {
+    use mesh_telemetry::metric;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_ebpf::{Capture, GuardAttachment, Interfaces, NetnsCookie, monotonic_now};
-use mesh_telemetry::metric::{GUARDS_RESTORED, INTERFACES_UNGUARDED};
+use mesh_telemetry::metric;
 use tokio_util::sync::CancellationToken;
 
 /// Between rounds of looking after the kernel's tables.
@@ -53,7 +53,7 @@ fn tend_guards(capture: &Capture) {
     match capture.verify_guards() {
         Ok(0) => {}
         Ok(gone) => {
-            metrics::counter!(GUARDS_RESTORED.name)
+            metrics::counter!(metric::GUARDS_RESTORED.name)
                 .increment(u64::try_from(gone).unwrap_or(u64::MAX));
             tracing::error!(gone, "another tool had removed guards of pods; they are back");
         }
@@ -89,7 +89,7 @@ fn tend_once(
         );
     }
     let count = u32::try_from(unguardable.len()).unwrap_or(u32::MAX);
-    metrics::gauge!(INTERFACES_UNGUARDED.name).set(f64::from(count));
+    metrics::gauge!(metric::INTERFACES_UNGUARDED.name).set(f64::from(count));
     let told = node_addresses().map_err(|error| error.to_string()).and_then(|addresses| {
         capture.set_node_addresses(&addresses).map_err(|error| error.to_string())
     });

@@ -63,7 +63,7 @@ impl Events {
         };
         let events: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
         events.create(&PostParams::default(), &event).await?;
-        metrics::counter!("culvert_controller_events_total", "reason" => warning.reason)
+        metrics::counter!(mesh_telemetry::metric::CONTROLLER_EVENTS.name, "reason" => warning.reason)
             .increment(1);
         Ok(())
     }

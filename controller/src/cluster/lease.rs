@@ -94,7 +94,11 @@ impl Election {
             let holds = self.until.borrow().is_some_and(|until| Instant::now() < until);
             if holds != held {
                 info!(lease = self.name, leader = holds, "leadership changed");
-                metrics::gauge!("culvert_controller_leader").set(if holds { 1.0 } else { 0.0 });
+                metrics::gauge!(mesh_telemetry::metric::CONTROLLER_LEADER.name).set(if holds {
+                    1.0
+                } else {
+                    0.0
+                });
                 held = holds;
             }
         }

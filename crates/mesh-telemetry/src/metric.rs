@@ -186,6 +186,12 @@ metrics! {
     /// Labels: `reason`.
     CONTROLLER_UNAUTHENTICATED = "culvert_controller_unauthenticated_total", Counter, "callers that did not prove who they are";
     /// No labels.
+    CONTROLLER_CONNECTIONS_SHED = "culvert_controller_connections_shed_total", Counter, "connections closed because too many had not proved a node";
+    /// Labels: `reason`.
+    CONTROLLER_EVENTS = "culvert_controller_events_total", Counter, "Events written for an operator";
+    /// No labels.
+    CONTROLLER_LEADER = "culvert_controller_leader", Gauge, "1 while this replica holds the Lease";
+    /// No labels.
     CONTROLLER_CERTIFICATES = "culvert_controller_certificates_total", Counter, "certificates issued";
     /// Labels: `reason`.
     CONTROLLER_CERTIFICATES_REFUSED = "culvert_controller_certificates_refused_total", Counter, "certificates refused";
