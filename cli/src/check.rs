@@ -85,6 +85,7 @@ fn findings(args: &CheckArgs) -> Vec<Finding> {
     };
     findings.extend([
         verdict::btf(btf.as_deref().map(<[u8]>::len)),
+        verdict::same_node(machine::can_end_sockets()),
         verdict::lockdown(machine::text("/sys/kernel/security/lockdown").as_deref()),
         verdict::cgroup(&machine::cgroup_roots(&args.cgroup_root)),
         verdict::bpffs(&args.bpffs, machine::is_on_bpffs(&args.bpffs)),

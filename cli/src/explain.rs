@@ -54,11 +54,46 @@ pub(crate) fn run(args: &ExplainArgs, reach: &Reach, output: Output) -> Result<E
     );
     let body = controller.get(&target)?;
     let answer: Answer = controller.read(&body)?;
+    let same_node = if answer.allowed { same_node(&question, reach) } else { None };
     match output {
         Output::Json => show::raw(&body)?,
-        Output::Table => show::text(&render(&asked, note.as_deref(), &answer))?,
+        Output::Table => {
+            let mut text = render(&asked, note.as_deref(), &answer);
+            if let Some(same_node) = same_node {
+                line(&mut text, 0, &same_node);
+            }
+            show::text(&text)?;
+        }
     }
     Ok(if answer.allowed { Ending::Yes } else { Ending::No })
+}
+
+/// What this node's agent says of the path between two of its pods.
+#[derive(Debug, Deserialize)]
+struct SameNode {
+    direct: bool,
+    in_force: bool,
+    because: String,
+}
+
+/// Asks the agent of this machine; none when there is none, or when the connection is not between two of its pods.
+fn same_node(question: &Question, reach: &Reach) -> Option<String> {
+    let agent = AdminClient::new(Daemon::Agent, reach);
+    if !agent.is_there() {
+        return None;
+    }
+    let port = question.port.to_string();
+    let from = question.from.rsplit_once("//Pod/").map_or(&*question.from, |(_, name)| name);
+    let asked = query(&[("from", from), ("to", &question.to), ("port", &port)]);
+    let answer: SameNode = agent.read(&agent.get(&format!("/same-node{asked}")).ok()?).ok()?;
+    let SameNode { direct, in_force, because } = answer;
+    Some(match (direct, in_force) {
+        (true, true) => format!("on this node: direct, without the agent ({because})"),
+        (true, false) => {
+            format!("on this node: direct from the second connection on ({because})")
+        }
+        (false, _) => format!("on this node: through the agent, encrypted ({because})"),
+    })
 }
 
 fn render(asked: &str, note: Option<&str>, answer: &Answer) -> String {

@@ -21,6 +21,8 @@ struct AgentStatus {
     waiting_for: Vec<String>,
     controller: Standing,
     capture: CaptureStatus,
+    #[serde(default)]
+    same_node: Option<SameNodeStatus>,
     pods: Vec<EnrolledPod>,
     workloads: usize,
     services: usize,
@@ -47,6 +49,29 @@ struct CaptureStatus {
     guard: String,
     cgroup_root: String,
     adopted: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct SameNodeStatus {
+    setting: String,
+    lacking: Option<String>,
+    verdicts: usize,
+    open: usize,
+}
+
+impl SameNodeStatus {
+    fn sentence(&self) -> String {
+        let Self { setting, lacking, verdicts, open } = self;
+        match lacking {
+            Some(lacking) => format!("by tunnel, since the kernel lacks: {lacking}"),
+            None if setting == "direct" => format!(
+                "direct, {}, {} open",
+                count(*verdicts, "verdict"),
+                count(*open, "connection")
+            ),
+            None => format!("by {setting}"),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -196,6 +221,9 @@ fn render_agent(status: &AgentStatus) -> String {
         ),
     ];
     let mut text = list(&facts);
+    if let Some(same_node) = &status.same_node {
+        text.push_str(&list(&[("same node", same_node.sentence())]));
+    }
     for denying in &status.denying {
         text.push_str(&list(&[("DENYING", denying.clone())]));
     }

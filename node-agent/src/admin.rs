@@ -114,7 +114,8 @@ impl Desk {
     }
 
     fn add_views(&self, routes: Routes) -> Routes {
-        let [dump, certs, connections, pods, stats, status] = std::array::from_fn(|_| self.clone());
+        let [dump, certs, connections, pods, stats, status, direct] =
+            std::array::from_fn(|_| self.clone());
         routes
             .get("/memory", |_request| async { memory() })
             .get("/config_dump", move |_request| {
@@ -137,6 +138,10 @@ impl Desk {
                 let desk = stats.clone();
                 async move { Reply::json(&desk.stats()) }
             })
+            .get("/same-node", move |request: Request| {
+                let desk = direct.clone();
+                async move { desk.explain_direct(&request).await }
+            })
             .get("/status", move |_request| {
                 let desk = status.clone();
                 async move { Reply::json(&desk.status()) }
@@ -145,7 +150,10 @@ impl Desk {
 
     async fn config_dump(&self) -> serde_json::Value {
         let connections = self.data_plane.connections().await;
-        dump::config(&self.picture.snapshot(), &self.enroller.list(), &connections, &self.node)
+        let mut dump =
+            dump::config(&self.picture.snapshot(), &self.enroller.list(), &connections, &self.node);
+        dump["config"]["sameNode"] = json!(self.data_plane.direct().status());
+        dump
     }
 
     /// Counters of the data plane and of the kernel's side of capture.
@@ -153,6 +161,7 @@ impl Desk {
         let capture = self.gate.capture().counters();
         json!({
             "dataPlane": self.data_plane.stats(),
+            "sameNode": self.data_plane.direct().status(),
             "capture": capture.unwrap_or_else(|error| {
                 tracing::debug!(%error, "the counters of capture cannot be read");
                 std::collections::BTreeMap::new()
@@ -196,6 +205,7 @@ impl Desk {
                 "cgroupRoot": features.cgroup_root,
                 "adopted": features.adopted,
             },
+            "sameNode": self.data_plane.direct().status(),
             "pods": pods,
             "workloads": snapshot.index.workloads().len(),
             "services": snapshot.index.services().len(),
@@ -205,6 +215,19 @@ impl Desk {
             "indexRevision": snapshot.index.revision().0,
             "policyRevision": snapshot.policies.revision().0,
         })
+    }
+
+    /// Whether a connection of this node's pods goes directly: `from`, `to` and `port` as `culvert explain` has them.
+    async fn explain_direct(&self, request: &Request) -> Reply {
+        let port = request.query("port").and_then(|port| port.parse().ok());
+        let (Some(from), Some(to), Some(port)) = (request.query("from"), request.query("to"), port)
+        else {
+            return Reply::error(StatusCode::BAD_REQUEST, "give ?from=POD&to=POD&port=NUMBER");
+        };
+        match self.data_plane.direct().explain(from, to, port).await {
+            Some(explained) => Reply::json(&explained),
+            None => Reply::error(StatusCode::NOT_FOUND, "not both are captured pods of this node"),
+        }
     }
 
     /// Sets the gauges that are read off at scraping.
@@ -258,6 +281,10 @@ impl Desk {
         match AllocatorBytes::now() {
             Ok(bytes) => bytes.observe(),
             Err(error) => tracing::debug!(%error, "the allocator's counts cannot be read"),
+        }
+        if let Some(direct) = self.data_plane.direct().status() {
+            metrics::gauge!(metric::DIRECT_VERDICTS.name).set(number(direct.verdicts));
+            metrics::counter!(metric::DIRECT_CUT.name).absolute(direct.cut);
         }
         let stats = self.data_plane.stats();
         metrics::counter!(metric::LIVE_FLOWS_CUT.name).absolute(stats.live_cut);

@@ -132,6 +132,18 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         DataPlane::start(config, Arc::clone(&shared), gate_for_workers)
             .context("starting the data plane")?,
     );
+    data_plane
+        .direct()
+        .start(
+            settings.same_node,
+            Arc::clone(&capture),
+            Arc::clone(&shared),
+            data_plane.next_flow(),
+        )
+        .context("starting the direct path")?;
+    if running.is_none() {
+        data_plane.direct().adopt();
+    }
     let picture = Arc::new(Picture::new(Arc::clone(&shared), Arc::clone(&data_plane)));
 
     let wanted = watch::Sender::new(Arc::new(WantedPods::default()));
@@ -194,6 +206,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         tell_supervisor(Notice::Succeeded);
     }
     adopt(&enroller, &wanted.borrow().clone(), &capture).await?;
+    data_plane.direct().settle();
     pods_pending.done();
 
     let desk = Desk {
@@ -307,6 +320,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
     if let Err(error) = enrolment_desk.pause().await {
         tracing::warn!(%error, "the list of enrolled pods is not written");
     }
+    tokio::task::block_in_place(|| data_plane.direct().end());
     data_plane.drain(settings.drain()).await;
     last_requests(served).await;
     tasks.shutdown().await;
@@ -538,6 +552,9 @@ fn take_over(
 ) -> anyhow::Result<()> {
     let taken = tokio::task::block_in_place(|| running.take_over(data_plane, dns, runtime));
     for pod in taken.context("taking over from the running agent")? {
+        if pod.slots.is_some() {
+            data_plane.direct().pod_captured(pod.sockets.clone(), None);
+        }
         gate.handed_over(pod);
     }
     Ok(())

@@ -185,16 +185,23 @@ impl PodAttachments for Attachments {
             retryable: true,
             source: error.into(),
         })?;
+        let settings = capture.settings.clone();
         match self.sockets(uid) {
-            Some(before) if !same_sockets(&before, &sockets) => self.unstage(uid),
-            Some(_same) if self.reconfigure(uid, capture.clone())? => return Ok(()),
+            Some(before) if !same_sockets(&before, &sockets) => {
+                self.data_plane.direct().pod_leaves(before.cookie, Drain::Now);
+                self.unstage(uid);
+            }
+            Some(_same) if self.reconfigure(uid, capture.clone())? => {
+                self.data_plane.direct().pod_captured(sockets, Some(settings));
+                return Ok(());
+            }
             Some(_) | None => {}
         }
         // Other sockets, or the same pod that was being let go: its name is free only when they are closed.
         self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));
         let staged = StagedPod { capture: Some(capture), sockets: sockets.clone(), slots: None };
         self.gate.lock().insert(uid.clone(), staged);
-        let added = self.runtime.block_on(self.data_plane.add_pod(sockets)).map_err(|error| AttachError {
+        let added = self.runtime.block_on(self.data_plane.add_pod(sockets.clone())).map_err(|error| AttachError {
             what: "the pod's sockets cannot be opened or its capture switched on",
             remedy: "see that nothing in the pod listens on ports 15001, 15006 or 15008, and `culvert check`",
             retryable: true,
@@ -203,11 +210,15 @@ impl PodAttachments for Attachments {
         if added.is_err() {
             self.unstage(uid);
             self.dns.remove(uid);
+        } else {
+            self.data_plane.direct().pod_captured(sockets, Some(settings));
         }
         added
     }
 
     fn detach(&self, uid: &PodUid, cookie: u64, drain: Drain) -> Result<(), AttachError> {
+        // First, while the kernel still tells of the pod's connections.
+        self.data_plane.direct().pod_leaves(cookie, drain);
         self.gate.capture.unenroll(NetnsCookie(cookie)).map_err(kernel_refused)?;
         self.dns.remove(uid);
         match drain {

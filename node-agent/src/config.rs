@@ -14,6 +14,7 @@ use mesh_telemetry::LogFormat;
 use crate::cni::CniFolders;
 use crate::control::pods::Denied;
 use crate::control::session::{ControllerConfig, Credential};
+use crate::dataplane::SameNode;
 
 /// The per-node agent of the Culvert mesh.
 #[derive(Clone, Debug, Parser)]
@@ -132,6 +133,10 @@ pub struct Settings {
     /// Engines of the data path, each on a thread of its own; default: usable cores.
     #[arg(long, env = "CULVERT_WORKERS")]
     pub workers: Option<usize>,
+    /// Whether captured pods of this node talk without the agent where policy allows it, or always through its tunnels,
+    /// encrypted.
+    #[arg(long, env = "CULVERT_SAME_NODE", value_enum, default_value = "direct")]
+    pub same_node: SameNode,
     /// How long connections may go on when the agent stops, seconds. Those of a pod that leaves the mesh go on until they end.
     #[arg(long, env = "CULVERT_DRAIN_SECONDS", default_value_t = 5)]
     pub drain_seconds: u64,

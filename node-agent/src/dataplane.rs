@@ -6,13 +6,15 @@
 //!
 //! - `outbound`: capture → resolve → authorize → tunnel or passthrough → telemetry,
 //! - `inbound`: accept → resolve → authorize → deliver → telemetry,
-//! - `rejudge`: the same verdicts again, on live flows, when what they rest on changes.
+//! - `rejudge`: the same verdicts again, on live flows, when what they rest on changes,
+//! - `direct`: pods of this node talk without the workers where the same verdicts allow it.
 //!
 //! **Invariants.** No byte leaves a pod without a spent permit. Whatever is unknown waits for a bounded time, then its
 //! client is reset. Each accepted flow is reported exactly once. Nothing here waits, but in the async methods of
 //! [`DataPlane`], which are called from the agent's runtime and talk to the workers by bounded queues.
 
 mod crossing;
+pub(crate) mod direct;
 mod flows;
 mod handover;
 mod inbound;
@@ -41,6 +43,7 @@ use mesh_net::driver::{SendError, WorkerConfig, WorkerHandle, spawn};
 use mesh_net::socket;
 use tokio::sync::oneshot;
 
+pub use direct::{DirectExplanation, DirectPath, DirectStatus, SameNode};
 pub use flows::{ConnectionView, FlowEvent};
 pub(crate) use handover::{HandOverRefused, HandedPod, Part, WrittenPlane};
 pub use shared::{
@@ -69,6 +72,7 @@ pub struct DataPlane {
     stats: Arc<Stats>,
     budget: Arc<DescriptorBudget>,
     watchdog: Watchdog,
+    direct: DirectPath,
 }
 
 #[derive(Debug)]
@@ -117,6 +121,7 @@ impl DataPlane {
         let budget = Arc::new(DescriptorBudget::under(descriptors));
         let stats = Arc::new(Stats::new());
         let next_flow = Arc::new(AtomicU64::new(1));
+        let direct = DirectPath::default();
         let handshakes = handshakes_per_worker(&config, &budget);
         let serving = config.workers.max(1);
         let count = serving.max(config.inherited_workers);
@@ -138,6 +143,7 @@ impl DataPlane {
                 stats: Arc::clone(&stats),
                 changed: Arc::clone(&changed),
                 next_flow: Arc::clone(&next_flow),
+                direct: direct.clone(),
                 to_self: self_sender(Arc::clone(&handle)),
                 slot: index,
                 seed: seed(index.into()),
@@ -160,6 +166,7 @@ impl DataPlane {
             draining: AtomicBool::new(false),
             stats,
             budget,
+            direct,
         })
     }
 
@@ -244,6 +251,18 @@ impl DataPlane {
             worker.changed.fetch_or(what.0, Ordering::AcqRel);
             worker.handle.poke();
         }
+        self.direct.changed();
+    }
+
+    /// The direct path. It is not there before it is started, and nothing needs it.
+    #[must_use]
+    pub const fn direct(&self) -> &DirectPath {
+        &self.direct
+    }
+
+    /// The source of flows' names.
+    pub(crate) fn next_flow(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.next_flow)
     }
 
     /// The open flows of all pods, oldest first.
@@ -252,6 +271,7 @@ impl DataPlane {
         for worker in &self.workers {
             all.extend(ask(worker, |reply| Command::List { reply }).await.unwrap_or_default());
         }
+        all.extend(self.direct.connections().await);
         all.sort_by(|one, other| one.id.cmp(&other.id));
         all
     }

@@ -137,14 +137,12 @@ impl Ledger {
 
     fn take(&mut self, event: FlowEvent) {
         match event {
-            FlowEvent::Opened(facts) => {
-                let path = if facts.mutual_tls { FlowPath::Tunnel } else { FlowPath::Plaintext };
+            FlowEvent::Opened { facts, path } => {
                 let flow = self.meter.opened((*facts).clone(), path);
                 let counted = Counted { flow, total: FlowBytes::default() };
                 self.open.entry((*facts).clone()).or_default().push(counted);
             }
-            FlowEvent::TakenOver { facts, bytes } => {
-                let path = if facts.mutual_tls { FlowPath::Tunnel } else { FlowPath::Plaintext };
+            FlowEvent::TakenOver { facts, path, bytes } => {
                 let flow = self.meter.taken_over((*facts).clone(), path, bytes);
                 let counted = Counted { flow, total: bytes };
                 self.open.entry((*facts).clone()).or_default().push(counted);
@@ -248,7 +246,9 @@ mod tests {
         let reports = FlowReports { mailbox };
         let (open, late) = (facts("open"), facts("late"));
         let bytes = FlowBytes { client_to_server: 1, server_to_client: 0 };
-        assert!(reports.report(FlowEvent::Opened(Arc::clone(&open))));
+        assert!(
+            reports.report(FlowEvent::Opened { facts: Arc::clone(&open), path: FlowPath::Tunnel })
+        );
         let denial = || {
             FlowEvent::Denied(EarlyDenial {
                 source: "10.0.0.1:1".parse().unwrap(),
@@ -261,7 +261,9 @@ mod tests {
         while reports.report(denial()) {}
         // What can be left out is, and says so.
         assert!(!reports.report(FlowEvent::Moved { facts: Arc::clone(&open), bytes }));
-        assert!(!reports.report(FlowEvent::Opened(Arc::clone(&late))));
+        assert!(
+            !reports.report(FlowEvent::Opened { facts: Arc::clone(&late), path: FlowPath::Tunnel })
+        );
         assert!(!reports.report(closed(&late, false)));
         // What would leave a flow open for ever cannot.
         assert!(reports.report(closed(&open, true)));

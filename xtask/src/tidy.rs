@@ -36,6 +36,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-telemetry",
             "mesh-wire",
             "mesh-dns",
+            "mesh-direct",
             "mesh-enroll",
             "mesh-net",
             "mesh-runtime",

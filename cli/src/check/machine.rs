@@ -55,6 +55,20 @@ pub(super) fn has_clsact() -> Option<bool> {
     folder.join("modules.dep").exists().then_some(false)
 }
 
+/// True when the kernel can end sockets for the direct path; none when its configuration cannot be read.
+pub(super) fn can_end_sockets() -> Option<bool> {
+    let release = text("/proc/sys/kernel/osrelease")?;
+    let config = text(&format!("/boot/config-{release}")).or_else(kernel_config)?;
+    Some(config.lines().any(|line| line == "CONFIG_INET_DIAG_DESTROY=y"))
+}
+
+/// The running kernel's configuration, where it tells it.
+fn kernel_config() -> Option<String> {
+    let unpacked =
+        std::process::Command::new("gzip").args(["-dc", "/proc/config.gz"]).output().ok()?;
+    unpacked.status.success().then(|| String::from_utf8_lossy(&unpacked.stdout).into_owned())
+}
+
 /// Where the hierarchy may be: `named`, or the usual places for `auto`.
 pub(super) fn cgroup_roots(named: &str) -> Vec<CgroupRoot> {
     let paths = match named {

@@ -90,6 +90,23 @@ pub(super) fn guard(tcx: Option<bool>, clsact: Option<bool>) -> Finding {
     }
 }
 
+/// Whether connections between pods of one node may go without the agent.
+pub(super) fn same_node(can_end_sockets: Option<bool>) -> Finding {
+    match can_end_sockets {
+        Some(true) => Finding::ok("same node", "direct: sockets can be ended (SOCK_DESTROY)"),
+        Some(false) => Finding::warn(
+            "same node",
+            "sockets cannot be ended: it falls back to tunnels through the agent",
+            "use a kernel with CONFIG_INET_DIAG_DESTROY=y and the module tcp_diag",
+        ),
+        None => Finding::warn(
+            "same node",
+            "whether sockets can be ended cannot be told; if not, it falls back to tunnels",
+            "see that modprobe tcp_diag works; the agent's log says what it found",
+        ),
+    }
+}
+
 pub(super) fn lockdown(modes: Option<&str>) -> Finding {
     let remedy = "boot without lockdown=confidentiality: it forbids BPF to read";
     match modes {

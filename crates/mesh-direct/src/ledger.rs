@@ -202,6 +202,18 @@ impl Ledger {
         (!stuck).then(|| now.saturating_add(self.bounds.lease))
     }
 
+    /// How many pairs have a verdict.
+    #[must_use]
+    pub const fn verdicts(&self) -> usize {
+        self.permitted
+    }
+
+    /// True when the pair has a verdict.
+    #[must_use]
+    pub fn is_permitted(&self, pair: &Pair) -> bool {
+        self.pairs.get(pair).is_some_and(|entry| entry.permitted)
+    }
+
     /// The pairs that have a verdict.
     pub fn permitted(&self) -> impl Iterator<Item = &Pair> {
         self.pairs.iter().filter(|(_, entry)| entry.permitted).map(|(pair, _)| pair)

@@ -202,7 +202,7 @@ pub struct FlowFacts {
     pub destination_principal: Option<SpiffeId>,
     /// The service that was meant.
     pub service: Option<ServiceLabels>,
-    /// True when both identities were proven.
+    /// True when both identities were proven by mutual TLS.
     pub mutual_tls: bool,
 }
 

@@ -121,6 +121,8 @@ metrics! {
     DNS_QUERIES = "culvert_dns_queries_total", Counter, "DNS queries of pods, by outcome";
     /// No labels.
     DIRECT_VERDICTS = "culvert_direct_verdicts", Gauge, "same-node verdicts held by the kernel";
+    /// No labels.
+    DIRECT_CUT = "culvert_direct_connections_cut_total", Counter, "same-node connections cut because what allowed them has gone";
     /// Labels: `queue` (flow_reports, identities).
     EVENTS_DROPPED = "culvert_events_dropped_total", Counter, "events dropped because a bounded queue was full";
     /// No labels.

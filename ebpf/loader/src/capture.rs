@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use mesh_ebpf_abi::{Address, ClientKey, Counter, LAYOUT, Port, maps as shapes, port};
 
-use crate::direct::{self, DirectEvent, DirectFlow, DirectPair};
+use crate::direct::{self, DirectEnd, DirectEvent, DirectFlow, DirectPair};
 use crate::foreign::ForeignLayouts;
 use crate::guard::{self, Guards};
 use crate::maps::{self, Maps};
@@ -292,6 +292,11 @@ impl Capture {
     /// The direct connections that are open, with their clients' namespaces. Walks the flow table.
     pub fn direct_flows(&self) -> Result<Vec<(DirectFlow, NetnsCookie)>, CaptureError> {
         direct::flows(&self.maps)
+    }
+
+    /// The ends of direct connections that are open; one whose pod is gone has none. Walks the flow table.
+    pub fn direct_ends(&self) -> Result<Vec<(DirectFlow, DirectEnd)>, CaptureError> {
+        direct::ends(&self.maps)
     }
 
     /// Ends a direct connection: the guards let nothing of it pass any more, and its sockets in

@@ -90,6 +90,20 @@ pub struct Selection {
     pub exclude_networks: Vec<IpNet>,
 }
 
+impl Selection {
+    /// Whether a connection is captured, as the kernel's side decides it: `address` is the other end, `port` the server's.
+    #[must_use]
+    pub fn selects(&self, address: IpAddr, port: u16) -> bool {
+        let within = |networks: &[IpNet]| networks.iter().any(|net| net.contains(&address));
+        if self.exclude_ports.contains(&port) || within(&self.exclude_networks) {
+            return false;
+        }
+        (self.include_ports.is_empty() && self.include_networks.is_empty())
+            || self.include_ports.contains(&port)
+            || within(&self.include_networks)
+    }
+}
+
 impl Default for PodSettings {
     fn default() -> Self {
         Self {
@@ -102,5 +116,34 @@ impl Default for PodSettings {
             inbound: Selection::default(),
             probe_ports: BTreeSet::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exclusion_wins_over_inclusion() {
+        let ports = |ports: &[u16]| ports.iter().copied().collect::<BTreeSet<u16>>();
+        let nets = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect::<Vec<_>>();
+        let at: IpAddr = "10.1.2.3".parse().unwrap();
+        let check = |selection: Selection, port: u16, expected: bool| {
+            assert_eq!(selection.selects(at, port), expected, "{selection:?} {port}");
+        };
+        let none = Selection::default;
+        check(none(), 80, true);
+        check(Selection { exclude_ports: ports(&[80]), ..none() }, 80, false);
+        check(Selection { exclude_networks: nets(&["10.0.0.0/8"]), ..none() }, 80, false);
+        check(Selection { include_ports: ports(&[80]), ..none() }, 80, true);
+        check(Selection { include_ports: ports(&[80]), ..none() }, 81, false);
+        check(Selection { include_networks: nets(&["10.1.0.0/16"]), ..none() }, 81, true);
+        check(Selection { include_networks: nets(&["fd00::/8"]), ..none() }, 81, false);
+        let both = Selection {
+            include_ports: ports(&[80]),
+            exclude_networks: nets(&["10.1.2.3/32"]),
+            ..none()
+        };
+        check(both, 80, false);
     }
 }

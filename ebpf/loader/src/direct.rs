@@ -35,6 +35,15 @@ pub struct DirectFlow {
     pub target: SocketAddr,
 }
 
+/// One end of a direct connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DirectEnd {
+    /// Who connected.
+    Client,
+    /// Who accepted.
+    Server,
+}
+
 /// What happened to a direct connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DirectOutcome {
@@ -104,6 +113,23 @@ pub(crate) fn flows(maps: &Maps) -> Result<Vec<(DirectFlow, NetnsCookie)>, Captu
     Ok(flows
         .filter(|(_, state)| state.origin == FlowOrigin::Direct as u32)
         .map(|(key, state)| (flow(&key), NetnsCookie(state.netns_cookie)))
+        .collect())
+}
+
+/// The ends of direct connections that are open.
+pub(crate) fn ends(maps: &Maps) -> Result<Vec<(DirectFlow, DirectEnd)>, CaptureError> {
+    let flows = maps.flows.elements()?.into_iter();
+    Ok(flows
+        .filter_map(|(key, state)| {
+            if state.origin == FlowOrigin::Direct as u32 {
+                Some((flow(&key), DirectEnd::Client))
+            } else if state.origin == FlowOrigin::DirectAccepted as u32 {
+                let DirectFlow { client, target } = flow(&key);
+                Some((DirectFlow { client: target, target: client }, DirectEnd::Server))
+            } else {
+                None
+            }
+        })
         .collect())
 }
 

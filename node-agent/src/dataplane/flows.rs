@@ -5,14 +5,14 @@
 //! [`FlowEvent::Opened`] when both ends are connected, and [`FlowEvent::Moved`] with the bytes since the last one.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mesh_authorize::{Note, RuleRef};
 use mesh_model::{CloseReason, Direction, FlowId, PodUid, SpiffeId};
-use mesh_resolve::Authority;
+use mesh_resolve::{Authority, Route};
 use mesh_telemetry::{EarlyDenial, FlowBytes, FlowFacts, FlowPath, FlowRecord};
 use mesh_tunnel::{RelayBytes, RelayId};
 use serde::Serialize;
@@ -27,11 +27,18 @@ use crate::dataplane::worker::Refusal;
 #[derive(Clone, Debug)]
 pub enum FlowEvent {
     /// Both ends are connected.
-    Opened(Arc<FlowFacts>),
+    Opened {
+        /// Whose.
+        facts: Arc<FlowFacts>,
+        /// How it goes over the network.
+        path: FlowPath,
+    },
     /// A flow that a predecessor reported as opened goes on here.
     TakenOver {
         /// Which.
         facts: Arc<FlowFacts>,
+        /// How it goes over the network.
+        path: FlowPath,
         /// What the predecessor has reported of it.
         bytes: FlowBytes,
     },
@@ -251,7 +258,8 @@ impl FlowTable {
     pub(super) fn announce(&self) {
         for flow in self.flows.values().filter(|flow| flow.announced) {
             let facts = Arc::clone(&flow.story.facts);
-            self.sink.report(FlowEvent::TakenOver { facts, bytes: flow.reported });
+            let (path, bytes) = (flow.story.path, flow.reported);
+            self.sink.report(FlowEvent::TakenOver { facts, path, bytes });
         }
     }
 
@@ -295,7 +303,23 @@ impl FlowTable {
         let Some(flow) = self.flows.get_mut(&relay) else { return };
         flow.established = true;
         flow.story.connected(proved, baggage);
-        flow.announced = self.sink.report(FlowEvent::Opened(Arc::clone(&flow.story.facts)));
+        let (facts, path) = (Arc::clone(&flow.story.facts), flow.story.path);
+        flow.announced = self.sink.report(FlowEvent::Opened { facts, path });
+    }
+
+    /// A pod's own connection that goes to the very pod that was dialled: the pod's cookie, its address, and that one.
+    pub(super) fn to_pod(&self, relay: RelayId) -> Option<(u64, IpAddr, SocketAddr)> {
+        let LiveFlow { story, pod, .. } = self.flows.get(&relay)?;
+        let dialled = story.flow.orig_dst.addr();
+        match &story.resolved.as_ref()?.route {
+            Route::Tunnel(route) if route.next_hop.ip() == dialled.ip() => {
+                Some((pod.sockets.cookie, story.flow.client.ip(), dialled))
+            }
+            Route::Tunnel(_)
+            | Route::ViaWaypoint { .. }
+            | Route::Passthrough { .. }
+            | Route::Deliver { .. } => None,
+        }
     }
 
     /// The engine has ended a flow.
@@ -337,7 +361,8 @@ impl FlowTable {
         for (relay, flow) in &mut self.flows {
             let facts = Arc::clone(&flow.story.facts);
             if flow.established && !flow.announced {
-                flow.announced = self.sink.report(FlowEvent::Opened(Arc::clone(&facts)));
+                let (facts, path) = (Arc::clone(&facts), flow.story.path);
+                flow.announced = self.sink.report(FlowEvent::Opened { facts, path });
             }
             let Some(bytes) = count(*relay).map(|bytes| flow.bytes(bytes)) else { continue };
             let moved = bytes.since(flow.reported);

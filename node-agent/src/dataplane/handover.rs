@@ -133,6 +133,9 @@ struct PlaneState {
     pods: Vec<PodState>,
     next_pod: u64,
     next_flow: u64,
+    /// What the direct path knows; absent where it is not kept.
+    #[serde(default)]
+    direct: Option<serde_json::Value>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -194,6 +197,7 @@ impl DataPlane {
     pub(crate) async fn go_on(&self, written: WrittenPlane) {
         written.decide(Verdict::GoOn);
         self.watchdog.pause(false);
+        self.direct.go_on();
         self.hold_tunnel_ports(false).await;
     }
 
@@ -252,6 +256,7 @@ impl DataPlane {
                 // Nothing has left this process.
                 plane.decide(Verdict::GoOn);
                 self.watchdog.pause(false);
+                self.direct.go_on();
                 return Err(error);
             }
         }
@@ -280,6 +285,7 @@ impl DataPlane {
     }
 
     fn written_pods(&self) -> Result<Part, HandOverRefused> {
+        let direct = self.direct.freeze();
         let pods = self.pods();
         let mut fds = Vec::with_capacity(pods.len());
         let mut states = Vec::with_capacity(pods.len());
@@ -312,6 +318,7 @@ impl DataPlane {
             pods: states,
             next_pod: self.next_pod.load(Ordering::Relaxed),
             next_flow: self.next_flow.load(Ordering::Relaxed),
+            direct,
         };
         let bytes = serde_json::to_vec(&state).map_err(HandOverRefused::Malformed)?;
         Ok(Part { bytes: Zeroizing::new(bytes), fds })
@@ -327,7 +334,8 @@ impl DataPlane {
     ) -> Result<TakenPlane, HandOverRefused> {
         let mut parts = parts.into_iter();
         let plane = parts.next().ok_or(HandOverRefused::Inconsistent("no pods"))?;
-        let (state, pods) = read_pods(plane)?;
+        let (mut state, pods) = read_pods(plane)?;
+        let direct = state.direct.take();
         let mut workers = parts.map(read_worker).collect::<Result<Vec<_>, _>>()?;
         if workers.len() > self.workers.len() {
             return Err(HandOverRefused::Inconsistent("more workers than announced"));
@@ -381,6 +389,7 @@ impl DataPlane {
             }
         }
         outcome?;
+        self.direct.succeed(direct);
         Ok(TakenPlane { pods: self.serve_handed(pods, &slots), flows })
     }
 

@@ -113,12 +113,7 @@ impl Pod {
 
     /// The pod's workload, when the index has it. One of the same name that is somebody else's is not it.
     pub(super) fn workload(&self, snapshot: &Snapshot) -> Option<Arc<Workload>> {
-        let sockets = &self.sockets;
-        let workload = snapshot.index.workload_by_name(&sockets.namespace, &sockets.name)?;
-        let same_account = workload.service_account == sockets.service_account;
-        let same_address =
-            workload.addresses.is_empty() || workload.addresses.iter().any(|ip| self.owns(*ip));
-        (same_account && same_address).then(|| Arc::clone(workload))
+        self.sockets.workload(snapshot)
     }
 
     /// Remembers that `client` has a captured plaintext connection here, until the result is dropped.
@@ -147,6 +142,17 @@ impl Pod {
     #[cfg(test)]
     fn plaintext_client_count(&self) -> usize {
         self.clients().len()
+    }
+}
+
+impl PodSockets {
+    /// The pod's workload, when the index has it. One of the same name that is somebody else's is not it.
+    pub(super) fn workload(&self, snapshot: &Snapshot) -> Option<Arc<Workload>> {
+        let workload = snapshot.index.workload_by_name(&self.namespace, &self.name)?;
+        let same_account = workload.service_account == self.service_account;
+        let same_address = workload.addresses.is_empty()
+            || workload.addresses.iter().any(|ip| self.addresses.contains(ip));
+        (same_account && same_address).then(|| Arc::clone(workload))
     }
 }
 

@@ -287,7 +287,7 @@ fn judge_again(snapshot: &Snapshot, live: &LiveFlow) -> Option<Denial> {
 }
 
 /// A live flow that is denied was allowed before: what changed is the policy.
-fn live_reason(reason: CloseReason) -> CloseReason {
+pub(super) fn live_reason(reason: CloseReason) -> CloseReason {
     let of_policy =
         [CloseReason::PolicyDenied, CloseReason::EgressDenied, CloseReason::PolicyMissing];
     if of_policy.contains(&reason) { CloseReason::PolicyChanged } else { reason }

@@ -203,6 +203,20 @@ pub(crate) fn policy_ref(rule: &RuleRef) -> PolicyRef {
     }
 }
 
+/// The labels of a connection on the direct path. The node has proved both identities, without TLS.
+pub(super) fn direct_facts(
+    resolved: &ResolvedFlow,
+    source: &SpiffeId,
+    destination: &SpiffeId,
+) -> FlowFacts {
+    FlowFacts {
+        source_principal: Some(source.clone()),
+        destination_principal: Some(destination.clone()),
+        mutual_tls: false,
+        ..facts(&resolved.flow, Some(resolved), Some(source), None)
+    }
+}
+
 /// The labels of a flow. What the index knows about the source goes before what the source says.
 fn facts(
     flow: &Flow,

@@ -26,6 +26,7 @@ use mesh_tunnel::{
 use tokio::sync::oneshot;
 
 use crate::dataplane::crossing::Crossings;
+use crate::dataplane::direct::DirectPath;
 use crate::dataplane::flows::{ConnectionView, FlowTable, Held};
 use crate::dataplane::handover::worker::{Taking, Writing};
 use crate::dataplane::inbound::Request;
@@ -145,6 +146,7 @@ pub(super) struct NodeWorker {
     pub(super) holds_handshakes: bool,
     changed: Arc<AtomicU8>,
     next_flow: Arc<AtomicU64>,
+    direct: DirectPath,
     entropy: u64,
     next_report: Instant,
     /// When the ends of the tunnels' certificates are looked at.
@@ -168,6 +170,7 @@ pub(super) struct WorkerParts {
     pub(super) stats: Arc<Stats>,
     pub(super) changed: Arc<AtomicU8>,
     pub(super) next_flow: Arc<AtomicU64>,
+    pub(super) direct: DirectPath,
     pub(super) to_self: CommandSender,
     /// Its number.
     pub(super) slot: u16,
@@ -176,8 +179,18 @@ pub(super) struct WorkerParts {
 
 impl NodeWorker {
     pub(super) fn new(parts: WorkerParts) -> Self {
-        let WorkerParts { config, shared, capture, stats, changed, next_flow, to_self, slot, seed } =
-            parts;
+        let WorkerParts {
+            config,
+            shared,
+            capture,
+            stats,
+            changed,
+            next_flow,
+            direct,
+            to_self,
+            slot,
+            seed,
+        } = parts;
         Self {
             label: AgentLabel(Arc::clone(&capture)),
             flows: FlowTable::new(Arc::clone(&shared.flows)),
@@ -202,6 +215,7 @@ impl NodeWorker {
             stats,
             changed,
             next_flow,
+            direct,
             to_self,
             slot,
         }
@@ -717,6 +731,11 @@ impl Handler for NodeWorker {
     fn established(&mut self, ops: &mut Ops, relay: RelayId, baggage: Option<String>) {
         let proved = ops.engine.relay_tunnel(relay).and_then(|tunnel| self.tunnels.peer(tunnel));
         self.flows.established(relay, proved, baggage.as_deref());
+        if let Some((cookie, client, target)) = self.flows.to_pod(relay)
+            && self.serves(target.ip())
+        {
+            self.direct.offer(cookie, client, target);
+        }
     }
 
     fn closed(&mut self, ops: &mut Ops, relay: RelayId, reason: CloseReason, bytes: RelayBytes) {

@@ -85,7 +85,7 @@ impl Ledger {
                 .iter()
                 .filter_map(|event| match event {
                     FlowEvent::Closed { record, .. } => Some((**record).clone()),
-                    FlowEvent::Opened(_)
+                    FlowEvent::Opened { .. }
                     | FlowEvent::Moved { .. }
                     | FlowEvent::TakenOver { .. }
                     | FlowEvent::Noted { .. }

@@ -116,6 +116,33 @@ pub(crate) const MEASUREMENTS: &[Measurement] = &[
         arguments: CONNECT16,
         rows: CONNECTIONS,
     },
+    Measurement {
+        name: "direct-bulk1",
+        distance: Distance::SameNodeDirect,
+        arguments: BULK1,
+        rows: STREAMS1,
+    },
+    Measurement {
+        name: "direct-ping",
+        distance: Distance::SameNodeDirect,
+        arguments: PING,
+        rows: &[
+            ("64 B there and back, p50", "µs", false, Quantity::Field("p50_us")),
+            ("64 B there and back, p99", "µs", false, Quantity::Field("p99_us")),
+        ],
+    },
+    Measurement {
+        name: "direct-connect16",
+        distance: Distance::SameNodeDirect,
+        arguments: CONNECT16,
+        rows: CONNECTIONS,
+    },
+    Measurement {
+        name: "direct-request",
+        distance: Distance::SameNodeDirect,
+        arguments: REQUEST,
+        rows: REQUESTS,
+    },
 ];
 
 impl Quantity {

@@ -24,8 +24,10 @@ pub(crate) const PODS: usize = 20;
 pub(crate) enum Distance {
     /// On two nodes.
     AcrossNodes,
-    /// On one node.
+    /// On one node, in a tunnel: node a.
     SameNode,
+    /// On one node, on the direct path: node b.
+    SameNodeDirect,
 }
 
 impl Distance {
@@ -33,14 +35,15 @@ impl Distance {
     pub(crate) const fn words(self) -> &'static str {
         match self {
             Self::AcrossNodes => "across nodes",
-            Self::SameNode => "same node",
+            Self::SameNode => "same node, tunnel",
+            Self::SameNodeDirect => "same node, direct",
         }
     }
 
     /// The name of the pod with the server, in the mesh and out of it.
     const fn servers(self) -> (&'static str, &'static str) {
         match self {
-            Self::AcrossNodes => ("ms", "ps"),
+            Self::AcrossNodes | Self::SameNodeDirect => ("ms", "ps"),
             Self::SameNode => ("ml", "pl"),
         }
     }
@@ -48,7 +51,7 @@ impl Distance {
     /// The ports on which the relays' client ends listen.
     const fn client_ports(self) -> (u16, u16) {
         match self {
-            Self::AcrossNodes => (9011, 9012),
+            Self::AcrossNodes | Self::SameNodeDirect => (9011, 9012),
             Self::SameNode => (9021, 9022),
         }
     }
@@ -85,11 +88,14 @@ impl Topology {
     /// Builds everything and starts every server and relay.
     pub(crate) fn start() -> anyhow::Result<Self> {
         let peer = ztunnel::binary()?;
-        let mut lab =
-            Lab::start(LabConfig { log: "warn".to_owned(), ..LabConfig::two_nodes("bch") })?;
+        let mut lab = Lab::start(LabConfig {
+            log: "warn".to_owned(),
+            same_node: ("tunnel", vec![("b", "direct")]),
+            ..LabConfig::two_nodes("bch")
+        })?;
         lab.apply(&manifest::namespace("mesh", &[("culvert.dev/dataplane-mode", "ambient")]))?;
         lab.apply(&manifest::namespace("plain", &[]))?;
-        for (node, pod) in [("a", "c"), ("a", "l"), ("b", "s")] {
+        for (node, pod) in [("a", "c"), ("a", "l"), ("b", "s"), ("b", "d")] {
             lab.run_pod(node, PodSpec::new("mesh", &format!("m{pod}")))?;
             lab.run_pod(node, PodSpec::new("plain", &format!("p{pod}")))?;
         }
@@ -97,12 +103,12 @@ impl Topology {
             lab.run_pod("a", PodSpec::new("plain", "zc"))?;
             lab.run_pod("b", PodSpec::new("plain", "zs"))?;
         }
-        for (node, running) in [("a", 2), ("b", 1)] {
+        for (node, running) in [("a", 2), ("b", 2)] {
             for number in running..PODS {
                 lab.run_pod(node, PodSpec::new("mesh", &format!("q{node}{number}")))?;
             }
         }
-        for pod in ["mc", "pc", "ms", "ps", "ml", "pl"] {
+        for pod in ["mc", "pc", "ms", "ps", "ml", "pl", "md", "pd"] {
             let pod = lab.pod(pod);
             run_program(
                 pod.command("sysctl")
@@ -123,6 +129,8 @@ impl Topology {
             let ways = topology.connect(distance)?;
             topology.ways.push((distance, ways));
         }
+        let direct = topology.direct()?;
+        topology.ways.push((Distance::SameNodeDirect, direct));
         if let Some(binary) = peer {
             let way = topology.start_ztunnel(&binary)?;
             if let Some((_, ways)) = topology.ways.first_mut() {
@@ -205,7 +213,9 @@ impl Topology {
         let local = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
         let agents = match distance {
             Distance::AcrossNodes => self.agents(),
-            Distance::SameNode => self.agents().into_iter().take(1).collect(),
+            Distance::SameNode | Distance::SameNodeDirect => {
+                self.agents().into_iter().take(1).collect()
+            }
         };
         Ok(vec![
             Way {
@@ -223,6 +233,34 @@ impl Topology {
                 relays: agents,
             },
         ])
+    }
+
+    /// Without a mesh and on the direct path. The first connections, which go through the agent, are made here.
+    fn direct(&self) -> anyhow::Result<Vec<Way>> {
+        let (mesh_server, plain_server) = Distance::SameNodeDirect.servers();
+        let target = |pod: &str| SocketAddr::new(self.pod(pod).ipv4, LOAD_PORT);
+        let way = |name, client, server: &str, relays| Way {
+            name,
+            client,
+            target: target(server),
+            relays,
+        };
+        let agent = self.agents().into_iter().skip(1).collect();
+        let ways = vec![
+            way(PLAIN, "pd", plain_server, Vec::new()),
+            way(CULVERT, "md", mesh_server, agent),
+        ];
+        until("direct connections", PATIENCE, || {
+            let mut load = self.pod("md").command(&self.program);
+            load.args(["load", "connect", &target(mesh_server).to_string()]);
+            load.args(["--concurrency", "1", "--duration-ms", "200"]);
+            run_program(&mut load, PATIENCE)?.output()?;
+            let metrics = self.lab.node("b").metrics()?;
+            let line = metrics.lines().find(|line| line.contains("event=\"direct_dialled\""));
+            let count = line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
+            Ok(count.filter(|count| *count > 0).map(drop))
+        })?;
+        Ok(ways)
     }
 
     /// Starts ztunnel in two pods of its own, on two nodes.

@@ -33,6 +33,8 @@ pub struct LabConfig {
     pub log: String,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
+    /// `CULVERT_SAME_NODE` of the agents: that of every node, and that of nodes that differ. An argument goes before it.
+    pub same_node: (&'static str, Vec<(&'static str, &'static str)>),
 }
 
 impl LabConfig {
@@ -47,6 +49,7 @@ impl LabConfig {
             nodes: vec!["a".to_owned(), "b".to_owned()],
             log: std::env::var("CULVERT_LOG").unwrap_or_else(|_unset| "info".to_owned()),
             agent_arguments: Vec::new(),
+            same_node: ("direct", Vec::new()),
         }
     }
 }
@@ -228,12 +231,12 @@ impl Lab {
         self.start_agent_with(index, &[])
     }
 
-    /// The same, with `extra` arguments.
+    /// As [`start_agent`](Self::start_agent), with `extra` arguments.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn start_agent_with(&mut self, index: usize, extra: &[&str]) -> anyhow::Result<()> {
-        let config = self.agent_config(extra);
+        let config = self.agent_config(index, extra);
         self.nodes[index].start_agent(&config)
     }
 
@@ -242,11 +245,14 @@ impl Lab {
     /// # Errors
     /// When none runs, or the second cannot be started.
     pub fn start_successor(&mut self, index: usize, extra: &[&str]) -> anyhow::Result<Process> {
-        let config = self.agent_config(extra);
+        let config = self.agent_config(index, extra);
         self.nodes[index].start_successor(&config)
     }
 
-    fn agent_config(&self, extra: &[&str]) -> AgentConfig {
+    fn agent_config(&self, index: usize, extra: &[&str]) -> AgentConfig {
+        let (of_all, of_some) = &self.config.same_node;
+        let name = &self.nodes[index].name;
+        let own = of_some.iter().find(|(node, _)| node == name);
         let mut arguments = self.config.agent_arguments.clone();
         arguments.extend(extra.iter().map(|argument| (*argument).to_owned()));
         AgentConfig {
@@ -254,6 +260,7 @@ impl Lab {
             controller_root: self.controller_root(),
             extra: arguments,
             log: self.config.log.clone(),
+            same_node: own.map_or(*of_all, |(_, own)| *own),
         }
     }
 

@@ -24,6 +24,8 @@ pub struct AgentConfig {
     pub extra: Vec<String>,
     /// Value of `CULVERT_LOG`.
     pub log: String,
+    /// Value of `CULVERT_SAME_NODE`.
+    pub same_node: &'static str,
 }
 
 /// One node of the lab.
@@ -162,6 +164,7 @@ impl Node {
             .arg(self.folder.join("join-token"))
             .args(&config.extra)
             .env("CULVERT_LOG", &config.log)
+            .env("CULVERT_SAME_NODE", config.same_node)
             .env("RUST_BACKTRACE", "1");
         self.agent = Some(Process::start("agent", &mut command, &self.folder)?);
         Ok(())

@@ -12,7 +12,7 @@ use libtest_mimic::{Arguments, Trial};
 use mesh_netns::peer::ports as peer;
 use mesh_netns::process::run;
 use mesh_netns::servers::{self, ports};
-use mesh_netns::wait::PATIENCE;
+use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{Lab, LabConfig, Pod, PodSpec, Process, manifest};
 
 /// Bytes of one direction of the bulk cell.
@@ -30,6 +30,8 @@ struct Cell {
     client: &'static str,
     server: &'static str,
     ipv6: bool,
+    /// The pair talks without the agent, once it has carried a connection.
+    direct: bool,
 }
 
 impl Cell {
@@ -56,6 +58,28 @@ impl Cell {
         let program = self.mesh.lab.bin_dir().join("culvert-lab-peer");
         let mut command = self.command(&program.to_string_lossy(), arguments);
         run(&mut command, Duration::from_secs(400))?.output()
+    }
+
+    /// Connections of node a's pods that went directly, so far.
+    fn dialled_directly(&self) -> anyhow::Result<u64> {
+        let metrics = self.mesh.lab.node("a").metrics()?;
+        let line = metrics.lines().find(|line| line.contains("event=\"direct_dialled\""));
+        let count = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+        count.context("no counter of direct connections")
+    }
+
+    /// The check; where the pair talks directly once more, since the first connection of each port goes through the agent.
+    fn run(&self, name: &str, check: Check) -> anyhow::Result<()> {
+        check(self)?;
+        if !self.direct || name == "closed_port" {
+            return Ok(());
+        }
+        let settled = || Ok(Some(self.dialled_directly()?));
+        let before = until("the counters", PATIENCE, settled)?;
+        until("a direct connection", PATIENCE, || {
+            check(self).context("directly")?;
+            Ok((self.dialled_directly()? > before).then_some(()))
+        })
     }
 
     fn captured(&self) -> bool {
@@ -182,7 +206,9 @@ fn iperf(cell: &Cell) -> anyhow::Result<()> {
 }
 
 fn start() -> anyhow::Result<Mesh> {
-    let mut lab = Lab::start(LabConfig::two_nodes("mtx"))?;
+    // Pods of node a talk directly, those of node b through tunnels.
+    let same_node = ("direct", vec![("b", "tunnel")]);
+    let mut lab = Lab::start(LabConfig { same_node, ..LabConfig::two_nodes("mtx") })?;
     lab.apply(&manifest::namespace("mesh", &[("culvert.dev/dataplane-mode", "ambient")]))?;
     lab.apply(&manifest::namespace("plain", &[]))?;
     let mut servers = Vec::new();
@@ -200,6 +226,7 @@ fn start() -> anyhow::Result<Mesh> {
     }
     lab.run_pod("a", PodSpec::new("mesh", "mc"))?;
     lab.run_pod("a", PodSpec::new("plain", "pc"))?;
+    lab.run_pod("b", PodSpec::new("mesh", "mcb"))?;
     Ok(Mesh { lab, _servers: servers })
 }
 
@@ -210,13 +237,30 @@ fn main() -> anyhow::Result<()> {
     let listing = arguments.list;
     let mesh = if listing { None } else { Some(Arc::new(start()?)) };
     let mut trials = Vec::new();
-    for (client, from) in [("mc", "captured"), ("pc", "plain")] {
-        for (server, to) in [
-            ("msa", "captured_same_node"),
-            ("psa", "plain_same_node"),
-            ("msb", "captured_other_node"),
-            ("psb", "plain_other_node"),
-        ] {
+    for (client, from, servers) in [
+        (
+            "mc",
+            "captured",
+            &[
+                ("msa", "captured_same_node_direct"),
+                ("psa", "plain_same_node"),
+                ("msb", "captured_other_node"),
+                ("psb", "plain_other_node"),
+            ][..],
+        ),
+        ("mcb", "captured", &[("msb", "captured_same_node")]),
+        (
+            "pc",
+            "plain",
+            &[
+                ("msa", "captured_same_node"),
+                ("psa", "plain_same_node"),
+                ("msb", "captured_other_node"),
+                ("psb", "plain_other_node"),
+            ],
+        ),
+    ] {
+        for &(server, to) in servers {
             for (ipv6, family) in [(false, "ipv4"), (true, "ipv6")] {
                 for (name, check) in CHECKS {
                     let mesh = mesh.clone();
@@ -224,8 +268,9 @@ fn main() -> anyhow::Result<()> {
                         format!("{from}_to_{to}_{family}_{name}"),
                         move || {
                             let mesh = mesh.ok_or("only listing")?;
-                            let cell = Cell { mesh, client, server, ipv6 };
-                            check(&cell).map_err(|error| {
+                            let direct = to.ends_with("direct");
+                            let cell = Cell { mesh, client, server, ipv6, direct };
+                            cell.run(name, *check).map_err(|error| {
                                 let node = cell.mesh.lab.node("a");
                                 let log = if cell.captured() {
                                     node.agent_log(15)

@@ -10,9 +10,9 @@ use mesh_netns::{PodSpec, Traffic, manifest};
 use crate::mesh::Mesh;
 use crate::watch::{End, Scope, Watch};
 
-const AMBIENT: (&str, &str) = ("culvert.dev/dataplane-mode", "ambient");
+pub(crate) const AMBIENT: (&str, &str) = ("culvert.dev/dataplane-mode", "ambient");
 
-fn enroll(mesh: &Mesh) -> anyhow::Result<()> {
+pub(crate) fn enroll(mesh: &Mesh) -> anyhow::Result<()> {
     let late = mesh.pod("late");
     let netns = format!("/run/netns/{}", late.netns());
     let arguments = [

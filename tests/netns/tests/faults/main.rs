@@ -7,6 +7,7 @@
 )]
 
 mod agent;
+mod direct;
 mod enrolment;
 mod hostile;
 mod mesh;
@@ -29,6 +30,14 @@ const FAULTS: &[Named<Mesh>] = &[
     ("pod_that_undoes_its_own_network_does_not_leak", hostile::vandal_does_not_leak),
     ("enrolling_and_unenrolling_under_traffic", enrolment::in_and_out_under_traffic),
     ("denying_policy_cuts_live_connections", policy::denying_cuts_live_connections),
+    ("direct_second_connection_of_a_pair", direct::second_connection_goes_directly),
+    ("direct_connections_are_cut_by_a_policy", direct::denying_cuts_direct_connections),
+    ("direct_connections_outlive_the_agent", direct::killed_agent_leaves_direct_connections),
+    ("direct_connections_end_with_a_waypoint", direct::waypoint_ends_direct_connections),
+    ("direct_address_given_again", direct::address_given_again),
+    ("direct_unenrolled_pod", direct::unenrolled_pod_takes_no_part),
+    ("direct_connections_are_handed_over", direct::hand_over_keeps_direct_connections),
+    ("direct_connections_end_with_the_setting", direct::setting_ends_direct_connections),
 ];
 
 fn main() -> anyhow::Result<()> {
