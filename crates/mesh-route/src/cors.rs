@@ -9,11 +9,12 @@ use http::header::{
     ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
 };
 use http::{HeaderMap, HeaderValue, Method};
+use serde::{Deserialize, Serialize};
 
 use crate::request::RequestHead;
 
 /// What browsers are told.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cors {
     /// Origins that may.
     pub origins: Vec<CorsOrigin>,
@@ -30,7 +31,7 @@ pub struct Cors {
 }
 
 /// An origin that may use answers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CorsOrigin {
     /// `*`.
     Any,
@@ -69,11 +70,12 @@ impl CorsOrigin {
 }
 
 /// Methods or header names.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WordList {
     /// `*` is among them.
     pub any: bool,
     /// The others with `, ` between; none when there are none.
+    #[serde(with = "crate::text::header_value")]
     pub words: Option<HeaderValue>,
 }
 

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use serde::{Deserialize, Serialize};
 
 use crate::cors::Cors;
 use crate::route::BackendTarget;
 
 /// The filters of a rule or of a backend. Each kind is there at most once, but for mirrors, as the API demands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filters {
     /// Changes the request's headers.
     pub request_headers: HeaderModifier,
@@ -28,13 +29,16 @@ pub struct Filters {
 }
 
 /// Changes headers: sets, then adds, then removes. The API does not let one header be in two of the lists.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeaderModifier {
     /// Replaces all values.
+    #[serde(with = "crate::text::headers")]
     pub set: Vec<(HeaderName, HeaderValue)>,
     /// Adds a value.
+    #[serde(with = "crate::text::headers")]
     pub add: Vec<(HeaderName, HeaderValue)>,
     /// Removes all values.
+    #[serde(with = "crate::text::header_names")]
     pub remove: Vec<HeaderName>,
 }
 
@@ -60,7 +64,7 @@ impl HeaderModifier {
 }
 
 /// A redirect. What it leaves out is as in the request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redirect {
     /// The scheme.
     pub scheme: Option<RedirectScheme>,
@@ -71,11 +75,12 @@ pub struct Redirect {
     /// The path.
     pub path: Option<PathModifier>,
     /// 301, 302, 303, 307 or 308. The API's default is 302.
+    #[serde(with = "crate::text::status")]
     pub status: StatusCode,
 }
 
 /// Schemes of redirects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RedirectScheme {
     /// `http`.
     Http,
@@ -102,7 +107,7 @@ impl RedirectScheme {
 }
 
 /// Changes host and path on the way to the server. What it leaves out is as in the request.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rewrite {
     /// The host.
     pub host: Option<Arc<str>>,
@@ -111,7 +116,7 @@ pub struct Rewrite {
 }
 
 /// A change of a path; the query stays.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PathModifier {
     /// In place of the whole path.
     Full(Arc<str>),
@@ -135,7 +140,7 @@ impl PathModifier {
 }
 
 /// Sends a copy of requests elsewhere.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mirror {
     /// Where; to an invalid one nothing is sent, as the API says.
     pub target: BackendTarget,
@@ -144,7 +149,7 @@ pub struct Mirror {
 }
 
 /// A share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fraction {
     /// At most `denominator`; beyond means all.
     pub numerator: u32,

@@ -30,6 +30,7 @@ mod precedence;
 pub mod request;
 pub mod route;
 pub mod table;
+mod text;
 
 pub use cors::{Cors, CorsOrigin, WordList};
 pub use duration::{InvalidDuration, parse_duration};

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, Method};
+use serde::{Deserialize, Serialize};
 
 use crate::filter::Filters;
 
 /// What kind of object a route is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum RouteKind {
     /// An HTTPRoute.
     Http,
@@ -19,7 +20,7 @@ pub enum RouteKind {
 }
 
 /// A route's key; written as logs name it: `HTTPRoute shop/cart`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RouteName {
     /// Its kind.
     pub kind: RouteKind,
@@ -48,7 +49,7 @@ impl fmt::Display for RouteName {
 }
 
 /// An HTTPRoute or GRPCRoute.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
     /// Its key.
     pub name: RouteName,
@@ -64,7 +65,7 @@ pub struct Route {
 }
 
 /// What kind of object routes attach to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum FrontendKind {
     /// A Service.
     Service,
@@ -75,7 +76,7 @@ pub enum FrontendKind {
 }
 
 /// An object that routes attach to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FrontendName {
     /// Its kind.
     pub kind: FrontendKind,
@@ -100,7 +101,7 @@ impl FrontendName {
 }
 
 /// A `parentRef`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Parent {
     /// The object.
     pub frontend: FrontendName,
@@ -111,7 +112,7 @@ pub struct Parent {
 }
 
 /// A host that a route is about, in lower case: `shop.example.org`, or `*.example.org` for every name below it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Hostname {
     /// This one.
     Exact(Arc<str>),
@@ -151,7 +152,7 @@ impl FromStr for Hostname {
 }
 
 /// A rule: when one of its matches holds, its filters are applied and one of its backends is chosen.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     /// Its name in logs.
     pub name: Option<Arc<str>>,
@@ -168,7 +169,7 @@ pub struct Rule {
 }
 
 /// Conditions on a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RouteMatch {
     /// Of an HTTPRoute.
     Http(HttpMatch),
@@ -177,11 +178,12 @@ pub enum RouteMatch {
 }
 
 /// Conditions on an HTTP request, all of which must hold.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HttpMatch {
     /// Its path; any when absent.
     pub path: Option<PathMatch>,
     /// Its method; any when absent.
+    #[serde(with = "crate::text::method")]
     pub method: Option<Method>,
     /// Its headers. Of two about the same header the first counts.
     pub headers: Vec<HeaderMatch>,
@@ -190,7 +192,7 @@ pub struct HttpMatch {
 }
 
 /// Conditions on a gRPC request, all of which must hold.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GrpcMatch {
     /// The service, as `package.Service`.
     pub service: Option<TextMatch>,
@@ -201,7 +203,7 @@ pub struct GrpcMatch {
 }
 
 /// A condition on a path. Case counts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PathMatch {
     /// The whole path.
     Exact(Arc<str>),
@@ -212,7 +214,7 @@ pub enum PathMatch {
 }
 
 /// A condition on a text. Case counts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TextMatch {
     /// The whole text.
     Exact(Arc<str>),
@@ -221,16 +223,17 @@ pub enum TextMatch {
 }
 
 /// A condition on a header's value; that of a repeated header is its values with commas between.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeaderMatch {
     /// The header.
+    #[serde(with = "crate::text::header_name")]
     pub name: HeaderName,
     /// Its value.
     pub value: TextMatch,
 }
 
 /// A condition on a parameter of the query; the first counts when it is repeated.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueryMatch {
     /// The parameter. Case counts.
     pub name: Arc<str>,
@@ -239,7 +242,7 @@ pub struct QueryMatch {
 }
 
 /// A `backendRef`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backend {
     /// Where requests go.
     pub target: BackendTarget,
@@ -250,7 +253,7 @@ pub struct Backend {
 }
 
 /// Where a backend's requests go.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BackendTarget {
     /// To a port of a service.
     Service(ServiceRef),
@@ -262,7 +265,7 @@ pub enum BackendTarget {
 }
 
 /// A port of a service.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ServiceRef {
     /// Its namespace.
     pub namespace: Arc<str>,
@@ -273,7 +276,7 @@ pub struct ServiceRef {
 }
 
 /// How long a request may take. None and zero: as long as it likes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeouts {
     /// From the request's head to the end of its answer, retries included.
     pub request: Option<Duration>,
@@ -282,7 +285,7 @@ pub struct Timeouts {
 }
 
 /// When a request is tried again. Source: GEP-1731.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retry {
     /// Statuses that are tried again. 400..=599.
     pub codes: Vec<u16>,

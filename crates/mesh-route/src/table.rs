@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
 use mesh_model::InvalidPath;
+use serde::{Deserialize, Serialize};
 
 use crate::compile::CompiledRoute;
 use crate::index::{Entry, Index};
@@ -15,7 +16,7 @@ use crate::route::{
 };
 
 /// What routes attach to, and its ports.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frontend {
     /// The object.
     pub name: FrontendName,
@@ -24,7 +25,7 @@ pub struct Frontend {
 }
 
 /// A port of a service, or a listener of a gateway.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrontendPort {
     /// The number that clients dial.
     pub port: u16,
