@@ -21,8 +21,9 @@ mod picture;
 pub mod probe;
 mod program_pages;
 pub mod retired;
-mod state_file;
 mod telemetry;
 mod tend;
 mod upgrade;
 mod vital;
+
+pub(crate) use mesh_control::state_file;

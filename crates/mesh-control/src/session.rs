@@ -17,20 +17,20 @@ use crate::state_file;
 
 /// Where the controller is and how to prove who we are.
 #[derive(Clone, Debug)]
-pub(crate) struct ControllerConfig {
+pub struct ControllerConfig {
     /// `https://host:port`.
-    pub(crate) address: http::Uri,
+    pub address: http::Uri,
     /// File with the roots its certificate is judged by; read anew for each connection.
-    pub(crate) root: PathBuf,
+    pub root: PathBuf,
     /// This node's name.
-    pub(crate) node: String,
+    pub node: String,
     /// What we prove ourselves by.
-    pub(crate) credential: Credential,
+    pub credential: Credential,
 }
 
 /// What the agent proves itself by.
 #[derive(Clone, Debug)]
-pub(crate) enum Credential {
+pub enum Credential {
     /// A join token in a file, exchanged for a node token that is kept in `kept`.
     Join {
         /// File with the join token; it may be gone once it was spent.
@@ -44,7 +44,7 @@ pub(crate) enum Credential {
 
 /// No connection, or no standing.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SessionError {
+pub enum SessionError {
     /// A file cannot be read.
     #[error("cannot read {}", path.display())]
     File {
@@ -81,7 +81,7 @@ pub(crate) enum SessionError {
 
 /// Connections to the controller, with the token they carry.
 #[derive(Clone, Debug)]
-pub(crate) struct ControllerSession {
+pub struct ControllerSession {
     config: Arc<ControllerConfig>,
     token: Arc<Mutex<Option<NodeToken>>>,
 }
@@ -113,13 +113,13 @@ const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 impl ControllerSession {
     /// A session that has not connected yet.
-    pub(crate) fn new(config: ControllerConfig) -> Self {
+    pub fn new(config: ControllerConfig) -> Self {
         Self { config: Arc::new(config), token: Arc::new(Mutex::new(None)) }
     }
 
     /// A new connection. The controller is judged by the roots in the file as they are now, and by `told`, those that it named
     /// last: after a rotation its certificate chains to one that the file does not have.
-    pub(crate) async fn connect(&self, told: Option<&str>) -> Result<Channel, SessionError> {
+    pub async fn connect(&self, told: Option<&str>) -> Result<Channel, SessionError> {
         let address = &self.config.address;
         let failed = |source| SessionError::Connect { address: address.clone(), source };
         let mut endpoint = Endpoint::from(address.clone())
@@ -139,10 +139,7 @@ impl ControllerSession {
     }
 
     /// The `authorization` to send, joining or renewing where that is due.
-    pub(crate) async fn bearer(
-        &self,
-        channel: &Channel,
-    ) -> Result<MetadataValue<Ascii>, SessionError> {
+    pub async fn bearer(&self, channel: &Channel) -> Result<MetadataValue<Ascii>, SessionError> {
         let (file, kept) = match &self.config.credential {
             Credential::File(path) => {
                 let token = read_text(path)?;
@@ -173,7 +170,7 @@ impl ControllerSession {
     }
 
     /// Forgets a node token that the controller does not accept; the next connection joins anew.
-    pub(crate) async fn forget(&self) {
+    pub async fn forget(&self) {
         if let Credential::Join { kept, .. } = &self.config.credential {
             *self.token.lock().await = None;
             match std::fs::remove_file(kept) {
@@ -186,7 +183,7 @@ impl ControllerSession {
     }
 
     /// Tells the controller which pods are enrolled, all of them.
-    pub(crate) async fn report(
+    pub async fn report(
         &self,
         channel: &Channel,
         report: ReportPodsRequest,

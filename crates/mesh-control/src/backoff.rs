@@ -5,7 +5,7 @@ use std::time::Duration;
 /// Doubles from 10 ms to 15 s, with a fifth of jitter. Source: ztunnel's xDS client; the jitter keeps a fleet of agents from
 /// returning to a restarted controller in one moment.
 #[derive(Debug, Default)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     failures: u32,
 }
 
@@ -14,7 +14,7 @@ const LONGEST: Duration = Duration::from_secs(15);
 
 impl Backoff {
     /// The pause after one more failure; `entropy` is any random number.
-    pub(crate) fn next(&mut self, entropy: u32) -> Duration {
+    pub fn next(&mut self, entropy: u32) -> Duration {
         let base = FIRST.saturating_mul(1 << self.failures.min(11)).min(LONGEST);
         self.failures = self.failures.saturating_add(1);
         let jitter = base / 5 * (entropy % 1000) / 1000;
@@ -22,7 +22,7 @@ impl Backoff {
     }
 
     /// Starts over after a success.
-    pub(crate) fn reset(&mut self) {
+    pub fn reset(&mut self) {
         self.failures = 0;
     }
 }

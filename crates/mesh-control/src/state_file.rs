@@ -10,7 +10,7 @@ use mesh_runtime::{read_bounded, write_atomic};
 ///
 /// # Errors
 /// When the folder cannot be written, is full, or the content does not reach the disk. The old content stays then.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     write_atomic(path, content).map_err(io::Error::other)
 }
 
@@ -18,7 +18,7 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// When it cannot be read or is larger.
-pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
+pub fn read(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
     read_bounded(path, limit).map_err(io::Error::other)
 }
 
@@ -26,7 +26,7 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
 ///
 /// # Errors
 /// When it cannot be renamed.
-pub(crate) fn set_aside(path: &Path) -> io::Result<PathBuf> {
+pub fn set_aside(path: &Path) -> io::Result<PathBuf> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".unusable");
     let aside = path.with_file_name(name);
@@ -35,7 +35,7 @@ pub(crate) fn set_aside(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// Content with its checksum in front.
-pub(crate) fn seal(content: &[u8]) -> Vec<u8> {
+pub fn seal(content: &[u8]) -> Vec<u8> {
     let mut sealed = MAGIC.to_vec();
     sealed.extend(digest(&SHA256, content).as_ref());
     sealed.extend(content);
@@ -44,7 +44,7 @@ pub(crate) fn seal(content: &[u8]) -> Vec<u8> {
 
 /// Content whose checksum did not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum BrokenSeal {
+pub enum BrokenSeal {
     /// It does not start as a sealed file does.
     #[error("not a file of this agent")]
     Foreign,
@@ -54,7 +54,7 @@ pub(crate) enum BrokenSeal {
 }
 
 /// The content of a sealed file.
-pub(crate) fn unseal(sealed: &[u8]) -> Result<&[u8], BrokenSeal> {
+pub fn unseal(sealed: &[u8]) -> Result<&[u8], BrokenSeal> {
     let rest = sealed.strip_prefix(MAGIC.as_slice()).ok_or(BrokenSeal::Foreign)?;
     let (sum, content) = rest.split_at_checked(SUM_BYTES).ok_or(BrokenSeal::Damaged)?;
     if digest(&SHA256, content).as_ref() == sum { Ok(content) } else { Err(BrokenSeal::Damaged) }
