@@ -238,6 +238,8 @@ fn kind_label(type_url: &str) -> &'static str {
         Some(ResourceKind::Pod) => "pod",
         Some(ResourceKind::Authorization) => "authorization",
         Some(ResourceKind::Address) => "address",
+        Some(ResourceKind::Frontend) => "frontend",
+        Some(ResourceKind::Route) => "route",
         None => "unknown",
     }
 }

@@ -36,6 +36,9 @@ pub use policy::{
     PathTemplate, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, RequestMatch, Rule,
     ServiceAccountMatch, StringMatch,
 };
-pub use request::{Connection, Request, authorize_request, explain_request};
+pub use request::{
+    Connection, Request, authorize_connection, authorize_request, explain_connection,
+    explain_request,
+};
 pub use set::{MissingPolicy, PolicySet, UnknownEgress, UnreadablePolicy};
 pub use verdict::{Decision, Denial, DenialDetail, Note, NoteKind, Permit, RuleRef, Verdict};

@@ -95,7 +95,18 @@ pub fn authorize_request(
     connection: &Connection<'_>,
     request: &Request<'_>,
 ) -> Verdict {
-    let subject = subject(connection, request);
+    let subject = subject(connection, Some(request));
+    decide(policies, Judged::attached(attached), &subject, &mut ())
+}
+
+/// Whether a connection may go on whose bytes a waypoint passes on without reading requests. Conditions on requests do not
+/// narrow a DENY rule and are never met in an ALLOW rule, as at the agents.
+pub fn authorize_connection(
+    policies: &PolicySet,
+    attached: &[Arc<str>],
+    connection: &Connection<'_>,
+) -> Verdict {
+    let subject = subject(connection, None);
     decide(policies, Judged::attached(attached), &subject, &mut ())
 }
 
@@ -108,16 +119,29 @@ pub fn explain_request(
     request: &Request<'_>,
 ) -> Explanation {
     let mut steps = Steps::default();
-    let subject = subject(connection, request);
+    let subject = subject(connection, Some(request));
     let verdict = decide(policies, Judged::attached(attached), &subject, &mut steps);
     explanation(policies, verdict, steps)
 }
 
-const fn subject<'s>(connection: &Connection<'s>, request: &'s Request<'s>) -> Subject<'s> {
+/// As [`authorize_connection`], with every step.
+#[must_use]
+pub fn explain_connection(
+    policies: &PolicySet,
+    attached: &[Arc<str>],
+    connection: &Connection<'_>,
+) -> Explanation {
+    let mut steps = Steps::default();
+    let subject = subject(connection, None);
+    let verdict = decide(policies, Judged::attached(attached), &subject, &mut steps);
+    explanation(policies, verdict, steps)
+}
+
+const fn subject<'s>(connection: &Connection<'s>, request: Option<&'s Request<'s>>) -> Subject<'s> {
     Subject {
         identity: connection.identity,
         source_ip: connection.source_ip,
         destination: connection.destination,
-        request: Some(request),
+        request,
     }
 }

@@ -21,7 +21,9 @@ pub struct NodeName(Arc<str>);
 
 /// Text that names no node.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a node name (lower case letters, digits, `-` and `.`): {text:?}")]
+#[error(
+    "not the name of a node (lower case letters, digits, `-` and `.`) or waypoint/NAMESPACE/NAME: {text:?}"
+)]
 pub struct InvalidNodeName {
     /// What was given.
     pub text: String,
@@ -299,7 +301,15 @@ impl std::str::FromStr for NodeName {
                 && !label.ends_with('-')
                 && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         };
-        if text.len() <= 253 && text.split('.').all(label_ok) {
+        let name_ok = |name: &str| name.split('.').all(label_ok);
+        // `waypoint/NAMESPACE/NAME`: what stands where a node stands; no node's name has a slash.
+        let parts_ok = match text.strip_prefix("waypoint/") {
+            Some(rest) => rest
+                .split_once('/')
+                .is_some_and(|(namespace, name)| label_ok(namespace) && name_ok(name)),
+            None => name_ok(text),
+        };
+        if text.len() <= 253 && parts_ok {
             Ok(Self(text.into()))
         } else {
             Err(InvalidNodeName { text: text.chars().take(256).collect() })

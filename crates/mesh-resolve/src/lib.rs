@@ -9,6 +9,7 @@
 
 pub mod authority;
 mod balance;
+mod fronted;
 mod gateway;
 mod grouped;
 pub mod inbound;
@@ -24,6 +25,7 @@ mod waypoint;
 
 pub use authority::{Authority, InvalidAuthority};
 pub use balance::endpoints_at;
+pub use fronted::resolve_fronted;
 pub use inbound::{resolve_inbound, resolve_inbound_traced};
 pub use index::{IndexDelta, WorkloadIndex};
 pub use lookup::Addressed;

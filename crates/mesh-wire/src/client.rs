@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use mesh_authorize::{PolicyName, UnreadablePolicy};
 use mesh_model::{NamespacedHostname, WorkloadUid};
+use mesh_route::{FrontendName, RouteName};
 
 use crate::address::two_parts;
 use crate::error::InvalidResource;
@@ -21,6 +22,7 @@ use crate::pb::mesh::SavedState;
 use crate::pb::rpc::Status;
 use crate::policy::{policy_name, unreadable};
 use crate::resource::{Published, Resource};
+use crate::waypoint;
 
 /// What an agent holds of a controller's resources, over all streams of its life.
 ///
@@ -55,6 +57,8 @@ enum Content {
     Policy,
     Workload,
     Service,
+    Frontend,
+    Route,
 }
 
 /// What one response changes: removals first, then what is unreadable, then resources, each replacing what bore its key.
@@ -86,6 +90,10 @@ pub enum RemovedResource {
     Workload(WorkloadUid),
     /// A service.
     Service(NamespacedHostname),
+    /// What a waypoint served.
+    Frontend(FrontendName),
+    /// A route.
+    Route(RouteName),
 }
 
 /// A resource that did not convert.
@@ -108,7 +116,7 @@ pub struct UnexpectedResponse {
 }
 
 impl DeltaClientState {
-    /// Asks for `kinds`: [`ResourceKind::ALL`] of a Culvert controller, [`ResourceKind::ISTIO`] of another.
+    /// Asks for `kinds`: [`ResourceKind::AGENT`] of a Culvert controller, [`ResourceKind::ISTIO`] of another.
     #[must_use]
     pub fn new(kinds: &[ResourceKind]) -> Self {
         Self { kinds: kinds.iter().map(|kind| (*kind, Held::default())).collect() }
@@ -289,6 +297,8 @@ impl Content {
             Resource::Policy(_) => Self::Policy,
             Resource::Workload(_) => Self::Workload,
             Resource::Service(_) => Self::Service,
+            Resource::Frontend(_) => Self::Frontend,
+            Resource::Route(_) => Self::Route,
         }
     }
 
@@ -303,6 +313,8 @@ impl Content {
             Self::Service => two_parts(name).map(|(namespace, hostname)| {
                 RemovedResource::Service(NamespacedHostname::new(namespace, hostname))
             }),
+            Self::Frontend => waypoint::parse_frontend(name).map(RemovedResource::Frontend),
+            Self::Route => waypoint::parse_route(name).map(RemovedResource::Route),
         }
     }
 }

@@ -70,6 +70,12 @@ pub enum Problem {
     /// Bytes that do not decode.
     #[error("does not decode")]
     Undecodable,
+    /// Text that is not the JSON it should be.
+    #[error("{text}")]
+    Json {
+        /// What is wrong, and where in the text.
+        text: String,
+    },
     /// An extension that changes the meaning and is not known.
     #[error("unknown extension {name:?}")]
     UnknownExtension {
@@ -94,6 +100,7 @@ impl Problem {
             Self::OtherName { .. } => "name the resource after its content",
             Self::OtherType { .. } => "send the type that was asked for",
             Self::Undecodable => "send a well-formed message",
+            Self::Json { .. } => "send what this version knows, or upgrade the waypoint",
             Self::UnknownExtension { .. } => "leave it out, or upgrade the agent",
         }
     }

@@ -11,11 +11,23 @@ pub enum ResourceKind {
     Authorization,
     /// Workloads and services.
     Address,
+    /// [`FrontendConfig`](crate::FrontendConfig) of the asking waypoint; Culvert's own.
+    Frontend,
+    /// Routes of the asking waypoint; Culvert's own.
+    Route,
 }
 
 impl ResourceKind {
     /// Every kind, in the order in which changes are sent: what others depend on comes first.
-    pub const ALL: [Self; 4] = [Self::Mesh, Self::Pod, Self::Authorization, Self::Address];
+    pub const ALL: [Self; 6] =
+        [Self::Mesh, Self::Pod, Self::Authorization, Self::Address, Self::Frontend, Self::Route];
+
+    /// The kinds that an agent asks for.
+    pub const AGENT: [Self; 4] = [Self::Mesh, Self::Pod, Self::Authorization, Self::Address];
+
+    /// The kinds that a waypoint asks for.
+    pub const WAYPOINT: [Self; 5] =
+        [Self::Mesh, Self::Authorization, Self::Address, Self::Frontend, Self::Route];
 
     /// The kinds that every ambient control plane serves.
     pub const ISTIO: [Self; 2] = [Self::Authorization, Self::Address];
@@ -28,6 +40,8 @@ impl ResourceKind {
             Self::Pod => "type.googleapis.com/culvert.mesh.v1.PodConfig",
             Self::Authorization => "type.googleapis.com/istio.security.Authorization",
             Self::Address => "type.googleapis.com/istio.workload.Address",
+            Self::Frontend => "type.googleapis.com/culvert.mesh.v1.Frontend",
+            Self::Route => "type.googleapis.com/culvert.mesh.v1.Route",
         }
     }
 

@@ -20,6 +20,7 @@ mod resource;
 mod server;
 mod service;
 mod version;
+mod waypoint;
 mod workload;
 
 pub use certificate::{certificate_request, impersonated_identity};
@@ -30,6 +31,9 @@ pub use kind::ResourceKind;
 pub use node::{NodeIdentity, node_name};
 pub use resource::{Published, Resource};
 pub use server::{DeltaServerState, InvalidRequest, NodeView, Received};
+pub use waypoint::{
+    AppProtocol, FrontendConfig, FrontendPortConfig, waypoint_node, waypoint_of_node,
+};
 
 /// Largest gRPC message either side accepts, bytes. A response holds everything that changed at once, so that it is
 /// applied at once; 200 MiB is what ztunnel accepts as well.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use mesh_authorize::Policy;
 use mesh_model::{Service, Workload};
+use mesh_route::Route;
 use prost::Message as _;
 use prost_types::Any;
 
@@ -12,6 +13,7 @@ use crate::error::{InvalidResource, Problem};
 use crate::kind::ResourceKind;
 use crate::pb::{discovery, mesh, security, workload};
 use crate::version::version_of;
+use crate::waypoint::{self, FrontendConfig};
 
 /// A valid resource of any kind.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +28,10 @@ pub enum Resource {
     Workload(Workload),
     /// A service.
     Service(Service),
+    /// What the asking waypoint serves.
+    Frontend(FrontendConfig),
+    /// A route of the asking waypoint.
+    Route(Box<Route>),
 }
 
 impl Resource {
@@ -37,10 +43,12 @@ impl Resource {
             Self::Pod(_) => ResourceKind::Pod,
             Self::Policy(_) => ResourceKind::Authorization,
             Self::Workload(_) | Self::Service(_) => ResourceKind::Address,
+            Self::Frontend(_) => ResourceKind::Frontend,
+            Self::Route(_) => ResourceKind::Route,
         }
     }
 
-    /// Its name on the wire: a workload's uid, `namespace/hostname`, `namespace/name`, or `mesh`.
+    /// Its name on the wire: a workload's uid, `namespace/hostname`, `namespace/name`, `Kind namespace/name`, or `mesh`.
     #[must_use]
     pub fn name(&self) -> String {
         match self {
@@ -49,6 +57,8 @@ impl Resource {
             Self::Policy(policy) => policy.name.to_string(),
             Self::Workload(workload) => workload.uid.as_str().to_owned(),
             Self::Service(service) => service.key.to_string(),
+            Self::Frontend(config) => waypoint::frontend_name(&config.frontend),
+            Self::Route(route) => route.name.to_string(),
         }
     }
 
@@ -98,6 +108,12 @@ impl Resource {
                 }
                 None => return Err(InvalidResource::new("type", Problem::Missing)),
             },
+            ResourceKind::Frontend => {
+                Self::Frontend(waypoint::from_json(&message::<mesh::Frontend>(bytes)?.json)?)
+            }
+            ResourceKind::Route => {
+                Self::Route(waypoint::from_json(&message::<mesh::Route>(bytes)?.json)?)
+            }
         })
     }
 
@@ -112,6 +128,10 @@ impl Resource {
             Self::Service(service) => {
                 address(workload::address::Type::Service(service.into())).encode_to_vec()
             }
+            Self::Frontend(config) => {
+                mesh::Frontend { json: waypoint::to_json(config) }.encode_to_vec()
+            }
+            Self::Route(route) => mesh::Route { json: waypoint::to_json(route) }.encode_to_vec(),
         }
     }
 }

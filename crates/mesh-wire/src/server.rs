@@ -179,10 +179,12 @@ impl DeltaServerState {
         None
     }
 
-    /// Addresses have changes that were not sent. A workload that still names a removed policy refuses traffic, so
-    /// policies leave only after the workloads stopped naming them.
+    /// Addresses or frontends have changes that were not sent. What still names a removed policy refuses traffic, so
+    /// policies leave only after everything stopped naming them.
     fn addresses_pending(&self) -> bool {
-        self.kinds.get(&ResourceKind::Address).is_some_and(Subscription::is_pending)
+        [ResourceKind::Address, ResourceKind::Frontend]
+            .iter()
+            .any(|kind| self.kinds.get(kind).is_some_and(Subscription::is_pending))
     }
 }
 

@@ -103,7 +103,7 @@ impl Control {
         outlets: Outlets,
     ) -> Self {
         let Outlets { picture, pods, channel, standing } = outlets;
-        let held = DeltaClientState::new(&ResourceKind::ALL);
+        let held = DeltaClientState::new(&ResourceKind::AGENT);
         Self {
             session,
             node,
@@ -272,7 +272,7 @@ impl Control {
             touched.add(Changed::POLICIES);
         }
         self.publish(touched);
-        if self.answered.len() == ResourceKind::ALL.len() {
+        if self.answered.len() == ResourceKind::AGENT.len() {
             self.standing
                 .send_if_modified(|standing| !std::mem::replace(&mut standing.heard, true));
         }

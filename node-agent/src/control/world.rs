@@ -88,6 +88,8 @@ impl World {
                 }
                 RemovedResource::Workload(uid) => delta.removed_workloads.push(uid),
                 RemovedResource::Service(key) => delta.removed_services.push(key),
+                // Only waypoints ask for these.
+                RemovedResource::Frontend(_) | RemovedResource::Route(_) => {}
             }
         }
         for unreadable in update.unreadable {
@@ -111,6 +113,7 @@ impl World {
                 }
                 Resource::Workload(workload) => delta.workloads.push(workload),
                 Resource::Service(service) => delta.services.push(service),
+                Resource::Frontend(_) | Resource::Route(_) => {}
             }
         }
         if touched.pods {
@@ -155,6 +158,7 @@ impl World {
                 let key = NamespacedHostname::new(namespace, hostname);
                 self.index.service(&key).map(|service| Resource::Service((**service).clone()))
             }
+            ResourceKind::Frontend | ResourceKind::Route => None,
         }
     }
 
@@ -237,6 +241,8 @@ pub(crate) const fn kind_name(kind: ResourceKind) -> &'static str {
         ResourceKind::Pod => "pod",
         ResourceKind::Authorization => "authorization",
         ResourceKind::Address => "address",
+        ResourceKind::Frontend => "frontend",
+        ResourceKind::Route => "route",
     }
 }
 
@@ -260,7 +266,7 @@ mod tests {
     #[test]
     fn a_policy_that_cannot_be_read_is_in_force_as_a_refusal() {
         let mut world = World::new(Denied::default(), MissingPolicy::Deny);
-        let mut client = DeltaClientState::new(&ResourceKind::ALL);
+        let mut client = DeltaClientState::new(&ResourceKind::AGENT);
         let (update, _) = client.handle(policies(&["shop/p"], &[])).unwrap();
         let touched = world.apply(update);
         assert_eq!(touched.picture, Some(Changed::POLICIES));

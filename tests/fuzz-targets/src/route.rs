@@ -48,6 +48,44 @@ pub(crate) fn request_path_seeds() -> Vec<Vec<u8>> {
     texts(&["/a/../b?x=/..", "/%61%2e/%2E%2e/\\c//d", "/a%2F%5Cb;c/..;/", "*", "/a//./%25%7e"])
 }
 
+/// A route with something of everything that travels to waypoints.
+pub(crate) fn sample() -> Route {
+    let header = |name, value| (HeaderName::from_static(name), HeaderValue::from_static(value));
+    let target = BackendTarget::Service(ServiceRef {
+        namespace: "shop".into(),
+        name: "v2".into(),
+        port: 80,
+    });
+    let mut filters = Filters::default();
+    filters.request_headers.set = vec![header("x-a", "1")];
+    filters.response_headers.remove = vec![HeaderName::from_static("x-b")];
+    filters.rewrite = Some(Rewrite { host: None, path: Some(PathModifier::Full("/new".into())) });
+    Route {
+        name: RouteName::new(RouteKind::Http, "shop", "cart"),
+        created_at_s: Some(1),
+        parents: vec![Parent {
+            frontend: FrontendName::service("shop", "cart"),
+            port: Some(80),
+            section: None,
+        }],
+        hostnames: vec!["*.example.org".parse().expect("a hostname")],
+        rules: vec![Rule {
+            matches: vec![RouteMatch::Http(HttpMatch {
+                path: Some(PathMatch::Prefix("/a".into())),
+                method: Some(Method::GET),
+                headers: vec![HeaderMatch {
+                    name: HeaderName::from_static("x-c"),
+                    value: TextMatch::Exact("1".into()),
+                }],
+                query: Vec::new(),
+            })],
+            filters,
+            backends: vec![Backend { target, weight: 1, filters: Filters::default() }],
+            ..Rule::default()
+        }],
+    }
+}
+
 fn text<'a>(u: &mut Unstructured<'a>, common: &[&'static str]) -> Result<&'a str> {
     if u.ratio(3, 4)? {
         return Ok(u.choose(common)?);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mesh_authorize::PolicySet;
 use mesh_model::{NamespacedHostname, Service, Workload, WorkloadUid};
 use mesh_resolve::{IndexDelta, WorkloadIndex};
+use mesh_route::FrontendKind;
 use mesh_wire::pb::auth::IstioCertificateRequest;
 use mesh_wire::pb::discovery::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource as WireResource,
@@ -74,7 +75,7 @@ impl World {
             Resource::Workload(workload) => delta.workloads.push(workload.clone()),
             Resource::Service(service) => delta.services.push(service.clone()),
             Resource::Policy(policy) => drop(self.policies.upsert(policy.clone())),
-            Resource::Mesh(_) | Resource::Pod(_) => {}
+            Resource::Mesh(_) | Resource::Pod(_) | Resource::Frontend(_) | Resource::Route(_) => {}
         }
         assert!(self.index.apply(delta) >= before, "the revision went back");
         self.held.insert((resource.kind(), resource.name()), resource.clone());
@@ -86,7 +87,7 @@ impl World {
             Resource::Workload(workload) => delta.removed_workloads.push(workload.uid.clone()),
             Resource::Service(service) => delta.removed_services.push(service.key.clone()),
             Resource::Policy(policy) => drop(self.policies.remove(&policy.name)),
-            Resource::Mesh(_) | Resource::Pod(_) => {}
+            Resource::Mesh(_) | Resource::Pod(_) | Resource::Frontend(_) | Resource::Route(_) => {}
         }
         self.index.apply(delta);
         self.held.remove(&(resource.kind(), resource.name()));
@@ -119,6 +120,15 @@ fn removed_name(removed: &mesh_wire::RemovedResource) -> String {
         Gone::Pod(uid) | Gone::Workload(uid) => uid.as_str().to_owned(),
         Gone::Policy(name) => name.to_string(),
         Gone::Service(key) => key.to_string(),
+        Gone::Frontend(name) => {
+            let kind = match name.kind {
+                FrontendKind::Service => "Service",
+                FrontendKind::ServiceEntry => "ServiceEntry",
+                FrontendKind::Gateway => "Gateway",
+            };
+            format!("{kind} {}/{}", name.namespace, name.name)
+        }
+        Gone::Route(name) => name.to_string(),
     }
 }
 
@@ -159,11 +169,24 @@ fn samples() -> Vec<Resource> {
         inbound: mesh_wire::TrafficFilter::default(),
         bypass_inbound: false,
     };
+    let frontend = mesh_wire::FrontendConfig {
+        frontend: mesh_route::FrontendName::service("shop", "cart"),
+        hosts: vec!["cart.shop.svc.cluster.local".into()],
+        ports: vec![mesh_wire::FrontendPortConfig {
+            port: 80,
+            target_port: 8080,
+            name: "http".into(),
+            protocol: mesh_wire::AppProtocol::Http1,
+        }],
+        policies: vec!["shop/p".into()],
+    };
     let mut samples = vec![
         Resource::Workload(workload),
         Resource::Service(service),
         Resource::Mesh(mesh),
         Resource::Pod(pod),
+        Resource::Frontend(frontend),
+        Resource::Route(Box::new(crate::route::sample())),
     ];
     samples.extend(policies.into_iter().map(Resource::Policy));
     samples

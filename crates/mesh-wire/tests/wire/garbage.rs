@@ -36,7 +36,7 @@ fn damaged<M: Message + Default>(message: &M, dice: &mut Dice) -> M {
 }
 
 fn response(dice: &mut Dice) -> DeltaDiscoveryResponse {
-    let kind = ResourceKind::ALL[dice.below(4)];
+    let kind = ResourceKind::ALL[dice.below(ResourceKind::ALL.len())];
     let mut resources = Vec::new();
     for _ in 0..dice.below(4) {
         let mut wire = Published::new(&dice.resource()).to_wire();

@@ -32,9 +32,11 @@ fn check<M: Message + Clone>(
         change(&mut bad);
         let error = match kind {
             ResourceKind::Address => refusal(kind, name, &wrap(bad)),
-            ResourceKind::Mesh | ResourceKind::Pod | ResourceKind::Authorization => {
-                refusal(kind, name, &bad)
-            }
+            ResourceKind::Mesh
+            | ResourceKind::Pod
+            | ResourceKind::Authorization
+            | ResourceKind::Frontend
+            | ResourceKind::Route => refusal(kind, name, &bad),
         };
         assert_eq!((error.field.as_str(), &error.problem), (*field, problem));
         assert!(error.to_string().contains(problem.remedy()), "{error}");
