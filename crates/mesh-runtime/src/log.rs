@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh_telemetry::access_log::{early_denial_line, flow_line, is_failure};
-use mesh_telemetry::{EarlyDenial, FlowRecord, LogFormat};
+use mesh_telemetry::request::request_line;
+use mesh_telemetry::{EarlyDenial, FlowRecord, LogFormat, RequestRecord};
 use tracing::Level;
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -176,6 +177,18 @@ impl AccessLog {
         };
         if wanted {
             self.writer.line(flow_line(record, SystemTime::now(), self.format));
+        }
+    }
+
+    /// Writes the line of a request whose answer has ended now.
+    pub fn request(&self, record: &RequestRecord) {
+        let wanted = if record.is_refused() {
+            tracing::enabled!(target: "access", Level::WARN)
+        } else {
+            tracing::enabled!(target: "access", Level::INFO)
+        };
+        if wanted {
+            self.writer.line(request_line(record, SystemTime::now(), self.format));
         }
     }
 

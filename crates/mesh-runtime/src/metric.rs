@@ -65,10 +65,15 @@ impl Metrics {
         log: Option<LogHandle>,
     ) -> Result<Self, MetricsError> {
         let dns = Matcher::Full(metric::DNS_UPSTREAM_SECONDS.name.to_owned());
-        let recorder = PrometheusBuilder::new()
+        let mut builder = PrometheusBuilder::new()
             .set_buckets_for_metric(dns, &metric::DNS_SECONDS_BUCKETS)
-            .map_err(MetricsError::Buckets)?
-            .build_recorder();
+            .map_err(MetricsError::Buckets)?;
+        for of in [metric::REQUEST_DURATION, metric::REQUEST_BYTES, metric::RESPONSE_BYTES] {
+            builder = builder
+                .set_buckets_for_metric(Matcher::Full(of.name.to_owned()), &metric::REQUEST_BUCKETS)
+                .map_err(MetricsError::Buckets)?;
+        }
+        let recorder = builder.build_recorder();
         let prometheus = recorder.handle();
         metrics::set_global_recorder(recorder).map_err(MetricsError::Installed)?;
         for metric in metric::ALL {

@@ -63,20 +63,24 @@ enum Field {
 }
 
 /// Fields in their order; absent ones are not in the list.
-struct Fields(Vec<(&'static str, Field)>);
+pub(crate) struct Fields(Vec<(&'static str, Field)>);
 
 impl Fields {
-    fn bare(&mut self, key: &'static str, value: impl fmt::Display) {
+    pub(crate) fn with_capacity(fields: usize) -> Self {
+        Self(Vec::with_capacity(fields))
+    }
+
+    pub(crate) fn bare(&mut self, key: &'static str, value: impl fmt::Display) {
         self.0.push((key, Field::Bare(value.to_string())));
     }
 
-    fn quoted(&mut self, key: &'static str, value: Option<&str>) {
+    pub(crate) fn quoted(&mut self, key: &'static str, value: Option<&str>) {
         if let Some(value) = value.filter(|value| !value.is_empty()) {
             self.0.push((key, Field::Quoted(value.to_owned())));
         }
     }
 
-    fn number(&mut self, key: &'static str, value: u64) {
+    pub(crate) fn number(&mut self, key: &'static str, value: u64) {
         self.0.push((key, Field::Number(value)));
     }
 }
@@ -208,7 +212,7 @@ fn error(reason: CloseReason, detail: Option<&str>) -> Option<String> {
     })
 }
 
-fn line(
+pub(crate) fn line(
     at: SystemTime,
     level: &'static str,
     message: &'static str,

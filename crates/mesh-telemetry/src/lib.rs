@@ -13,6 +13,7 @@ pub mod forwarded;
 pub mod labels;
 pub mod metric;
 pub mod record;
+pub mod request;
 pub mod traceparent;
 
 pub use access_log::LogFormat;
@@ -21,4 +22,5 @@ pub use forwarded::Forwarded;
 pub use labels::{FlowFacts, LabelSet, LabelValue, ServiceLabels, WorkloadLabels};
 pub use metric::{Metric, MetricKind};
 pub use record::{EarlyDenial, FlowBytes, FlowPath, FlowRecord, PolicyRef};
+pub use request::{RequestFacts, RequestRecord};
 pub use traceparent::TraceParent;

@@ -50,6 +50,14 @@ metrics! {
     TCP_SENT_BYTES = "istio_tcp_sent_bytes_total", Counter, "bytes of the response direction, server to client";
     /// Labels: `reporter`.
     TCP_SOCKETS_OPEN = "istio_tcp_sockets_open", Gauge, "connections open now";
+    /// Labels: requests.
+    REQUESTS = "istio_requests_total", Counter, "requests that a waypoint answered or passed on";
+    /// Labels: requests.
+    REQUEST_DURATION = "istio_request_duration_milliseconds", Histogram, "from a request's head to the end of its answer";
+    /// Labels: requests.
+    REQUEST_BYTES = "istio_request_bytes", Histogram, "bytes of a request's body";
+    /// Labels: requests.
+    RESPONSE_BYTES = "istio_response_bytes", Histogram, "bytes of an answer's body";
     /// Labels: all `source_*`, `hostname`.
     ON_DEMAND_DNS = "istio_on_demand_dns_total", Counter, "host names of workloads resolved for a connection";
     /// Labels: `reporter`.
@@ -228,6 +236,12 @@ pub const DNS_LABELS: [&str; 4] = [
 
 /// Buckets of [`DNS_UPSTREAM_SECONDS`], seconds. Source: istio/ztunnel `src/dns/metrics.rs`.
 pub const DNS_SECONDS_BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
+
+/// Buckets of the histograms of requests, milliseconds and bytes. Source: Envoy's defaults, which Istio leaves in place.
+pub const REQUEST_BUCKETS: [f64; 19] = [
+    0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2500.0, 5e3, 1e4, 3e4, 6e4, 3e5,
+    6e5, 1.8e6, 3.6e6,
+];
 
 #[cfg(test)]
 mod tests {
