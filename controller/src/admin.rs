@@ -1,6 +1,6 @@
 //! The admin server's pages.
 //!
-//! `/ready` · `/metrics` · `/status` · `/config_dump` · `/explain?from=NS/NAME&to=HOST_OR_IP&port=N` · `/logging`
+//! `/ready` · `/metrics` · `/status` · `/config_dump` · `/explain?from=NS/NAME&to=HOST_OR_IP&port=N[&method=M&path=P&headers=LINES]` · `/logging`
 //! (`GET` shows the filter; `POST ?level=FILTER` or `?reset` changes it, over the Unix socket only).
 
 use std::sync::Arc;
@@ -10,11 +10,12 @@ use http::StatusCode;
 use mesh_authorize::Policy;
 use mesh_model::{Service, Workload};
 use mesh_resolve::ResolveSettings;
+use mesh_route::Route;
 use mesh_runtime::{LogHandle, Metrics, Readiness, Reply, Request, Routes, metric};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::explain::{Question, answer};
+use crate::explain::{AskedRequest, Question, answer};
 use crate::index::PodSettings;
 use crate::mesh::SharedMesh;
 
@@ -102,7 +103,18 @@ fn explained(mesh: &SharedMesh, request: &Request) -> Reply {
     else {
         return Reply::error(StatusCode::BAD_REQUEST, "give port=PORT, from 1 to 65535");
     };
-    let question = Question { from: from.to_owned(), to: to.to_owned(), port };
+    let asked = request.query("method").zip(request.query("path")).map(|(method, path)| {
+        let lines = request.query("headers").unwrap_or_default().lines();
+        AskedRequest {
+            method: method.to_owned(),
+            path: path.to_owned(),
+            headers: lines
+                .filter_map(|line| line.split_once(':'))
+                .map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
+                .collect(),
+        }
+    });
+    let question = Question { from: from.to_owned(), to: to.to_owned(), port, request: asked };
     match answer(&mesh.picture(), &ResolveSettings::default(), &question, Instant::now()) {
         Ok(mut answer) => {
             answer.warnings.extend(mesh.warnings());
@@ -117,6 +129,8 @@ struct ConfigDump {
     workloads: Vec<Arc<Workload>>,
     services: Vec<Arc<Service>>,
     policies: Vec<Arc<Policy>>,
+    frontends: Vec<Value>,
+    routes: Vec<Route>,
     pods: Vec<Value>,
     published: Vec<(String, usize)>,
 }
@@ -127,6 +141,11 @@ fn config_dump(mesh: &SharedMesh) -> ConfigDump {
         workloads: index.workloads().cloned().collect(),
         services: index.services().cloned().collect(),
         policies: index.policies().cloned().collect(),
+        frontends: index
+            .frontends()
+            .map(|one| json!({ "config": one.config, "waypoints": one.waypoints }))
+            .collect(),
+        routes: index.routes().map(|one| one.route.clone()).collect(),
         pods: index.pods().map(|pod| pod_dump(pod)).collect(),
         published: published
             .into_iter()

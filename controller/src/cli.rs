@@ -172,11 +172,14 @@ pub enum Egress {
 /// Join tokens.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
-    /// Print a token with which the agent of a node can join once
+    /// Print a token with which the agent of a node, or a waypoint, can join once
     Create {
         /// Name of the node
-        #[arg(long)]
-        node: String,
+        #[arg(long, required_unless_present = "waypoint")]
+        node: Option<String>,
+        /// NAMESPACE/NAME of the Gateway, for a waypoint instead of a node's agent
+        #[arg(long, conflicts_with = "node")]
+        waypoint: Option<String>,
         /// How long the token may be used
         #[arg(long, default_value = "1h", value_parser = parse_duration)]
         ttl: Duration,

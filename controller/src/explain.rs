@@ -5,6 +5,7 @@
 mod capture;
 mod names;
 mod plain;
+mod waypoint;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ use self::names::{find_address, find_workload};
 use self::plain::PlainDial;
 use crate::mesh::Picture;
 
+pub use self::waypoint::AskedRequest;
+
 /// What is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Question {
@@ -34,6 +37,9 @@ pub struct Question {
     pub to: String,
     /// The port that is dialled.
     pub port: u16,
+    /// The request that is sent there, for waypoints to judge; none to ask about the connection alone.
+    #[serde(default)]
+    pub request: Option<AskedRequest>,
 }
 
 /// What would happen.
@@ -55,7 +61,7 @@ pub struct Answer {
 /// One stage.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// `source` or `destination`: whose agent.
+    /// `source`, `waypoint` or `destination`: whose agent, or which waypoint.
     pub side: Side,
     /// The workload there.
     pub workload: String,
@@ -67,12 +73,14 @@ pub struct Stage {
     pub outcome: String,
 }
 
-/// Whose agent decides.
+/// Who decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Side {
     /// The client's.
     Source,
+    /// The waypoint, in between.
+    Waypoint,
     /// The server's.
     Destination,
 }
@@ -135,6 +143,19 @@ pub fn answer(
         }
         Err(decided) => return Ok(Answer { warnings, ..refused(stages, decided) }),
     };
+    if matches!(route.route, Route::ViaWaypoint { .. }) {
+        let at = waypoint::At {
+            picture,
+            settings,
+            source: &source,
+            client,
+            dialled: target,
+            host: &question.to,
+            now,
+        };
+        let answer = waypoint::through(&at, stages, &route, question.request.as_ref());
+        return Ok(Answer { warnings, ..answer });
+    }
     let (next, authority, identity) = match &route.route {
         Route::Tunnel(tunnel) | Route::ViaWaypoint { tunnel, .. } => {
             (tunnel.next_hop.ip(), Some(tunnel.authority.clone()), source.identity().ok())

@@ -6,11 +6,14 @@
 
 mod authorization;
 mod enrolment;
+mod frontends;
 mod generations;
+mod l7;
 mod objects;
 mod peer;
 mod pods;
 mod policies;
+mod routes;
 mod services;
 mod unreadable;
 mod vip;
@@ -22,8 +25,12 @@ use std::sync::Arc;
 
 use mesh_authorize::{Policy, PolicyName, UnknownEgress};
 use mesh_model::{IpPrefix, NamespacedHostname, Service, SpiffeId, Workload, WorkloadUid};
+use mesh_route::{FrontendName, RouteName};
+use mesh_wire::waypoint_of_node;
 
 use self::enrolment::Enrolment;
+use self::frontends::FrontendSource;
+use self::l7::{L7, RouteSource};
 use self::objects::{Objects, in_namespace, slice_pods, slice_service};
 use self::policies::{PolicySource, Target};
 use self::services::{HostDefinitions, ServiceSource};
@@ -34,9 +41,11 @@ use crate::manifest::{Kind, Object, ObjectKey};
 use crate::source::Change;
 
 pub use self::enrolment::Captured;
+pub use self::frontends::Frontend;
 pub use self::objects::Key;
 pub use self::pods::{PodMode, PodSettings};
 pub use self::policies::PolicyStatus;
+pub use self::routes::{PublishedRoute, RouteStatus};
 
 /// What the index is told once.
 #[derive(Clone, Debug)]
@@ -86,6 +95,9 @@ impl IndexSettings {
     }
 }
 
+/// The label of a Gateway's pods, by the Gateway API.
+const GATEWAY_NAME_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
+
 /// What an agent tells about its node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodeReport {
@@ -120,6 +132,14 @@ pub struct Delta {
     pub egress: Vec<(Arc<str>, Option<UnknownEgress>)>,
     /// The networks of the cluster's own pods, where they are other ones than before.
     pub pod_networks: Option<Vec<IpPrefix>>,
+    /// New and changed frontends of waypoints.
+    pub frontends: Vec<Arc<Frontend>>,
+    /// Frontends that are gone.
+    pub removed_frontends: Vec<FrontendName>,
+    /// New and changed routes.
+    pub routes: Vec<Arc<PublishedRoute>>,
+    /// Routes that are gone.
+    pub removed_routes: Vec<RouteName>,
 }
 
 impl Delta {
@@ -149,6 +169,7 @@ pub struct Index {
     pods: BTreeMap<WorkloadUid, Arc<PodSettings>>,
     egress: BTreeMap<Arc<str>, UnknownEgress>,
     pod_networks: Vec<IpPrefix>,
+    l7: L7,
 }
 
 /// What has to be computed again.
@@ -158,6 +179,8 @@ struct Dirty {
     services: BTreeSet<ServiceSource>,
     policies: BTreeSet<PolicySource>,
     namespaces: BTreeSet<Arc<str>>,
+    frontends: BTreeSet<FrontendSource>,
+    routes: BTreeSet<RouteSource>,
     vips: bool,
     pod_networks: bool,
 }
@@ -183,6 +206,7 @@ impl Index {
             pods: BTreeMap::new(),
             egress: BTreeMap::new(),
             pod_networks,
+            l7: L7::default(),
         }
     }
 
@@ -281,6 +305,22 @@ impl Index {
         if *identity.trust_domain() != *self.settings.trust_domain || node.is_empty() {
             return false;
         }
+        if let Some((namespace, name)) = waypoint_of_node(node) {
+            // A waypoint proves to be a Gateway: it gets the identity of that Gateway's pods, and no other.
+            let is_of = |labels: &BTreeMap<String, String>| {
+                labels.get(GATEWAY_NAME_LABEL).is_some_and(|of| of == name)
+            };
+            return in_namespace(&self.objects.pods, namespace).any(|(key, pod)| {
+                !pod.terminal
+                    && is_of(&pod.meta.labels)
+                    && is_it(&key.namespace, &pod.service_account)
+            }) || in_namespace(&self.objects.workload_entries, namespace).any(
+                |(key, entry)| {
+                    is_of(&entry.endpoint.labels)
+                        && is_it(&key.namespace, &entry.endpoint.service_account)
+                },
+            );
+        }
         let pods = self.objects.pods_by_node.get(node).into_iter().flatten();
         pods.filter_map(|key| self.objects.pods.get(key)).any(|pod| {
             !pod.terminal && !pod.host_network && is_it(&pod.meta.namespace, &pod.service_account)
@@ -290,6 +330,21 @@ impl Index {
                     && is_it(&entry.meta.namespace, &entry.endpoint.service_account)
             },
         )
+    }
+
+    /// What becomes of each route.
+    pub fn route_status(&self) -> impl Iterator<Item = (RouteName, &RouteStatus)> {
+        self.l7.status()
+    }
+
+    /// The frontends of waypoints, by name.
+    pub fn frontends(&self) -> impl Iterator<Item = &Arc<Frontend>> {
+        self.l7.frontends()
+    }
+
+    /// The routes in force, by name.
+    pub fn routes(&self) -> impl Iterator<Item = &Arc<PublishedRoute>> {
+        self.l7.routes()
     }
 
     /// What agents say they capture.
@@ -388,6 +443,10 @@ impl Index {
             Kind::PeerAuthentication => {
                 objects.peers.get(&id).cloned().map(Object::PeerAuthentication)
             }
+            Kind::Gateway => objects.gateway_objects.get(&id).cloned().map(Object::Gateway),
+            Kind::HttpRoute => objects.http_routes.get(&id).cloned().map(Object::HttpRoute),
+            Kind::GrpcRoute => objects.grpc_routes.get(&id).cloned().map(Object::GrpcRoute),
+            Kind::ReferenceGrant => objects.grants.get(&id).cloned().map(Object::ReferenceGrant),
         }
     }
 
@@ -396,7 +455,12 @@ impl Index {
         let view = self.view();
         let objects = &self.objects;
         let key = Key::from(&object.key());
+        self.l7.mark(view, object, &key, &mut dirty.frontends, &mut dirty.routes);
         match object {
+            Object::Gateway(_)
+            | Object::HttpRoute(_)
+            | Object::GrpcRoute(_)
+            | Object::ReferenceGrant(_) => {}
             Object::Namespace(_) => {
                 let name = key.name;
                 dirty.workloads.extend(policies::workloads_in(view, Some(&name), |_| true));
@@ -567,6 +631,8 @@ impl Index {
         self.settle_services(dirty.services, &mut delta);
         self.settle_workloads(dirty.workloads, &mut delta);
         self.settle_policies(dirty.policies, &mut delta);
+        let view = View { objects: &self.objects, settings: &self.settings };
+        self.l7.settle(view, dirty.frontends, dirty.routes, &mut delta);
         for name in dirty.namespaces {
             let new =
                 self.objects.namespaces.get(&name).and_then(|namespace| namespace.unknown_egress);

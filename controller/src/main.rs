@@ -28,8 +28,10 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(args) => run(*args),
-        Command::Token(TokenCommand::Create { node, ttl, state_dir }) => {
+        Command::Token(TokenCommand::Create { node, waypoint, ttl, state_dir }) => {
             open(&state_dir).and_then(|files| {
+                let node = waypoint.map(|name| format!("waypoint/{name}")).or(node);
+                let node = node.unwrap_or_default();
                 let token = Tokens::open(files)?.create(&node, ttl, SystemTime::now())?;
                 say(&token)
             })

@@ -6,9 +6,11 @@
 pub mod capture;
 pub mod core;
 pub mod document;
+pub mod gateway;
 pub mod metadata;
 pub mod pod;
 pub mod policy;
+pub mod route;
 pub mod service;
 pub mod service_entry;
 pub mod unreadable;
@@ -23,9 +25,11 @@ use serde_json::Value;
 pub use self::capture::CaptureSettings;
 pub use self::core::{Namespace, Node, ServiceAccount};
 pub use self::document::{Document, Format, InvalidDocument, Segment, documents, line_of};
+pub use self::gateway::{Gateway, ReferenceGrant};
 pub use self::metadata::{InvalidField, Metadata, Owner, Selector, display_path};
 pub use self::pod::Pod;
 pub use self::policy::{AuthorizationPolicy, PeerAuthentication};
+pub use self::route::RouteObject;
 pub use self::service::{EndpointSlice, Service};
 pub use self::service_entry::{ServiceEntry, WorkloadEntry};
 pub use self::unreadable::{Reach, UnreadablePolicy};
@@ -53,6 +57,14 @@ pub enum Kind {
     AuthorizationPolicy,
     /// security.istio.io
     PeerAuthentication,
+    /// gateway.networking.k8s.io
+    Gateway,
+    /// gateway.networking.k8s.io
+    HttpRoute,
+    /// gateway.networking.k8s.io
+    GrpcRoute,
+    /// gateway.networking.k8s.io
+    ReferenceGrant,
 }
 
 impl Kind {
@@ -71,6 +83,10 @@ impl Kind {
             ("networking.istio.io", "ServiceEntry") => Self::ServiceEntry,
             ("security.istio.io", "AuthorizationPolicy") => Self::AuthorizationPolicy,
             ("security.istio.io", "PeerAuthentication") => Self::PeerAuthentication,
+            ("gateway.networking.k8s.io", "Gateway") => Self::Gateway,
+            ("gateway.networking.k8s.io", "HTTPRoute") => Self::HttpRoute,
+            ("gateway.networking.k8s.io", "GRPCRoute") => Self::GrpcRoute,
+            ("gateway.networking.k8s.io", "ReferenceGrant") => Self::ReferenceGrant,
             _ => return None,
         })
     }
@@ -87,6 +103,10 @@ impl Kind {
         Self::ServiceEntry,
         Self::AuthorizationPolicy,
         Self::PeerAuthentication,
+        Self::Gateway,
+        Self::HttpRoute,
+        Self::GrpcRoute,
+        Self::ReferenceGrant,
     ];
 
     /// The API group; empty for the core one.
@@ -97,6 +117,9 @@ impl Kind {
             Self::EndpointSlice => "discovery.k8s.io",
             Self::WorkloadEntry | Self::ServiceEntry => "networking.istio.io",
             Self::AuthorizationPolicy | Self::PeerAuthentication => "security.istio.io",
+            Self::Gateway | Self::HttpRoute | Self::GrpcRoute | Self::ReferenceGrant => {
+                gateway::GATEWAY_GROUP
+            }
         }
     }
 
@@ -109,6 +132,8 @@ impl Kind {
             Self::EndpointSlice => &["v1", "v1beta1"],
             Self::WorkloadEntry | Self::ServiceEntry => &["v1", "v1beta1", "v1alpha3"],
             Self::AuthorizationPolicy | Self::PeerAuthentication => &["v1", "v1beta1"],
+            Self::Gateway | Self::HttpRoute | Self::ReferenceGrant => &["v1", "v1beta1"],
+            Self::GrpcRoute => &["v1", "v1alpha2"],
         }
     }
 
@@ -132,6 +157,10 @@ impl Kind {
             Self::ServiceEntry => "ServiceEntry",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
             Self::PeerAuthentication => "PeerAuthentication",
+            Self::Gateway => "Gateway",
+            Self::HttpRoute => "HTTPRoute",
+            Self::GrpcRoute => "GRPCRoute",
+            Self::ReferenceGrant => "ReferenceGrant",
         }
     }
 }
@@ -172,6 +201,10 @@ pub enum Object {
     ServiceEntry(Arc<ServiceEntry>),
     AuthorizationPolicy(Arc<AuthorizationPolicy>),
     PeerAuthentication(Arc<PeerAuthentication>),
+    Gateway(Arc<Gateway>),
+    HttpRoute(Arc<RouteObject>),
+    GrpcRoute(Arc<RouteObject>),
+    ReferenceGrant(Arc<ReferenceGrant>),
     /// Stands in the place of a security policy that cannot be read.
     Unreadable(Arc<UnreadablePolicy>),
 }
@@ -191,6 +224,9 @@ impl Object {
             Self::ServiceEntry(object) => &object.meta,
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
+            Self::Gateway(object) => &object.meta,
+            Self::HttpRoute(object) | Self::GrpcRoute(object) => &object.meta,
+            Self::ReferenceGrant(object) => &object.meta,
             Self::Unreadable(object) => &object.meta,
         }
     }
@@ -209,6 +245,10 @@ impl Object {
             Self::ServiceEntry(_) => Kind::ServiceEntry,
             Self::AuthorizationPolicy(_) => Kind::AuthorizationPolicy,
             Self::PeerAuthentication(_) => Kind::PeerAuthentication,
+            Self::Gateway(_) => Kind::Gateway,
+            Self::HttpRoute(_) => Kind::HttpRoute,
+            Self::GrpcRoute(_) => Kind::GrpcRoute,
+            Self::ReferenceGrant(_) => Kind::ReferenceGrant,
             Self::Unreadable(object) => object.kind,
         }
     }
@@ -345,6 +385,18 @@ fn body(kind: Kind, meta: Metadata, value: &Value) -> Result<Object, InvalidFiel
         )),
         Kind::PeerAuthentication => Object::PeerAuthentication(Arc::new(
             decode::<policy::RawPeerAuthentication>(value)?.parse(meta)?,
+        )),
+        Kind::Gateway => {
+            Object::Gateway(Arc::new(decode::<gateway::RawGateway>(value)?.parse(meta)?))
+        }
+        Kind::HttpRoute => {
+            Object::HttpRoute(Arc::new(decode::<route::RawHttpRoute>(value)?.parse(meta)?))
+        }
+        Kind::GrpcRoute => {
+            Object::GrpcRoute(Arc::new(decode::<route::RawGrpcRoute>(value)?.parse(meta)?))
+        }
+        Kind::ReferenceGrant => Object::ReferenceGrant(Arc::new(
+            decode::<gateway::RawReferenceGrant>(value)?.parse(meta),
         )),
     })
 }

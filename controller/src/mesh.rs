@@ -9,6 +9,7 @@ use imbl::OrdMap;
 use mesh_authorize::{Policy, PolicySet};
 use mesh_model::{SpiffeId, WorkloadUid};
 use mesh_resolve::{IndexDelta, WorkloadIndex};
+use mesh_route::{FrontendName, FrontendPort, RouteChange, RouteTable};
 use mesh_telemetry::metric;
 use mesh_wire::MeshConfig;
 use serde::Serialize;
@@ -16,7 +17,9 @@ use tokio::sync::watch;
 
 use crate::ca::revocations::RevocationStatus;
 use crate::cluster::conditions::PolicyReport;
-use crate::index::{Captured, Delta, Index, IndexSettings, NodeReport, PodSettings, PolicyStatus};
+use crate::index::{
+    Captured, Delta, Frontend, Index, IndexSettings, NodeReport, PodSettings, PolicyStatus, RouteStatus,
+};
 use crate::manifest::ObjectKey;
 use crate::publish::Store;
 use crate::source::{Change, Refusal, SourceEvent, SourceStatus};
@@ -46,6 +49,10 @@ pub struct Picture {
     pub captured: Captured,
     /// What is captured of each pod, by its workload.
     pub pods: OrdMap<WorkloadUid, Arc<PodSettings>>,
+    /// What waypoints serve.
+    pub frontends: BTreeMap<FrontendName, Arc<Frontend>>,
+    /// The routes at them.
+    pub routes: RouteTable,
 }
 
 /// The mesh.
@@ -76,6 +83,8 @@ pub struct Status {
     pub revocations: Option<RevocationStatus>,
     /// How each policy object is enforced.
     pub policies: BTreeMap<String, PolicyStatus>,
+    /// What becomes of each route.
+    pub routes: BTreeMap<String, RouteStatus>,
     /// Objects that do something else than their author may think.
     pub notes: Vec<(String, String)>,
 }
@@ -215,6 +224,11 @@ impl Mesh {
             source: state.source.clone(),
             revocations: state.trust.revocations.clone(),
             policies,
+            routes: state
+                .index
+                .route_status()
+                .map(|(name, status)| (name.to_string(), status.clone()))
+                .collect(),
             notes: state.index.notes(),
         }
     }
@@ -286,6 +300,7 @@ impl Mesh {
             services: delta.services.iter().map(|service| service.as_ref().clone()).collect(),
             removed_services: delta.removed_services.clone(),
         });
+        picture.take_l7(&delta);
         let changed = self.store.apply(&delta);
         metrics::counter!(metric::CONTROLLER_CHANGES.name).increment(changed as u64);
         if !delta.egress.is_empty() || delta.pod_networks.is_some() {
@@ -313,6 +328,36 @@ impl Mesh {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic in the index is a bug; what it had computed so far is still consistent enough to be served.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Picture {
+    /// Takes over what waypoints are told.
+    fn take_l7(&mut self, delta: &Delta) {
+        let mut changes: Vec<RouteChange> = Vec::new();
+        for name in &delta.removed_frontends {
+            self.frontends.remove(name);
+            changes.push(RouteChange::RemoveFrontend(name.clone()));
+        }
+        changes.extend(delta.removed_routes.iter().cloned().map(RouteChange::Remove));
+        for frontend in &delta.frontends {
+            let config = &frontend.config;
+            let ports = config.ports.iter().map(|port| FrontendPort {
+                port: port.port,
+                section: (!port.name.is_empty()).then(|| port.name.clone()),
+            });
+            changes.push(RouteChange::Frontend(mesh_route::Frontend {
+                name: config.frontend.clone(),
+                ports: ports.collect(),
+            }));
+            self.frontends.insert(config.frontend.clone(), Arc::clone(frontend));
+        }
+        let routes = delta.routes.iter().map(|one| RouteChange::Upsert(one.route.clone()));
+        changes.extend(routes);
+        // What the table would refuse was refused when the manifest was read.
+        for invalid in self.routes.apply(changes) {
+            tracing::error!(error = %format!("{:#}", anyhow::Error::from(invalid)), "a route that was accepted cannot be used");
+        }
     }
 }
 

@@ -222,7 +222,7 @@ async fn an_agent_joins_and_is_told_what_concerns_its_node() {
     let lab = Lab::start().await;
     let token = lab.join("node-a").await;
     let mut agent = lab.stream(&token).await;
-    for kind in ResourceKind::ALL {
+    for kind in ResourceKind::AGENT {
         agent.subscribe(kind, &BTreeMap::new()).await;
     }
     let mut first = BTreeMap::new();
@@ -415,7 +415,7 @@ async fn explain_names_the_rule_that_decides() {
     let lab = Lab::start().await;
     lab.mesh.synced().await;
     let ask = |to: &str, port| {
-        let question = Question { from: "shop/web".into(), to: to.into(), port };
+        let question = Question { from: "shop/web".into(), to: to.into(), port, request: None };
         answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now()).unwrap()
     };
     for to in ["cart", "cart.shop", "cart.shop.svc.cluster.local", "10.96.0.1"] {
@@ -459,7 +459,8 @@ async fn a_policy_that_cannot_be_read_denies_and_a_good_one_outlives_the_control
     let lab = Lab::start().await;
     lab.mesh.synced().await;
     let ask = |lab: &Lab| {
-        let question = Question { from: "shop/web".into(), to: "cart".into(), port: 80 };
+        let question =
+            Question { from: "shop/web".into(), to: "cart".into(), port: 80, request: None };
         answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now()).unwrap()
     };
     let broken = POLICY.replace("rules:", "ruels:");

@@ -12,8 +12,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mesh_authorize::{
-    Action, Clause, Match, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, Rule,
-    ServiceAccountMatch, StringMatch,
+    Action, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin,
+    PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch,
 };
 
 use super::objects::Key;
@@ -77,41 +77,79 @@ pub(super) fn policy(policy: &AuthorizationPolicy, root_namespace: &str) -> (Pol
     (built, notes)
 }
 
+/// Builds the policy of an object with targetRefs as waypoints judge it: whole, under the object's own name.
+pub(super) fn at_waypoint(policy: &AuthorizationPolicy) -> (Policy, Vec<String>) {
+    let Converted { rules, notes } = convert_for(policy, Judge::Waypoint);
+    let built = Policy {
+        name: PolicyName::new(&policy.meta.namespace, &policy.meta.name),
+        origin: origin(policy),
+        scope: PolicyScope::Workload,
+        action: action(policy),
+        dry_run: policy.dry_run,
+        rules,
+    };
+    (built, notes)
+}
+
+/// Who judges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Judge {
+    /// An agent: connections.
+    Agent,
+    /// A waypoint: requests too.
+    Waypoint,
+}
+
+impl Judge {
+    /// Why it cannot judge something.
+    const fn excuse(self) -> &'static str {
+        match self {
+            Self::Agent => "can only be judged by a waypoint, and none is bound",
+            Self::Waypoint => "is not supported by waypoints yet",
+        }
+    }
+}
+
 /// The rules that remain at L4.
 pub(super) fn convert(policy: &AuthorizationPolicy) -> Converted {
+    convert_for(policy, Judge::Agent)
+}
+
+fn convert_for(policy: &AuthorizationPolicy, judge: Judge) -> Converted {
+    let excuse = judge.excuse();
     let mut converted = Converted { rules: Vec::new(), notes: Vec::new() };
     if policy.action == PolicyAction::Custom {
-        converted.notes.push("action CUSTOM needs a waypoint; what it matches is denied".into());
+        converted.notes.push(
+            match judge {
+                Judge::Agent => "action CUSTOM needs a waypoint; what it matches is denied",
+                Judge::Waypoint => "action CUSTOM is not supported yet; what it matches is denied",
+            }
+            .into(),
+        );
     }
     for (index, rule) in policy.rules.iter().enumerate() {
-        let l7 = l7_fields(rule);
+        let l7 = l7_fields(rule, judge);
         if l7.is_empty() {
-            converted.rules.push(strict_rule(rule));
+            converted.rules.push(strict_rule(rule, judge));
             continue;
         }
         let l7: Vec<&str> = l7.into_iter().collect();
         let l7 = l7.join(", ");
         match policy.action {
             PolicyAction::Allow => {
-                converted.notes.push(format!(
-                    "rule {index} allows nothing: {l7} can only be judged by a waypoint, and none is bound"
-                ));
+                converted.notes.push(format!("rule {index} allows nothing: {l7} {excuse}"));
             }
             PolicyAction::Audit => {
-                converted.notes.push(format!(
-                    "rule {index} is not evaluated: {l7} can only be judged by a waypoint, and none is bound"
-                ));
+                converted.notes.push(format!("rule {index} is not evaluated: {l7} {excuse}"));
             }
             PolicyAction::Deny | PolicyAction::Custom => {
-                let rule = widened_rule(rule);
+                let rule = widened_rule(rule, judge);
                 let effect = if rule.clauses.is_empty() {
                     "denies everything it selects"
                 } else {
                     "denies more than written"
                 };
-                converted.notes.push(format!(
-                    "rule {index} {effect}: {l7} can only be judged by a waypoint, and none is bound"
-                ));
+                converted.notes.push(format!("rule {index} {effect}: {l7} {excuse}"));
                 converted.rules.push(rule);
             }
         }
@@ -119,12 +157,17 @@ pub(super) fn convert(policy: &AuthorizationPolicy) -> Converted {
     converted
 }
 
-fn l7_fields(rule: &PolicyRule) -> BTreeSet<&str> {
+/// What of a rule `judge` cannot judge.
+fn l7_fields(rule: &PolicyRule, judge: Judge) -> BTreeSet<&str> {
+    let is_agent = judge == Judge::Agent;
     let sources = rule.from.iter().flat_map(|source| source.l7_fields.iter().copied());
-    let operations = rule.to.iter().flat_map(|operation| operation.l7_fields.iter().copied());
+    let operations = rule.to.iter().filter(|_| is_agent);
+    let operations = operations.flat_map(|operation| operation.l7_fields.iter().copied());
     let conditions = rule.when.iter().filter_map(|condition| match condition {
         Condition::L7(key) => Some(key.as_str()),
-        Condition::SourceIp(_)
+        Condition::Header { key, .. } if is_agent => Some(key.as_str()),
+        Condition::Header { .. }
+        | Condition::SourceIp(_)
         | Condition::DestinationIp(_)
         | Condition::DestinationPort(_)
         | Condition::Namespace(_)
@@ -136,32 +179,62 @@ fn l7_fields(rule: &PolicyRule) -> BTreeSet<&str> {
 }
 
 /// Clauses in the order that peers use: `to`, `from`, then each of `when`.
-fn strict_rule(rule: &PolicyRule) -> Rule {
+fn strict_rule(rule: &PolicyRule, judge: Judge) -> Rule {
     let mut clauses = Vec::new();
     if !rule.to.is_empty() {
-        clauses.push(Clause { matches: rule.to.iter().map(operation_match).collect() });
+        clauses.push(Clause {
+            matches: rule.to.iter().map(|to| operation_match(to, judge)).collect(),
+        });
     }
     if !rule.from.is_empty() {
         clauses.push(Clause { matches: rule.from.iter().map(source_match).collect() });
     }
     clauses.extend(
-        rule.when.iter().filter_map(condition_match).map(|only| Clause { matches: vec![only] }),
+        rule.when
+            .iter()
+            .filter_map(|when| condition_match(when, judge))
+            .map(|only| Clause { matches: vec![only] }),
     );
     Rule { clauses }
 }
 
 /// The rule without its L7 part. An alternative of which nothing is left matches everything, and so does its clause.
-fn widened_rule(rule: &PolicyRule) -> Rule {
-    let strict = strict_rule(rule);
+fn widened_rule(rule: &PolicyRule, judge: Judge) -> Rule {
+    let strict = strict_rule(rule, judge);
     let is_open = |clause: &Clause| clause.matches.iter().any(|one| *one == Match::default());
     Rule { clauses: strict.clauses.into_iter().filter(|clause| !is_open(clause)).collect() }
 }
 
-fn operation_match(operation: &Operation) -> Match {
+fn operation_match(operation: &Operation, judge: Judge) -> Match {
+    let request = match judge {
+        Judge::Agent => RequestMatch::default(),
+        Judge::Waypoint => {
+            let (hosts, not_hosts) = strings(&operation.hosts);
+            let (methods, not_methods) = strings(&operation.methods);
+            RequestMatch {
+                hosts,
+                not_hosts,
+                methods,
+                not_methods,
+                paths: operation.paths.any_of.iter().map(|text| path_match(text)).collect(),
+                not_paths: operation.paths.none_of.iter().map(|text| path_match(text)).collect(),
+                headers: Vec::new(),
+            }
+        }
+    };
     Match {
         destination_ports: operation.ports.any_of.clone(),
         not_destination_ports: operation.ports.none_of.clone(),
+        request,
         ..Match::default()
+    }
+}
+
+/// A template where it is one; reading the manifest refused braces that are none.
+fn path_match(text: &str) -> PathMatch {
+    match text.parse() {
+        Ok(template) if text.contains('{') => PathMatch::Template(template),
+        Ok(_) | Err(_) => PathMatch::Text(string_match(text)),
     }
 }
 
@@ -185,7 +258,7 @@ fn source_match(source: &Source) -> Match {
     }
 }
 
-fn condition_match(condition: &Condition) -> Option<Match> {
+fn condition_match(condition: &Condition, judge: Judge) -> Option<Match> {
     let blank = Match::default();
     Some(match condition {
         Condition::SourceIp(blocks) => Match {
@@ -219,7 +292,13 @@ fn condition_match(condition: &Condition) -> Option<Match> {
             let (trust_domains, not_trust_domains) = strings(names);
             Match { trust_domains, not_trust_domains, ..blank }
         }
-        Condition::L7(_) => return None,
+        Condition::Header { name, values, .. } if judge == Judge::Waypoint => {
+            let (values, not_values) = strings(values);
+            let header = HeaderMatch { name: Arc::clone(name), values, not_values };
+            let request = RequestMatch { headers: vec![header], ..RequestMatch::default() };
+            Match { request, ..blank }
+        }
+        Condition::Header { .. } | Condition::L7(_) => return None,
     })
 }
 

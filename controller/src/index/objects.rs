@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use super::workloads::gateway_network;
 use crate::manifest::{
-    AuthorizationPolicy, EndpointSlice, Kind, Namespace, Node, Object, ObjectKey,
-    PeerAuthentication, Pod, Service, ServiceAccount, ServiceEntry, UnreadablePolicy,
-    WorkloadEntry,
+    AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, Node, Object, ObjectKey,
+    PeerAuthentication, Pod, ReferenceGrant, RouteObject, Service, ServiceAccount, ServiceEntry,
+    UnreadablePolicy, WorkloadEntry,
 };
 
 /// Namespace and name.
@@ -66,6 +66,10 @@ pub(super) struct Objects {
     pub(super) service_entries: Table<ServiceEntry>,
     pub(super) authorizations: Table<AuthorizationPolicy>,
     pub(super) peers: Table<PeerAuthentication>,
+    pub(super) gateway_objects: Table<Gateway>,
+    pub(super) http_routes: Table<RouteObject>,
+    pub(super) grpc_routes: Table<RouteObject>,
+    pub(super) grants: Table<ReferenceGrant>,
     /// Policies that cannot be read; never one of a key that is in a table as well.
     pub(super) unreadable: BTreeMap<ObjectKey, Arc<UnreadablePolicy>>,
     pub(super) slices_by_service: BTreeMap<Key, BTreeSet<Key>>,
@@ -128,6 +132,18 @@ impl Objects {
             Object::PeerAuthentication(new) => {
                 self.peers.insert(key, Arc::clone(new)).map(Object::PeerAuthentication)
             }
+            Object::Gateway(new) => {
+                self.gateway_objects.insert(key, Arc::clone(new)).map(Object::Gateway)
+            }
+            Object::HttpRoute(new) => {
+                self.http_routes.insert(key, Arc::clone(new)).map(Object::HttpRoute)
+            }
+            Object::GrpcRoute(new) => {
+                self.grpc_routes.insert(key, Arc::clone(new)).map(Object::GrpcRoute)
+            }
+            Object::ReferenceGrant(new) => {
+                self.grants.insert(key, Arc::clone(new)).map(Object::ReferenceGrant)
+            }
             Object::Unreadable(_) => None,
         };
         unreadable.or(old)
@@ -164,6 +180,10 @@ impl Objects {
                 self.authorizations.remove(&id).map(Object::AuthorizationPolicy)
             }
             Kind::PeerAuthentication => self.peers.remove(&id).map(Object::PeerAuthentication),
+            Kind::Gateway => self.gateway_objects.remove(&id).map(Object::Gateway),
+            Kind::HttpRoute => self.http_routes.remove(&id).map(Object::HttpRoute),
+            Kind::GrpcRoute => self.grpc_routes.remove(&id).map(Object::GrpcRoute),
+            Kind::ReferenceGrant => self.grants.remove(&id).map(Object::ReferenceGrant),
         }
     }
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::objects::{Key, in_namespace, slice_service};
 use super::services::waypoint;
 use super::workloads::{View, WorkloadSource, selects, target_ports_in, target_ports_on};
-use super::{authorization, peer, unreadable};
+use super::{authorization, frontends, peer, unreadable};
 use crate::manifest::policy::{PolicyAction, PolicyTarget};
 use crate::manifest::service::TargetPort;
 use crate::manifest::{AuthorizationPolicy, ObjectKey};
@@ -132,6 +132,12 @@ fn behind_waypoint(view: View<'_>, target: &Target) -> bool {
     meta.is_some_and(|meta| waypoint(meta, target.key(), view.objects, view.settings).is_some())
 }
 
+/// True for a policy with a target that a waypoint stands for.
+fn at_waypoint(view: View<'_>, policy: &AuthorizationPolicy) -> bool {
+    policy.targets.iter().any(|target| matches!(target, PolicyTarget::Gateway(..)))
+        || Target::of(policy).any(|target| behind_waypoint(view, &target))
+}
+
 /// True for the ALLOW policies of a target, of which any may allow.
 fn joins_others(policy: &AuthorizationPolicy) -> bool {
     policy.action == PolicyAction::Allow && !policy.dry_run
@@ -241,8 +247,11 @@ pub(super) fn policies_of(view: View<'_>, source: &PolicySource) -> Vec<Policy> 
             if object.targets.is_empty() {
                 return vec![authorization::policy(object, root).0];
             }
+            // Waypoints judge it as it is written, under its own name.
+            let at_waypoint =
+                at_waypoint(view, object).then(|| authorization::at_waypoint(object).0);
             if joins_others(object) {
-                return Vec::new();
+                return at_waypoint.into_iter().collect();
             }
             Target::of(object)
                 .filter(|target| !behind_waypoint(view, target))
@@ -259,6 +268,7 @@ pub(super) fn policies_of(view: View<'_>, source: &PolicySource) -> Vec<Policy> 
                         }
                     }
                 })
+                .chain(at_waypoint)
                 .collect()
         }
     }
@@ -271,7 +281,12 @@ pub(super) fn names(policies: &[Policy]) -> Vec<PolicyName> {
 
 /// How an AuthorizationPolicy is enforced.
 pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy) -> PolicyStatus {
-    let mut notes = authorization::convert(policy).notes;
+    let elsewhere = policy.targets.is_empty()
+        || Target::of(policy).any(|target| !behind_waypoint(view, &target));
+    let mut notes = if elsewhere { authorization::convert(policy).notes } else { Vec::new() };
+    if at_waypoint(view, policy) {
+        notes.extend(authorization::at_waypoint(policy).1);
+    }
     let root = &view.settings.root_namespace;
     let mut places = Vec::new();
     if policy.targets.is_empty() {
@@ -308,9 +323,10 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
     }
     for target in &policy.targets {
         if let PolicyTarget::Gateway(kind, name) = target {
-            notes.push(format!(
-                "target {kind} {name} is not part of this mesh; nothing enforces it there"
-            ));
+            match gateway_place(view, policy, kind, name) {
+                Ok(place) => places.push(place),
+                Err(note) => notes.push(note),
+            }
         }
     }
     if policy.dry_run {
@@ -321,6 +337,36 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
         denying: false,
         place: places.join("; "),
         notes,
+    }
+}
+
+/// Where a policy with this Gateway or GatewayClass as its target is enforced, or why nowhere.
+fn gateway_place(
+    view: View<'_>,
+    policy: &AuthorizationPolicy,
+    kind: &str,
+    name: &str,
+) -> Result<String, String> {
+    let namespace = &policy.meta.namespace;
+    if kind == "GatewayClass" {
+        let root = &view.settings.root_namespace;
+        return if *namespace != *root {
+            Err(format!("target {kind} {name}: only policies of namespace {root} can have it"))
+        } else if frontends::is_waypoint_class(view, name) {
+            Ok(format!("every waypoint of class {name}"))
+        } else {
+            Err(format!("target {kind} {name} is not served by this mesh"))
+        };
+    }
+    match view.objects.gateway_objects.get(&Key::new(namespace, name)) {
+        Some(gateway) if frontends::is_waypoint_class(view, &gateway.class) => {
+            Ok(format!("the waypoint {namespace}/{name}"))
+        }
+        Some(gateway) => Err(format!(
+            "target {kind} {name} is of class {}, which this mesh does not serve",
+            gateway.class
+        )),
+        None => Err(format!("target {kind} {name} does not exist")),
     }
 }
 

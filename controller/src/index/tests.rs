@@ -57,6 +57,8 @@ fn listed(index: &Index, uid: &str) -> Vec<String> {
     workload(index, uid).authorization_policies.iter().map(ToString::to_string).collect()
 }
 
+mod waypoints;
+
 const SHOP: &str = r#"
 apiVersion: v1
 kind: Namespace
@@ -577,7 +579,8 @@ fn target_policies_are_enforced_at_the_endpoints() {
     );
     bound.apply(upserts(&label));
     assert!(listed(&bound, CART).is_empty(), "the waypoint enforces them");
-    assert!(bound.policies().next().is_none());
+    let names: Vec<_> = bound.policies().map(|policy| policy.name.to_string()).collect();
+    assert_eq!(names, ["shop/no", "shop/one", "shop/two"], "as they are written, for the waypoint");
     assert!(service(&bound, "shop", "cart.shop.svc.cluster.local").waypoint.is_some());
 }
 
@@ -676,6 +679,8 @@ struct Mirror {
     policies: BTreeMap<String, Arc<Policy>>,
     pods: BTreeMap<String, Arc<PodSettings>>,
     egress: BTreeMap<Arc<str>, UnknownEgress>,
+    frontends: BTreeMap<FrontendName, Arc<Frontend>>,
+    routes: BTreeMap<RouteName, Arc<PublishedRoute>>,
 }
 
 impl Mirror {
@@ -686,6 +691,11 @@ impl Mirror {
             policies: index.policies().map(|one| (one.name.to_string(), one.clone())).collect(),
             pods: index.pods().map(|one| (one.uid.to_string(), one.clone())).collect(),
             egress: index.egress().clone(),
+            frontends: index
+                .frontends()
+                .map(|one| (one.config.frontend.clone(), one.clone()))
+                .collect(),
+            routes: index.routes().map(|one| (one.route.name.clone(), one.clone())).collect(),
         }
     }
 
@@ -702,6 +712,15 @@ impl Mirror {
         for uid in delta.removed_pods {
             self.pods.remove(uid.as_str()).expect("removed once");
         }
+        for name in delta.removed_frontends {
+            self.frontends.remove(&name).expect("removed once");
+        }
+        for name in delta.removed_routes {
+            self.routes.remove(&name).expect("removed once");
+        }
+        let frontends = delta.frontends.into_iter();
+        self.frontends.extend(frontends.map(|one| (one.config.frontend.clone(), one)));
+        self.routes.extend(delta.routes.into_iter().map(|one| (one.route.name.clone(), one)));
         self.workloads.extend(delta.workloads.into_iter().map(|one| (one.uid.to_string(), one)));
         self.services.extend(delta.services.into_iter().map(|one| (one.key.to_string(), one)));
         self.policies.extend(delta.policies.into_iter().map(|one| (one.name.to_string(), one)));
@@ -771,6 +790,23 @@ fn manifest() -> impl Strategy<Value = String> {
             };
             format!("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: a{n}, namespace: {ns}}}\nspec: {{{body}}}")
         }),
+        (namespace(), name.clone(), any::<bool>()).prop_map(|(ns, n, ours)| format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: {}, namespace: {ns}}}\nspec: {{gatewayClassName: {}}}",
+            if n == 0 { "wp".to_owned() } else { format!("s{n}") }, if ours { "culvert-waypoint" } else { "other" })),
+        (namespace(), namespace(), name.clone(), 0..4u8, any::<bool>()).prop_map(|(ns, other, n, shape, grpc)| format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: {}\nmetadata: {{name: r{n}, namespace: {ns}}}\nspec: {{parentRefs: [{}], rules: [{{backendRefs: [{{name: s{n}, namespace: {other}, port: 80}}]}}]}}",
+            if grpc { "GRPCRoute" } else { "HTTPRoute" },
+            match shape {
+                0 => "{name: wp}".to_owned(),
+                1 => format!("{{group: networking.istio.io, kind: ServiceEntry, name: e{n}}}"),
+                2 => format!("{{group: '', kind: Service, name: s{n}, port: 81}}"),
+                _ => format!("{{group: '', kind: Service, name: s{n}, namespace: {other}}}"),
+            })),
+        (namespace(), namespace()).prop_map(|(ns, from)| format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: ReferenceGrant\nmetadata: {{name: g, namespace: {ns}}}\nspec: {{from: [{{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: {from}}}], to: [{{group: '', kind: Service}}]}}")),
+        (namespace(), name.clone()).prop_map(|(ns, n)| format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: g{n}, namespace: {ns}}}\nspec: {{targetRefs: [{{group: gateway.networking.k8s.io, kind: {}, name: {}}}], rules: [{{to: [{{operation: {{paths: [/x]}}}}]}}]}}",
+            if n == 0 { "GatewayClass" } else { "Gateway" }, if n == 0 { "culvert-waypoint" } else { "wp" })),
         (namespace(), name, selector(), 0..3u8, 0..3u8).prop_map(|(ns, n, selector, mode, port)| {
             let modes = ["UNSET", "PERMISSIVE", "STRICT"];
             let ports = if selector.is_empty() { String::new() } else { format!(", selector: {{matchLabels: {{{selector}}}}}, portLevelMtls: {{8080: {{mode: {}}}}}", modes[usize::from(port)]) };
@@ -811,6 +847,11 @@ proptest! {
         for workload in index.workloads() {
             for name in &workload.authorization_policies {
                 prop_assert!(index.policies().any(|policy| policy.name.to_string() == **name), "{} lists {}", workload.uid, name);
+            }
+        }
+        for frontend in index.frontends() {
+            for name in &frontend.config.policies {
+                prop_assert!(index.policies().any(|policy| policy.name.to_string() == **name), "{:?} lists {}", frontend.config, name);
             }
         }
     }

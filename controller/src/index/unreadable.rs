@@ -14,6 +14,7 @@ use mesh_authorize::{
 use super::policies::{PolicyStatus, Target, members, target_ports, workloads_in};
 use super::workloads::{View, WorkloadSource};
 use super::{authorization, peer};
+use crate::manifest::policy::PolicyTarget;
 use crate::manifest::{Kind, Reach, UnreadablePolicy};
 
 /// The targets it is attached to.
@@ -23,6 +24,15 @@ pub(super) fn targets(policy: &UnreadablePolicy) -> impl Iterator<Item = Target>
         Reach::Mesh | Reach::Namespace | Reach::Selected(_) => &[],
     };
     Target::among(targets, &policy.meta.namespace)
+}
+
+/// The Gateways and classes it is attached to.
+pub(super) fn gateways(policy: &UnreadablePolicy) -> impl Iterator<Item = &PolicyTarget> {
+    let targets = match &policy.reach {
+        Reach::Attached(targets) => targets.as_slice(),
+        Reach::Mesh | Reach::Namespace | Reach::Selected(_) => &[],
+    };
+    targets.iter().filter(|target| matches!(target, PolicyTarget::Gateway(..)))
 }
 
 /// The workloads that list its policies, or stop to.
@@ -99,6 +109,12 @@ pub(super) fn policies(view: View<'_>, policy: &UnreadablePolicy) -> Vec<Policy>
                 let rules = authorization::on_ports(rules.clone(), &ports);
                 built(name(view, policy, Some(&target)), PolicyScope::Workload, rules)
             })
+            // At waypoints.
+            .chain(
+                gateways(policy)
+                    .next()
+                    .map(|_| built(name(view, policy, None), PolicyScope::Workload, rules.clone())),
+            )
             .collect(),
     }
 }
@@ -133,7 +149,11 @@ pub(super) fn status(view: View<'_>, policy: &UnreadablePolicy) -> PolicyStatus 
 }
 
 /// The name of its policy, or of that at one target. The underscore keeps it apart from every object's name.
-fn name(view: View<'_>, policy: &UnreadablePolicy, target: Option<&Target>) -> PolicyName {
+pub(super) fn name(
+    view: View<'_>,
+    policy: &UnreadablePolicy,
+    target: Option<&Target>,
+) -> PolicyName {
     let namespace = if policy.meta.namespace.is_empty() {
         &view.settings.root_namespace
     } else {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use mesh_authorize::PathTemplate;
 use mesh_model::IpPrefix;
 use serde::Deserialize;
 
@@ -106,7 +107,13 @@ pub struct Source {
 pub struct Operation {
     /// Destination ports.
     pub ports: Twin<u16>,
-    /// Fields that only a waypoint can judge.
+    /// Hosts.
+    pub hosts: Twin<String>,
+    /// Methods.
+    pub methods: Twin<String>,
+    /// Paths; those with braces are templates of segments.
+    pub paths: Twin<String>,
+    /// Which fields there are that only a waypoint can judge.
     pub l7_fields: Vec<&'static str>,
 }
 
@@ -127,7 +134,16 @@ pub enum Condition {
     ServiceAccount(Twin<(String, String)>),
     /// `source.trustDomain`.
     TrustDomain(Twin<String>),
-    /// A key that only a waypoint can judge.
+    /// `request.headers[NAME]`, which only a waypoint can judge.
+    Header {
+        /// The key as written.
+        key: String,
+        /// The header, in lower case.
+        name: Arc<str>,
+        /// Its values.
+        values: Twin<String>,
+    },
+    /// A key that nobody judges yet.
     L7(String),
 }
 
@@ -435,8 +451,13 @@ fn operation(raw: RawOperation, path: &str) -> Result<Operation, InvalidField> {
     .filter(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty()))
     .map(|(name, _)| name)
     .collect();
-    let operation =
-        Operation { ports: ports(texts(raw.ports), texts(raw.not_ports), path)?, l7_fields };
+    let operation = Operation {
+        ports: ports(texts(raw.ports), texts(raw.not_ports), path)?,
+        hosts: strings(raw.hosts, raw.not_hosts, path, "osts")?,
+        methods: strings(raw.methods, raw.not_methods, path, "ethods")?,
+        paths: paths(raw.paths, raw.not_paths, path)?,
+        l7_fields,
+    };
     if operation == Operation::default() {
         return Err(InvalidField::new(
             path,
@@ -466,6 +487,21 @@ fn condition(raw: RawCondition, path: &str, meta: &Metadata) -> Result<Condition
             Condition::ServiceAccount(accounts(values, not_values, path, meta)?)
         }
         "source.trustDomain" => Condition::TrustDomain(strings(values, not_values, path, "alues")?),
+        key if key.starts_with("request.headers[") => {
+            let name = key.strip_prefix("request.headers[").and_then(|key| key.strip_suffix(']'));
+            let name = name.and_then(|name| name.parse::<http::HeaderName>().ok());
+            let name = name.ok_or_else(|| {
+                let path = format!("{path}.key");
+                InvalidField::new(
+                    &path,
+                    format!("{key:?} names no header"),
+                    "write request.headers[NAME]",
+                )
+            })?;
+            let name = name.as_str().into();
+            let values = strings(values, not_values, path, "alues")?;
+            Condition::Header { key: raw.key, name, values }
+        }
         key if [
             "remote.ip",
             "connection.sni",
@@ -474,7 +510,7 @@ fn condition(raw: RawCondition, path: &str, meta: &Metadata) -> Result<Condition
             "request.auth.presenter",
         ]
         .contains(&key)
-            || ["request.headers[", "request.auth.claims[", "experimental.envoy.filters."]
+            || ["request.auth.claims[", "experimental.envoy.filters."]
                 .iter()
                 .any(|prefix| key.starts_with(prefix)) =>
         {
@@ -515,6 +551,24 @@ fn strings(
             "use one * at one end, or \"*\" alone",
         ));
     }
+    Ok(twin)
+}
+
+/// Texts, or templates of segments, which have braces.
+fn paths(any_of: Strings, none_of: Strings, path: &str) -> Result<Twin<String>, InvalidField> {
+    let is_template = |text: &String| text.contains('{') || text.contains('}');
+    let (templates, any_of): (Vec<_>, Vec<_>) =
+        any_of.unwrap_or_default().into_iter().partition(is_template);
+    let (not_templates, none_of): (Vec<_>, Vec<_>) =
+        none_of.unwrap_or_default().into_iter().partition(is_template);
+    for text in templates.iter().chain(&not_templates) {
+        text.parse::<PathTemplate>().map_err(|error| {
+            InvalidField::new(path, error.to_string(), "use {*} for a segment and {**} for many")
+        })?;
+    }
+    let mut twin = strings(Some(any_of), Some(none_of), path, "aths")?;
+    twin.any_of.extend(templates);
+    twin.none_of.extend(not_templates);
     Ok(twin)
 }
 

@@ -28,6 +28,8 @@ pub struct Port {
     pub number: u16,
     /// Where it leads.
     pub target: TargetPort,
+    /// What is spoken there, if it says so.
+    pub app_protocol: Option<Arc<str>>,
 }
 
 /// Which endpoints are preferred.
@@ -111,6 +113,7 @@ struct RawPort {
     protocol: Option<String>,
     port: i64,
     target_port: Option<PortRef>,
+    app_protocol: Option<String>,
 }
 
 impl RawService {
@@ -140,7 +143,12 @@ impl RawService {
                 }
                 Some(PortRef::Name(name)) => TargetPort::Name(name),
             };
-            ports.push(Port { name: raw.name.unwrap_or_default(), number, target });
+            ports.push(Port {
+                name: raw.name.unwrap_or_default(),
+                number,
+                target,
+                app_protocol: raw.app_protocol.map(Into::into),
+            });
         }
         let v6 = |text: &str| text == "IPv6";
         let ip_families = match spec.ip_families.unwrap_or_default().as_slice() {

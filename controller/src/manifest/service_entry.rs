@@ -337,7 +337,8 @@ fn ports(listed: Vec<RawPort>) -> Result<Vec<Port>, InvalidField> {
     for (index, raw) in listed.into_iter().enumerate() {
         let path = format!("spec.ports[{index}]");
         let number = port(&format!("{path}.number"), raw.number)?;
-        if raw.protocol.is_some_and(|protocol| protocol.eq_ignore_ascii_case("UDP")) {
+        let app_protocol: Option<Arc<str>> = raw.protocol.map(Into::into);
+        if app_protocol.as_ref().is_some_and(|protocol| protocol.eq_ignore_ascii_case("UDP")) {
             continue;
         }
         let target = match raw.target_port.filter(|target| *target != 0) {
@@ -348,6 +349,7 @@ fn ports(listed: Vec<RawPort>) -> Result<Vec<Port>, InvalidField> {
             name: raw.name.unwrap_or_default(),
             number,
             target: TargetPort::Number(target),
+            app_protocol,
         });
     }
     Ok(ports)

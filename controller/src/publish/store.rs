@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_authorize::{Policy, PolicyScope};
 use mesh_model::Workload;
+use mesh_route::FrontendName;
 use mesh_wire::pb::discovery::DeltaDiscoveryResponse;
 use mesh_wire::{
     DeltaServerState, MeshConfig, NodeView, PodConfig, Published, Resource, ResourceKind,
 };
 use tokio::sync::watch;
 
-use crate::index::{Delta, PodMode, PodSettings};
+use crate::index::{Delta, Frontend, PodMode, PodSettings};
 
 /// Names the log holds at least. Beyond that it holds as many as there are resources: an agent that is further behind compares
 /// everything once, which costs no more than a longer log would, and thousands of resources that have gone leave nothing behind.
@@ -44,8 +45,10 @@ enum Audience {
     Node(Arc<str>),
     /// Nodes with a pod of the namespace.
     Namespace(Arc<str>),
-    /// Nodes with a workload that lists the policy.
+    /// Nodes with a workload, and waypoints with a frontend, that lists the policy.
     Listed,
+    /// These waypoints.
+    Waypoints(BTreeSet<Arc<str>>),
 }
 
 #[derive(Debug)]
@@ -65,6 +68,7 @@ struct Inner {
     end: u64,
     workloads: BTreeMap<Arc<str>, Arc<Workload>>,
     pods: BTreeMap<Arc<str>, Arc<PodSettings>>,
+    frontends: BTreeMap<FrontendName, Arc<Frontend>>,
     namespaces: Needs,
     listed: Needs,
 }
@@ -115,6 +119,30 @@ impl Store {
                 inner.need(&old, false);
             }
             inner.put(&Resource::Workload(workload.as_ref().clone()), Audience::Everyone);
+        }
+        for frontend in &delta.frontends {
+            let name = frontend.config.frontend.clone();
+            let old = inner.frontends.insert(name, Arc::clone(frontend));
+            inner.need_frontend(frontend, true);
+            if let Some(old) = old {
+                inner.need_frontend(&old, false);
+            }
+            let audience = Audience::Waypoints(frontend.waypoints.clone());
+            inner.put(&Resource::Frontend(frontend.config.clone()), audience);
+        }
+        for route in &delta.routes {
+            let audience = Audience::Waypoints(route.waypoints.clone());
+            inner.put(&Resource::Route(Box::new(route.route.clone())), audience);
+        }
+        for name in &delta.removed_frontends {
+            if let Some(old) = inner.frontends.remove(name) {
+                inner.need_frontend(&old, false);
+                let resource = Resource::Frontend(old.config.clone()).name();
+                inner.remove((ResourceKind::Frontend, resource.into()));
+            }
+        }
+        for name in &delta.removed_routes {
+            inner.remove((ResourceKind::Route, name.to_string().into()));
         }
         for uid in &delta.removed_workloads {
             if let Some(old) = inner.workloads.remove(uid.as_str()) {
@@ -279,6 +307,7 @@ impl Inner {
             Audience::Listed => {
                 self.listed.get(node).is_some_and(|needs| needs.contains_key(&name.1))
             }
+            Audience::Waypoints(waypoints) => waypoints.contains(node),
         }
     }
 
@@ -290,6 +319,16 @@ impl Inner {
         for policy in &workload.authorization_policies {
             if count(&mut self.listed, &workload.node, policy, more) {
                 self.note((ResourceKind::Authorization, policy.clone()));
+            }
+        }
+    }
+
+    fn need_frontend(&mut self, frontend: &Frontend, more: bool) {
+        for waypoint in &frontend.waypoints {
+            for policy in &frontend.config.policies {
+                if count(&mut self.listed, waypoint, policy, more) {
+                    self.note((ResourceKind::Authorization, policy.clone()));
+                }
             }
         }
     }

@@ -36,7 +36,11 @@ pub(super) const fn built_in(kind: Kind) -> bool {
         Kind::WorkloadEntry
         | Kind::ServiceEntry
         | Kind::AuthorizationPolicy
-        | Kind::PeerAuthentication => false,
+        | Kind::PeerAuthentication
+        | Kind::Gateway
+        | Kind::HttpRoute
+        | Kind::GrpcRoute
+        | Kind::ReferenceGrant => false,
     }
 }
 
@@ -53,5 +57,9 @@ pub(super) const fn plural(kind: Kind) -> &'static str {
         Kind::ServiceEntry => "serviceentries",
         Kind::AuthorizationPolicy => "authorizationpolicies",
         Kind::PeerAuthentication => "peerauthentications",
+        Kind::Gateway => "gateways",
+        Kind::HttpRoute => "httproutes",
+        Kind::GrpcRoute => "grpcroutes",
+        Kind::ReferenceGrant => "referencegrants",
     }
 }
