@@ -261,6 +261,13 @@ pub(crate) struct ExplainArgs {
     pub(crate) arrow: Option<String>,
     /// What is dialled, with its port
     pub(crate) to: Option<String>,
+    /// The method of a request, which a waypoint on the way judges
+    pub(crate) method: Option<String>,
+    /// Its path
+    pub(crate) path: Option<String>,
+    /// A header of it: 'Name: value'
+    #[arg(short = 'H', long = "header", value_name = "HEADER")]
+    pub(crate) headers: Vec<String>,
 }
 
 /// Which connections.

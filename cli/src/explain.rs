@@ -48,10 +48,15 @@ pub(crate) fn run(args: &ExplainArgs, reach: &Reach, output: Output) -> Result<E
     let asked = question.to_string();
     let note = source::replace_service(&mut question, &controller)?;
     let port = question.port.to_string();
-    let target = format!(
-        "/explain{}",
-        query(&[("from", &question.from), ("to", &question.to), ("port", &port)])
-    );
+    let mut asked_for = vec![("from", &*question.from), ("to", &*question.to), ("port", &*port)];
+    if let Some((method, path)) = &question.request {
+        asked_for.extend([
+            ("method", &**method),
+            ("path", &**path),
+            ("headers", &*question.headers),
+        ]);
+    }
+    let target = format!("/explain{}", query(&asked_for));
     let body = controller.get(&target)?;
     let answer: Answer = controller.read(&body)?;
     let same_node = if answer.allowed { same_node(&question, reach) } else { None };
@@ -124,6 +129,7 @@ fn render(asked: &str, note: Option<&str>, answer: &Answer) -> String {
 fn render_stage(text: &mut String, stage: &Stage) {
     let title = match stage.side.as_str() {
         "source" => "At the source",
+        "waypoint" => "At the waypoint",
         "destination" => "At the destination",
         other => other,
     };

@@ -81,7 +81,17 @@ struct ControllerStatus {
     #[serde(default)]
     revocations: Option<RevocationStatus>,
     policies: BTreeMap<String, PolicyStatus>,
+    #[serde(default)]
+    routes: BTreeMap<String, RouteStatus>,
     notes: Vec<(String, String)>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RouteStatus {
+    accepted: bool,
+    resolved_refs: bool,
+    parents: Vec<String>,
+    notes: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -273,10 +283,29 @@ fn render_controller(status: &ControllerStatus) -> String {
         text.push('\n');
         text.push_str(&columns.render());
     }
+    text.push_str(&render_routes(&status.routes));
     for (object, note) in &status.notes {
         add(&mut text, format_args!("\nnote: {object}: {note}"));
     }
     text
+}
+
+/// Routes: accepted by whom, and what of them answers 500.
+fn render_routes(routes: &BTreeMap<String, RouteStatus>) -> String {
+    if routes.is_empty() {
+        return String::new();
+    }
+    let mut columns = Columns::new(&["ROUTE", "ACCEPTED", "REFERENCES", "PARENTS", "NOTES"]);
+    for (name, route) in routes {
+        columns.row([
+            name.clone(),
+            if route.accepted { "yes" } else { "NO" }.to_owned(),
+            if route.resolved_refs { "resolved" } else { "NOT RESOLVED" }.to_owned(),
+            route.parents.join("; "),
+            route.notes.join("; "),
+        ]);
+    }
+    format!("\n{}", columns.render())
 }
 
 /// What runs on an earlier version of what it should read.
