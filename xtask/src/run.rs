@@ -8,8 +8,14 @@ use crate::command::{command, root, run};
 use crate::{cluster, kernels, setup, tidy};
 
 /// Programs that the lab starts; built before anything that uses it.
-const PROGRAMS: &[&str] =
-    &["culvert-agent", "culvert-cni", "mesh-controller", "culvert", "mesh-netns"];
+const PROGRAMS: &[&str] = &[
+    "culvert-agent",
+    "culvert-cni",
+    "mesh-controller",
+    "culvert-waypoint",
+    "culvert",
+    "mesh-netns",
+];
 
 pub(crate) fn ebpf() -> anyhow::Result<()> {
     setup::ensure()?;

@@ -85,4 +85,6 @@ pub const TARGETS: &[Target] = &[
     target("resolve", resolve::resolve, resolve::resolve_seeds),
     target("request_path", route::request_path, route::request_path_seeds),
     target("route_table", route::route_table, route::route_table_seeds),
+    target("spoken", text::spoken, text::spoken_seeds),
+    target("http1_strict", text::http1_strict, text::http1_strict_seeds),
 ];

@@ -1,5 +1,7 @@
 //! Parsers of single values: authorities, telemetry headers, identities, prefixes, names.
 
+use culvert_waypoint::detect::spoken as spoken_by;
+use culvert_waypoint::strict::Follower;
 use mesh_authorize::{PathTemplate, PolicyName};
 use mesh_identity::NodeName;
 use mesh_model::{IpPrefix, SpiffeId};
@@ -189,4 +191,52 @@ fn fits(template: &[String], path: &[String]) -> bool {
 
 pub(crate) fn path_template_seeds() -> Vec<Vec<u8>> {
     texts(&["/a/{*}/{**}/z\0/a/b/c/z", "/{**}\0/", "/a\0/a/", "/{*}\0/a"])
+}
+
+/// What more bytes add to a beginning that was told never changes what was told.
+pub fn spoken(data: &[u8]) {
+    let mut found = None;
+    for length in 0..=data.len().min(64) {
+        let now = spoken_by(&data[..length]);
+        assert!(found.is_none() || now == found, "{found:?} became {now:?}");
+        found = now.or(found);
+    }
+    assert!(data.len() < 40 || found.is_some(), "40 bytes tell nothing");
+}
+
+pub(crate) fn spoken_seeds() -> Vec<Vec<u8>> {
+    texts(&[
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "VERSION-CONTROL /x HTTP/1.1\r\n",
+        "CONNECT a:80 HTTP/1.1\r\n",
+        "\u{16}\u{3}\u{1}\u{2}",
+    ])
+}
+
+/// In whatever pieces the bytes of a connection come, they are judged alike; and what is fine stays fine when it is repeated.
+pub fn http1_strict(data: &[u8]) {
+    let mut whole = Follower::default();
+    let outcome = whole.feed(data);
+    let mut pieces = Follower::default();
+    let mut slowly = Ok(());
+    for piece in data.chunks(3) {
+        slowly = pieces.feed(piece);
+        if slowly.is_err() {
+            break;
+        }
+    }
+    assert_eq!(slowly, outcome);
+    if outcome.is_ok() && whole.is_idle() {
+        assert_eq!(whole.feed(data), Ok(()), "not the same the second time");
+    }
+}
+
+pub(crate) fn http1_strict_seeds() -> Vec<Vec<u8>> {
+    texts(&[
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
+        "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;a=b\r\nabc\r\n0\r\nT: 1\r\n\r\n",
+        "GET / HTTP/1.1\r\nA: 1\n b\r\n\r\n",
+        "POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ])
 }

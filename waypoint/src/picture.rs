@@ -1,0 +1,364 @@
+//! What the controller has said, as requests see it: one snapshot, swapped whole.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use mesh_authorize::PolicySet;
+use mesh_identity::{InvalidBundle, Svid, TrustBundle, tls};
+use mesh_model::{NamespacedHostname, NetworkId, Service, SpiffeId, Workload};
+use mesh_resolve::{IndexDelta, ResolveSettings, WorkloadIndex};
+use mesh_route::{
+    Frontend, FrontendKind, FrontendName, FrontendPort, RouteChange, RouteTable, ServiceRef,
+};
+use mesh_wire::{
+    AppProtocol, FrontendConfig, MeshConfig, RemovedResource, Resource, ResourceKind, Update,
+};
+use rustls::ServerConfig;
+use tokio::sync::watch;
+
+use crate::config::GatewayName;
+
+/// Everything a request is judged and routed by. A clone costs a few reference counts.
+#[derive(Clone)]
+pub(crate) struct Snapshot {
+    /// Workloads and services.
+    pub(crate) index: WorkloadIndex,
+    /// Policies.
+    pub(crate) policies: PolicySet,
+    /// Routes.
+    pub(crate) routes: RouteTable,
+    frontends: imbl::OrdMap<FrontendName, Arc<Served>>,
+    by_host: imbl::OrdMap<NamespacedHostname, Arc<Served>>,
+    /// Of the waypoint itself: what holds for all it serves.
+    gateway_policies: Arc<[Arc<str>]>,
+    /// Whom to trust.
+    pub(crate) trust: Arc<TrustBundle>,
+    /// What this waypoint proves to be.
+    pub(crate) identity: Option<Identity>,
+    cluster_domain: Arc<str>,
+    /// Everything has been said once.
+    pub(crate) synced: bool,
+}
+
+/// The waypoint's certificate, and what is made of it once.
+#[derive(Clone)]
+pub(crate) struct Identity {
+    /// The certificate.
+    pub(crate) svid: Arc<Svid>,
+    /// Grows with every certificate and every change of trust: what was dialled under an older one dials anew.
+    pub(crate) stamp: u64,
+    /// For answering tunnels.
+    pub(crate) server: Arc<ServerConfig>,
+}
+
+/// What the waypoint serves, ready for requests.
+#[derive(Debug)]
+pub(crate) struct Served {
+    /// As the controller says.
+    pub(crate) config: FrontendConfig,
+    /// The policies attached to it and to the waypoint.
+    pub(crate) policies: Arc<[Arc<str>]>,
+}
+
+impl Served {
+    /// What is spoken at a port.
+    pub(crate) fn protocol(&self, port: u16) -> AppProtocol {
+        let found = self.config.ports.iter().find(|one| one.port == port);
+        found.map_or(AppProtocol::Detect, |one| one.protocol)
+    }
+
+    /// The endpoints' port behind one of the service's.
+    pub(crate) fn target_port(&self, port: u16) -> u16 {
+        let found = self.config.ports.iter().find(|one| one.port == port);
+        found.map_or(port, |one| one.target_port)
+    }
+}
+
+impl Snapshot {
+    fn new() -> Self {
+        Self {
+            index: WorkloadIndex::default(),
+            policies: PolicySet::default(),
+            routes: RouteTable::default(),
+            frontends: imbl::OrdMap::new(),
+            by_host: imbl::OrdMap::new(),
+            gateway_policies: Arc::default(),
+            trust: Arc::default(),
+            identity: None,
+            cluster_domain: "cluster.local".into(),
+            synced: false,
+        }
+    }
+
+    /// What is served under a service's key.
+    pub(crate) fn served(&self, service: &NamespacedHostname) -> Option<&Arc<Served>> {
+        self.by_host.get(service)
+    }
+
+    /// The policies of the waypoint itself.
+    pub(crate) const fn gateway_policies(&self) -> &Arc<[Arc<str>]> {
+        &self.gateway_policies
+    }
+
+    /// This waypoint's own workload, by an address of the machine.
+    pub(crate) fn own(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+        let identity = self.identity.as_ref()?.svid.id();
+        self.index
+            .workload_by_ip(&NetworkId::default(), ip)
+            .or_else(|| {
+                let mut all = self.index.workloads();
+                all.find(|workload| workload.addresses.contains(&ip))
+            })
+            .filter(|workload| workload.identity().is_ok_and(|id| id == *identity))
+            .cloned()
+    }
+
+    /// The service behind a `backendRef`.
+    pub(crate) fn backend(&self, backend: &ServiceRef) -> Option<&Arc<Service>> {
+        let ServiceRef { namespace, name, .. } = backend;
+        let host = format!("{name}.{namespace}.svc.{}", self.cluster_domain);
+        self.index
+            .service(&NamespacedHostname { namespace: namespace.clone(), hostname: host.into() })
+    }
+
+    /// Numbers of what is known, for the admin page.
+    pub(crate) fn counts(&self) -> BTreeMap<&'static str, usize> {
+        BTreeMap::from([
+            ("workloads", self.index.workloads().len()),
+            ("services", self.index.services().len()),
+            ("policies", self.policies.policies().len()),
+            ("frontends", self.frontends.len()),
+            ("routes", self.routes.routes().len()),
+        ])
+    }
+
+    /// What is served, in the order of names.
+    pub(crate) fn frontends(&self) -> impl Iterator<Item = &FrontendConfig> {
+        self.frontends.values().map(|served| &served.config)
+    }
+}
+
+/// The picture: one writer, readers that take snapshots.
+pub(crate) struct Picture {
+    current: ArcSwap<Snapshot>,
+    changed: watch::Sender<u64>,
+    /// How backends are looked for.
+    pub(crate) resolving: ResolveSettings,
+}
+
+impl Picture {
+    pub(crate) fn new(resolving: ResolveSettings) -> Self {
+        let current = ArcSwap::from_pointee(Snapshot::new());
+        Self { current, changed: watch::Sender::new(0), resolving }
+    }
+
+    /// The picture as it is.
+    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Tells of every change.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    fn swap(&self, snapshot: Snapshot) {
+        self.current.store(Arc::new(snapshot));
+        self.changed.send_modify(|changes| *changes += 1);
+    }
+}
+
+/// Applies what the controller and the CA say; held by the one task that hears them.
+pub(crate) struct World {
+    gateway: GatewayName,
+    next: Snapshot,
+    /// Settings of the mesh, once they are known.
+    pub(crate) mesh: Option<MeshConfig>,
+    stamp: u64,
+}
+
+impl World {
+    pub(crate) fn new(gateway: GatewayName) -> Self {
+        Self { gateway, next: Snapshot::new(), mesh: None, stamp: 0 }
+    }
+
+    /// Applies one response, all at once.
+    pub(crate) fn apply(&mut self, update: Update) {
+        for rejected in &update.rejected {
+            let kind = kind_name(update.kind);
+            metrics::counter!("culvert_resources_refused_total", "kind" => kind).increment(1);
+            tracing::warn!(
+                resource = rejected.name, error = %rejected.error,
+                remedy = rejected.error.problem.remedy(), "the controller sent a resource that cannot be used"
+            );
+        }
+        let mut delta = IndexDelta::default();
+        let mut routes = Vec::new();
+        let mut frontends = false;
+        for removed in update.removed {
+            match removed {
+                // Settings that go away leave the last ones in force: nobody would be trusted otherwise.
+                RemovedResource::Mesh => {
+                    tracing::warn!("the controller withdrew the mesh's settings")
+                }
+                RemovedResource::Pod(_) => {}
+                RemovedResource::Policy(name) => {
+                    self.next.policies.remove(&name);
+                }
+                RemovedResource::Workload(uid) => delta.removed_workloads.push(uid),
+                RemovedResource::Service(key) => delta.removed_services.push(key),
+                RemovedResource::Frontend(name) => {
+                    frontends = true;
+                    self.next.frontends.remove(&name);
+                    routes.push(RouteChange::RemoveFrontend(name));
+                }
+                RemovedResource::Route(name) => routes.push(RouteChange::Remove(name)),
+            }
+        }
+        for unreadable in update.unreadable {
+            tracing::error!(
+                policy = %unreadable.name, error = %unreadable.reason,
+                "a policy cannot be read; everything is refused until the controller replaces or removes it"
+            );
+            self.next.policies.set_unreadable(unreadable);
+        }
+        for resource in update.resources {
+            match resource {
+                Resource::Mesh(config) => self.apply_mesh(config),
+                Resource::Pod(_) => {}
+                Resource::Policy(policy) => {
+                    self.next.policies.upsert(policy);
+                }
+                Resource::Workload(workload) => delta.workloads.push(workload),
+                Resource::Service(service) => delta.services.push(service),
+                Resource::Frontend(config) => {
+                    frontends = true;
+                    routes.push(RouteChange::Frontend(frontend(&config)));
+                    let served = Served { policies: Arc::default(), config };
+                    let name = served.config.frontend.clone();
+                    self.next.frontends.insert(name, Arc::new(served));
+                }
+                Resource::Route(route) => routes.push(RouteChange::Upsert(*route)),
+            }
+        }
+        self.next.index.apply(delta);
+        for invalid in self.next.routes.apply(routes) {
+            tracing::warn!(
+                error = %format!("{:#}", anyhow::Error::from(invalid)),
+                "a route cannot be used; the version before it stays in force"
+            );
+        }
+        if frontends {
+            self.attach();
+        }
+    }
+
+    /// Everything has been said once.
+    pub(crate) const fn set_synced(&mut self) {
+        self.next.synced = true;
+    }
+
+    /// Takes over a certificate.
+    pub(crate) fn certified(&mut self, svid: Svid) {
+        let svid = Arc::new(svid);
+        self.next.identity = Some(self.identity(svid));
+    }
+
+    /// Makes what was said visible to requests.
+    pub(crate) fn publish(&self, picture: &Picture) {
+        picture.swap(self.next.clone());
+    }
+
+    /// Whom this waypoint is to prove to be.
+    pub(crate) fn wanted(&self, service_account: &str) -> Option<SpiffeId> {
+        let trust_domain = &self.mesh.as_ref()?.trust_domain;
+        SpiffeId::new(trust_domain, &self.gateway.namespace, service_account).ok()
+    }
+
+    fn identity(&mut self, svid: Arc<Svid>) -> Identity {
+        self.stamp += 1;
+        let server = Arc::new(tls::server(&svid, Arc::clone(&self.next.trust)));
+        Identity { svid, stamp: self.stamp, server }
+    }
+
+    fn apply_mesh(&mut self, config: MeshConfig) {
+        match trust_of(&config) {
+            Ok(trust) if *self.next.trust != trust => {
+                self.next.trust = Arc::new(trust);
+                if let Some(identity) = self.next.identity.take() {
+                    self.next.identity = Some(self.identity(identity.svid));
+                }
+            }
+            Ok(_same) => {}
+            Err(error) => tracing::error!(
+                %error,
+                "roots or revocation lists from the controller cannot be used; the last ones stay in force"
+            ),
+        }
+        self.next.cluster_domain = Arc::clone(&config.cluster_domain);
+        self.mesh = Some(config);
+    }
+
+    /// Joins each frontend's policies with the waypoint's own.
+    fn attach(&mut self) {
+        let own = FrontendName {
+            kind: FrontendKind::Gateway,
+            namespace: self.gateway.namespace.clone(),
+            name: self.gateway.name.clone(),
+        };
+        let of_gateway: Vec<Arc<str>> = self
+            .next
+            .frontends
+            .get(&own)
+            .map(|served| served.config.policies.clone())
+            .unwrap_or_default();
+        self.next.gateway_policies = of_gateway.as_slice().into();
+        let mut by_host = imbl::OrdMap::new();
+        let all: Vec<_> = self.next.frontends.values().cloned().collect();
+        for served in all {
+            let policies: Arc<[Arc<str>]> =
+                served.config.policies.iter().chain(&of_gateway).cloned().collect();
+            let served = match *served.policies == *policies {
+                true => served,
+                false => Arc::new(Served { config: served.config.clone(), policies }),
+            };
+            for host in &served.config.hosts {
+                let namespace = served.config.frontend.namespace.clone();
+                let key = NamespacedHostname { namespace, hostname: host.clone() };
+                by_host.insert(key, Arc::clone(&served));
+            }
+            self.next.frontends.insert(served.config.frontend.clone(), served);
+        }
+        self.next.by_host = by_host;
+    }
+}
+
+fn trust_of(config: &MeshConfig) -> Result<TrustBundle, InvalidBundle> {
+    TrustBundle::from_pem(&config.trust_domain, &config.root_pem, &config.crl_pem)
+}
+
+fn frontend(config: &FrontendConfig) -> Frontend {
+    let section = |name: &Arc<str>| (!name.is_empty()).then(|| Arc::clone(name));
+    Frontend {
+        name: config.frontend.clone(),
+        ports: config
+            .ports
+            .iter()
+            .map(|port| FrontendPort { port: port.port, section: section(&port.name) })
+            .collect(),
+    }
+}
+
+/// A kind as a label.
+const fn kind_name(kind: ResourceKind) -> &'static str {
+    match kind {
+        ResourceKind::Mesh => "mesh",
+        ResourceKind::Pod => "pod",
+        ResourceKind::Authorization => "authorization",
+        ResourceKind::Address => "address",
+        ResourceKind::Frontend => "frontend",
+        ResourceKind::Route => "route",
+    }
+}

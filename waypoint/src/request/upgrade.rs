@@ -1,0 +1,126 @@
+//! Switching protocols: WebSocket and its like.
+
+use std::sync::Arc;
+
+use http::header::{CONNECTION, UPGRADE};
+use http::{HeaderMap, HeaderValue, Method, Request, Version};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use mesh_authorize::{Decision, authorize_request};
+use mesh_model::{PathNormalization, RequestPath};
+use tokio::io::copy_bidirectional_with_sizes;
+
+use crate::picture::Snapshot;
+use crate::refusal::Refusal;
+use crate::stream::Dialled;
+use crate::upstream::chain;
+
+/// Bytes held in each direction.
+const COPY_BUFFER: usize = 16 * 1024;
+
+/// A client that wants to speak something else.
+pub(super) struct Switch {
+    wanted: HeaderValue,
+    client: OnUpgrade,
+    asked: Asked,
+}
+
+/// The request by which it asked, which policies judge again for as long as the connection lasts.
+struct Asked {
+    method: Method,
+    authority: String,
+    target: String,
+    headers: HeaderMap,
+}
+
+impl Switch {
+    /// Of a request of HTTP/1.1 that asks for it. HTTP/2 in the clear is not switched to (RFC 9113 §3.1).
+    pub(super) fn of(request: &mut Request<Incoming>, authority: &str) -> Option<Self> {
+        if request.version() != Version::HTTP_11 {
+            return None;
+        }
+        let headers = request.headers();
+        let asks = headers.get_all(CONNECTION).iter().any(|value| {
+            value.to_str().is_ok_and(|text| {
+                text.split(',').any(|word| word.trim().eq_ignore_ascii_case("upgrade"))
+            })
+        });
+        let wanted = headers.get(UPGRADE).filter(|_| asks)?.clone();
+        if wanted.as_bytes().to_ascii_lowercase().starts_with(b"h2c") {
+            return None;
+        }
+        let asked = Asked {
+            method: request.method().clone(),
+            authority: authority.to_owned(),
+            target: request.uri().path_and_query().map_or("/", |target| target.as_str()).to_owned(),
+            headers: headers.clone(),
+        };
+        Some(Self { wanted, client: hyper::upgrade::on(request), asked })
+    }
+
+    /// Asks the server for it.
+    pub(super) fn request(&self, headers: &mut HeaderMap) {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, self.wanted.clone());
+    }
+
+    /// Tells the client that it is done.
+    pub(super) fn answer(&self, headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, upgrade.unwrap_or_else(|| self.wanted.clone()));
+    }
+
+    /// Passes bytes on from here on, for as long as the policies on connections let it.
+    pub(super) fn join(self, dialled: Arc<Dialled>, server: OnUpgrade) {
+        tokio::spawn(async move {
+            let (client, server) = match tokio::try_join!(self.client, server) {
+                Ok(both) => both,
+                Err(error) => {
+                    tracing::debug!(error = %chain(&error), "a switched connection ended at once");
+                    return;
+                }
+            };
+            let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
+            let common = &dialled.worker.common;
+            let mut changes = common.picture.changes();
+            let carried =
+                copy_bidirectional_with_sizes(&mut client, &mut server, COPY_BUFFER, COPY_BUFFER);
+            tokio::pin!(carried);
+            loop {
+                tokio::select! {
+                    ended = &mut carried => {
+                        if let Err(error) = ended {
+                            tracing::debug!(%error, "a switched connection ended");
+                        }
+                        return;
+                    }
+                    changed = changes.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        if let Err(refusal) = self.asked.judge(&dialled, &common.picture.snapshot()) {
+                            tracing::info!(reason = refusal.reason, detail = %refusal.detail, "a switched connection is cut");
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+impl Asked {
+    fn judge(&self, dialled: &Dialled, snapshot: &Snapshot) -> Result<(), Refusal> {
+        let path = RequestPath::parse(&self.target, PathNormalization::default())
+            .map_err(|error| Refusal::bad_request("bad_path", error.to_string()))?;
+        let request =
+            mesh_authorize::Request::new(&self.authority, &self.method, &path, &self.headers);
+        let (served, policies) = dialled.attached(snapshot)?;
+        let connection = dialled.connection(served.as_deref());
+        match authorize_request(&snapshot.policies, &policies, &connection, &request).decision {
+            Decision::Allow(_permit) => Ok(()),
+            Decision::Deny(denial) => Err(Refusal::denied(&denial)),
+        }
+    }
+}
