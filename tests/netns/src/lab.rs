@@ -128,6 +128,10 @@ impl Lab {
             }
             ip(Some(outside.name()), &format!("route add {} via {}", node.subnet4, node.ipv4))?;
             ip(Some(outside.name()), &format!("-6 route add {} via {}", node.subnet6, node.ipv6))?;
+            // Waypoints are pods that talk to the controller themselves.
+            let controller = controller_namespace.name();
+            ip(Some(controller), &format!("route add {} via {}", node.subnet4, node.ipv4))?;
+            ip(Some(controller), &format!("-6 route add {} via {}", node.subnet6, node.ipv6))?;
         }
         let lab = Self {
             config,
@@ -335,7 +339,9 @@ impl Lab {
         self.controller.as_ref()
     }
 
-    fn controller_root(&self) -> PathBuf {
+    /// The roots by which the controller's certificate is judged.
+    #[must_use]
+    pub fn controller_root(&self) -> PathBuf {
         self.folder.join("root.pem")
     }
 
@@ -536,7 +542,9 @@ fn bin_dir() -> anyhow::Result<PathBuf> {
             folder
         }
     };
-    for program in ["culvert-agent", "culvert-cni", "culvert-controller", "culvert"] {
+    for program in
+        ["culvert-agent", "culvert-cni", "culvert-controller", "culvert-waypoint", "culvert"]
+    {
         if !folder.join(program).is_file() {
             bail!(
                 "no {program} in {}: build it with cargo xtask test or cargo build",

@@ -79,6 +79,34 @@ pub fn service(
     })
 }
 
+/// The Gateway of a waypoint.
+#[must_use]
+pub fn waypoint(namespace: &str, name: &str) -> Value {
+    json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway",
+        "metadata": { "name": name, "namespace": namespace },
+        "spec": {
+            "gatewayClassName": "culvert-waypoint",
+            "listeners": [{ "name": "mesh", "port": 15008, "protocol": "HBONE" }],
+        },
+    })
+}
+
+/// An HTTPRoute from its `spec`.
+#[must_use]
+pub fn http_route(namespace: &str, name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+        "metadata": { "name": name, "namespace": namespace }, "spec": spec,
+    })
+}
+
+/// A `parentRef` to a Service.
+#[must_use]
+pub fn of_service(name: &str) -> Value {
+    json!({ "group": "", "kind": "Service", "name": name })
+}
+
 /// An AuthorizationPolicy from its `spec`.
 #[must_use]
 pub fn authorization_policy(namespace: &str, name: &str, spec: &Value) -> Value {

@@ -1,0 +1,48 @@
+//! A waypoint is replaced while it is used.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use mesh_netns::traffic::Traffic;
+
+use crate::shop::{CART, Shop};
+
+/// Two pods of the waypoint; each in turn is taken out, ended, started again and taken back: no request fails.
+pub(crate) fn replaced_under_traffic(shop: &mut Shop) -> anyhow::Result<()> {
+    shop.run_waypoint("second")?;
+    let mut traffic = Vec::new();
+    for name in ["roll-1", "roll-2", "roll-3"] {
+        let url = format!("http://{CART}:83/rolled");
+        traffic.push(Traffic::start(shop, "client", name, &url)?);
+    }
+    let outcome = (|| {
+        for name in ["waypoint", "second"] {
+            shop.set_ready(name, false)?;
+            for one in &traffic {
+                one.more(15, "\"path\": \"/rolled\"")?;
+            }
+            shop.waypoint(name)?.stop(Duration::from_secs(15))?;
+            for one in &traffic {
+                one.more(15, "\"path\": \"/rolled\"")?;
+            }
+            shop.start_waypoint(name)?;
+            shop.set_ready(name, true)?;
+            for one in &traffic {
+                one.more(15, "\"path\": \"/rolled\"")?;
+            }
+        }
+        Ok(())
+    })();
+    for one in traffic {
+        let counted = one.finish()?;
+        ensure!(
+            counted.failed == 0,
+            "{} of {} failed:\n{}",
+            counted.failed,
+            counted.made,
+            counted.log
+        );
+    }
+    shop.delete_waypoint("second")?;
+    outcome
+}
