@@ -15,6 +15,8 @@ use crate::shop::Shop;
 
 const STEPS: &[Named<Shop>] = &[
     ("programs::curl", programs::curl),
+    ("programs::many_at_once", programs::many_at_once),
+    ("programs::misbehaving_servers", programs::misbehaving_servers),
     ("programs::grpc", programs::grpc),
     ("programs::websocket", programs::websocket),
     ("programs::tcp", programs::tcp),

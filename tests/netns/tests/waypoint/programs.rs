@@ -49,6 +49,37 @@ pub(crate) fn curl(shop: &mut Shop) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Thousands of requests, 64 at once: every one is answered, over few connections to the server.
+pub(crate) fn many_at_once(shop: &mut Shop) -> anyhow::Result<()> {
+    let url = format!("http://{CART}/?[1-3000]");
+    let got = shop.get("client", &url, &["--parallel", "--parallel-max", "64", "-m", "60"])?;
+    let answers = got.stdout.matches("hello from v1").count();
+    ensure!(got.success() && answers == 3000, "{answers} answers; {}", got.stderr);
+    // curl itself fails with --parallel over HTTP/2 that was not negotiated.
+    let line = format!(
+        "seq 16 | xargs -P 16 -I N curl -sS -m 60 --http2-prior-knowledge 'http://{CART}:82/?[1-100]' 2>&1 | sort | uniq -c"
+    );
+    let out = shop.lab.pod("client").shell(&line)?.output()?;
+    ensure!(out.trim().starts_with("1600 hello from v1") && out.lines().count() == 1, "{out}");
+    let kept = shop.sum("culvert_waypoint_upstream_connections", &[("kind", "http1")])?;
+    ensure!(kept <= 256.0, "{kept} connections are kept");
+    Ok(())
+}
+
+/// Servers that reset, are not there, or speak no HTTP: 503 with the reason, and nothing else is harmed.
+pub(crate) fn misbehaving_servers(shop: &mut Shop) -> anyhow::Result<()> {
+    for (port, reason) in [(94, "upstream_reset"), (95, "peer_refused"), (96, "upstream_reset")] {
+        let got = shop.get("client", &format!("http://{CART}:{port}/bad"), &["-i"])?;
+        let head = got.stdout.to_lowercase();
+        ensure!(
+            head.starts_with("http/1.1 503") && head.contains(&format!("culvert-reason: {reason}")),
+            "{port}: {head}{}",
+            got.stderr
+        );
+    }
+    equal("a good one", shop.status("client", &format!("http://{CART}/"), &[])?, 200)
+}
+
 /// A bidirectional gRPC stream, trailers and all.
 pub(crate) fn grpc(shop: &mut Shop) -> anyhow::Result<()> {
     shop.ask("client", &["grpc", &format!("{CART}:90"), "200"])?.output()?;

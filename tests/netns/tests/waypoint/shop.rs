@@ -87,6 +87,9 @@ impl Shop {
             ("http-ws", 91, peer::WEBSOCKET),
             ("tcp-echo", 92, peer::ECHO),
             ("first", 93, peer::SERVER_FIRST),
+            ("http-reset", 94, peer::RESET),
+            ("http-none", 95, 7999),
+            ("http-garbage", 96, peer::SERVER_FIRST),
         ];
         for (name, app, vip) in
             [("cart", "v1", CART), ("v1", "v1", "10.96.1.2"), ("v2", "v2", "10.96.1.3")]
