@@ -15,6 +15,7 @@ mod pods;
 mod policies;
 mod routes;
 mod services;
+mod standing;
 mod unreadable;
 mod vip;
 mod workloads;
@@ -24,9 +25,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_authorize::{Policy, PolicyName, UnknownEgress};
-use mesh_model::{IpPrefix, NamespacedHostname, Service, SpiffeId, Workload, WorkloadUid};
+use mesh_model::{IpPrefix, NamespacedHostname, Service, Workload, WorkloadUid};
 use mesh_route::{FrontendName, RouteName};
-use mesh_wire::waypoint_of_node;
 
 use self::enrolment::Enrolment;
 use self::frontends::FrontendSource;
@@ -94,9 +94,6 @@ impl IndexSettings {
             .or_else(|| meta.label(&format!("istio.io/{name}")).filter(|_| self.istio_labels))
     }
 }
-
-/// The label of a Gateway's pods, by the Gateway API.
-const GATEWAY_NAME_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
 
 /// What an agent tells about its node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -230,7 +227,7 @@ impl Index {
             match change {
                 Change::Upsert(object) => {
                     let key = object.key();
-                    if let Some(old) = self.current(&key) {
+                    if let Some(old) = self.objects.current(&key) {
                         if old == *object {
                             continue;
                         }
@@ -240,7 +237,7 @@ impl Index {
                     self.mark(&object, &mut dirty);
                 }
                 Change::Delete(key) => {
-                    if let Some(old) = self.current(&key) {
+                    if let Some(old) = self.objects.current(&key) {
                         self.mark(&old, &mut dirty);
                         self.objects.remove(&key);
                         self.mark(&old, &mut dirty);
@@ -293,43 +290,6 @@ impl Index {
     #[must_use]
     pub fn pod_networks(&self) -> &[IpPrefix] {
         &self.pod_networks
-    }
-
-    /// True when a pod or WorkloadEntry of that identity is bound to `node`, whether it has an address yet or not, and
-    /// has not ended.
-    #[must_use]
-    pub fn runs_on(&self, node: &str, identity: &SpiffeId) -> bool {
-        let is_it = |namespace: &str, account: &str| {
-            *namespace == *identity.namespace() && *account == *identity.service_account()
-        };
-        if *identity.trust_domain() != *self.settings.trust_domain || node.is_empty() {
-            return false;
-        }
-        if let Some((namespace, name)) = waypoint_of_node(node) {
-            // A waypoint proves to be a Gateway: it gets the identity of that Gateway's pods, and no other.
-            let is_of = |labels: &BTreeMap<String, String>| {
-                labels.get(GATEWAY_NAME_LABEL).is_some_and(|of| of == name)
-            };
-            return in_namespace(&self.objects.pods, namespace).any(|(key, pod)| {
-                !pod.terminal
-                    && is_of(&pod.meta.labels)
-                    && is_it(&key.namespace, &pod.service_account)
-            }) || in_namespace(&self.objects.workload_entries, namespace).any(
-                |(key, entry)| {
-                    is_of(&entry.endpoint.labels)
-                        && is_it(&key.namespace, &entry.endpoint.service_account)
-                },
-            );
-        }
-        let pods = self.objects.pods_by_node.get(node).into_iter().flatten();
-        pods.filter_map(|key| self.objects.pods.get(key)).any(|pod| {
-            !pod.terminal && !pod.host_network && is_it(&pod.meta.namespace, &pod.service_account)
-        }) || in_namespace(&self.objects.workload_entries, identity.namespace()).any(
-            |(_, entry)| {
-                *entry.node == *node
-                    && is_it(&entry.meta.namespace, &entry.endpoint.service_account)
-            },
-        )
     }
 
     /// What becomes of each route.
@@ -414,40 +374,6 @@ impl Index {
 
     const fn view(&self) -> View<'_> {
         View { objects: &self.objects, settings: &self.settings }
-    }
-
-    fn current(&self, key: &ObjectKey) -> Option<Object> {
-        let objects = &self.objects;
-        if let Some(policy) = objects.unreadable.get(key) {
-            return Some(Object::Unreadable(Arc::clone(policy)));
-        }
-        let id = Key::from(key);
-        match key.kind {
-            Kind::Namespace => objects.namespaces.get(&id.name).cloned().map(Object::Namespace),
-            Kind::Node => objects.nodes.get(&id.name).cloned().map(Object::Node),
-            Kind::Pod => objects.pods.get(&id).cloned().map(Object::Pod),
-            Kind::ServiceAccount => {
-                objects.service_accounts.get(&id).cloned().map(Object::ServiceAccount)
-            }
-            Kind::Service => objects.services.get(&id).cloned().map(Object::Service),
-            Kind::EndpointSlice => objects.slices.get(&id).cloned().map(Object::EndpointSlice),
-            Kind::WorkloadEntry => {
-                objects.workload_entries.get(&id).cloned().map(Object::WorkloadEntry)
-            }
-            Kind::ServiceEntry => {
-                objects.service_entries.get(&id).cloned().map(Object::ServiceEntry)
-            }
-            Kind::AuthorizationPolicy => {
-                objects.authorizations.get(&id).cloned().map(Object::AuthorizationPolicy)
-            }
-            Kind::PeerAuthentication => {
-                objects.peers.get(&id).cloned().map(Object::PeerAuthentication)
-            }
-            Kind::Gateway => objects.gateway_objects.get(&id).cloned().map(Object::Gateway),
-            Kind::HttpRoute => objects.http_routes.get(&id).cloned().map(Object::HttpRoute),
-            Kind::GrpcRoute => objects.grpc_routes.get(&id).cloned().map(Object::GrpcRoute),
-            Kind::ReferenceGrant => objects.grants.get(&id).cloned().map(Object::ReferenceGrant),
-        }
     }
 
     /// Marks what `object` affects as things stand.

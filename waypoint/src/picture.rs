@@ -68,12 +68,6 @@ impl Served {
         let found = self.config.ports.iter().find(|one| one.port == port);
         found.map_or(AppProtocol::Detect, |one| one.protocol)
     }
-
-    /// The endpoints' port behind one of the service's.
-    pub(crate) fn target_port(&self, port: u16) -> u16 {
-        let found = self.config.ports.iter().find(|one| one.port == port);
-        found.map_or(port, |one| one.target_port)
-    }
 }
 
 impl Snapshot {

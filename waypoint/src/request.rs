@@ -199,7 +199,7 @@ impl Exchange<'_> {
         let (served, policies) = self.dialled.attached(self.snapshot)?;
         let switch = Switch::of(&mut request, &head.authority);
         let (parts, body) = request.into_parts();
-        self.judge(&parts, &head, &path, served.as_deref(), &policies)?;
+        self.judge(&parts, &head, &path, &policies)?;
         let seen = RequestHead {
             method: &parts.method,
             authority: &head.authority,
@@ -259,12 +259,11 @@ impl Exchange<'_> {
         parts: &Parts,
         head: &Head,
         path: &RequestPath<'_>,
-        served: Option<&crate::picture::Served>,
         policies: &[Arc<str>],
     ) -> Result<(), Refusal> {
         let seen =
             mesh_authorize::Request::new(&head.authority, &parts.method, path, &parts.headers);
-        let connection = self.dialled.connection(served);
+        let connection = self.dialled.connection(self.snapshot);
         let verdict = authorize_request(&self.snapshot.policies, policies, &connection, &seen);
         for note in &verdict.notes {
             metrics::counter!(

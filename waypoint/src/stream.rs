@@ -80,9 +80,10 @@ impl Dialled {
     }
 
     /// The connection as policies see it: the port is the endpoints'.
-    pub(crate) fn connection(&self, served: Option<&Served>) -> Connection<'_> {
+    pub(crate) fn connection(&self, snapshot: &Snapshot) -> Connection<'_> {
         let port = self.authority.port();
-        let port = served.map_or(port, |served| served.target_port(port));
+        let target = self.service().and_then(|one| snapshot.index.target_port(one, port));
+        let port = target.unwrap_or(port);
         let ip = match (&self.authority, self.service().and_then(|service| service.vips.first())) {
             (Authority::Address(address), _) => address.ip(),
             (Authority::Hostname { .. }, Some(vip)) => vip.ip,
@@ -370,8 +371,8 @@ where
 
 /// Whether the connection may go on.
 fn allowed(dialled: &Dialled, snapshot: &Snapshot) -> Result<(), Refusal> {
-    let (served, policies) = dialled.attached(snapshot)?;
-    let connection = dialled.connection(served.as_deref());
+    let (_, policies) = dialled.attached(snapshot)?;
+    let connection = dialled.connection(snapshot);
     match authorize_connection(&snapshot.policies, &policies, &connection).decision {
         Decision::Allow(_permit) => Ok(()),
         Decision::Deny(denial) => Err(Refusal::denied(&denial)),

@@ -84,10 +84,8 @@ pub(super) fn through(
     }
     let policies = attached(at.picture, &waypoint, frontend);
     let port = at.dialled.port();
-    let target_port = frontend.map_or(port, |frontend| {
-        let ports = &frontend.config.ports;
-        ports.iter().find(|one| one.port == port).map_or(port, |one| one.target_port)
-    });
+    let target_port =
+        service.and_then(|service| at.picture.index.target_port(service, port)).unwrap_or(port);
     let identity = at.source.identity().ok();
     let connection = Connection {
         identity: identity.as_ref(),

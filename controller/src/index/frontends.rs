@@ -15,7 +15,7 @@ use super::workloads::View;
 use crate::manifest::gateway::{ISTIO_WAYPOINT_CLASS, WAYPOINT_CLASS};
 use crate::manifest::metadata::Metadata;
 use crate::manifest::policy::PolicyTarget;
-use crate::manifest::service::{Port, TargetPort};
+use crate::manifest::service::Port;
 
 /// What a waypoint serves, and which waypoints do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,10 +189,6 @@ pub(super) fn gateways_of<'p>(
 fn port(port: &Port) -> FrontendPortConfig {
     FrontendPortConfig {
         port: port.number,
-        target_port: match port.target {
-            TargetPort::Number(number) => number,
-            TargetPort::Name(_) => port.number,
-        },
         name: port.name.as_str().into(),
         protocol: AppProtocol::of(port.app_protocol.as_deref(), &port.name),
     }

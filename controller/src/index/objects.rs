@@ -187,6 +187,38 @@ impl Objects {
         }
     }
 
+    /// The object of a key, readable or not.
+    pub(super) fn current(&self, key: &ObjectKey) -> Option<Object> {
+        if let Some(policy) = self.unreadable.get(key) {
+            return Some(Object::Unreadable(Arc::clone(policy)));
+        }
+        let id = Key::from(key);
+        match key.kind {
+            Kind::Namespace => self.namespaces.get(&id.name).cloned().map(Object::Namespace),
+            Kind::Node => self.nodes.get(&id.name).cloned().map(Object::Node),
+            Kind::Pod => self.pods.get(&id).cloned().map(Object::Pod),
+            Kind::ServiceAccount => {
+                self.service_accounts.get(&id).cloned().map(Object::ServiceAccount)
+            }
+            Kind::Service => self.services.get(&id).cloned().map(Object::Service),
+            Kind::EndpointSlice => self.slices.get(&id).cloned().map(Object::EndpointSlice),
+            Kind::WorkloadEntry => {
+                self.workload_entries.get(&id).cloned().map(Object::WorkloadEntry)
+            }
+            Kind::ServiceEntry => self.service_entries.get(&id).cloned().map(Object::ServiceEntry),
+            Kind::AuthorizationPolicy => {
+                self.authorizations.get(&id).cloned().map(Object::AuthorizationPolicy)
+            }
+            Kind::PeerAuthentication => {
+                self.peers.get(&id).cloned().map(Object::PeerAuthentication)
+            }
+            Kind::Gateway => self.gateway_objects.get(&id).cloned().map(Object::Gateway),
+            Kind::HttpRoute => self.http_routes.get(&id).cloned().map(Object::HttpRoute),
+            Kind::GrpcRoute => self.grpc_routes.get(&id).cloned().map(Object::GrpcRoute),
+            Kind::ReferenceGrant => self.grants.get(&id).cloned().map(Object::ReferenceGrant),
+        }
+    }
+
     /// The slices of a service.
     pub(super) fn slices_of(&self, service: &Key) -> impl Iterator<Item = &Arc<EndpointSlice>> {
         self.slices_by_service

@@ -2,7 +2,8 @@ use std::collections::BTreeMap;
 
 use mesh_authorize::{Action, PolicyScope};
 use mesh_model::{
-    HealthPolicy, HealthStatus, LoadBalancingMode, NetworkMode, TunnelProtocol, Visibility,
+    HealthPolicy, HealthStatus, LoadBalancingMode, NetworkMode, SpiffeId, TunnelProtocol,
+    Visibility,
 };
 use proptest::prelude::*;
 

@@ -29,8 +29,6 @@ pub struct FrontendConfig {
 pub struct FrontendPortConfig {
     /// Its number.
     pub port: u16,
-    /// The port of the endpoints, where all have the same; for the port conditions of policies.
-    pub target_port: u16,
     /// Its name; empty when it has none.
     pub name: Arc<str>,
     /// What is spoken there.

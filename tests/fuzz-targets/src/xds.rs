@@ -174,7 +174,6 @@ fn samples() -> Vec<Resource> {
         hosts: vec!["cart.shop.svc.cluster.local".into()],
         ports: vec![mesh_wire::FrontendPortConfig {
             port: 80,
-            target_port: 8080,
             name: "http".into(),
             protocol: mesh_wire::AppProtocol::Http1,
         }],

@@ -116,8 +116,8 @@ impl Asked {
             .map_err(|error| Refusal::bad_request("bad_path", error.to_string()))?;
         let request =
             mesh_authorize::Request::new(&self.authority, &self.method, &path, &self.headers);
-        let (served, policies) = dialled.attached(snapshot)?;
-        let connection = dialled.connection(served.as_deref());
+        let (_, policies) = dialled.attached(snapshot)?;
+        let connection = dialled.connection(snapshot);
         match authorize_request(&snapshot.policies, &policies, &connection, &request).decision {
             Decision::Allow(_permit) => Ok(()),
             Decision::Deny(denial) => Err(Refusal::denied(&denial)),

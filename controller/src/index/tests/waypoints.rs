@@ -42,7 +42,7 @@ fn a_bound_service_is_a_frontend_with_its_policies() {
     let cart = &frontends[0].config;
     assert_eq!(cart.frontend, FrontendName::service("shop", "cart"));
     assert_eq!(cart.policies, ["shop/deny".into()]);
-    assert_eq!((cart.ports[0].port, cart.ports[0].target_port), (80, 8080));
+    assert_eq!(cart.ports[0].port, 80);
     assert_eq!(cart.ports[0].protocol, mesh_wire::AppProtocol::Http1);
     assert!(frontends[0].waypoints.contains("waypoint/shop/wp"));
     assert_eq!(frontends[1].config.policies, ["shop/all".into()]);
