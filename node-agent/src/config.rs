@@ -135,7 +135,7 @@ pub struct Settings {
     pub workers: Option<usize>,
     /// Whether captured pods of this node talk without the agent where policy allows it, or always through its tunnels,
     /// encrypted.
-    #[arg(long, env = "CULVERT_SAME_NODE", value_enum, default_value = "direct")]
+    #[arg(long, env = "CULVERT_SAME_NODE", value_enum, default_value = "tunnel")]
     pub same_node: SameNode,
     /// How long connections may go on when the agent stops, seconds. Those of a pod that leaves the mesh go on until they end.
     #[arg(long, env = "CULVERT_DRAIN_SECONDS", default_value_t = 5)]

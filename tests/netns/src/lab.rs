@@ -49,7 +49,7 @@ impl LabConfig {
             nodes: vec!["a".to_owned(), "b".to_owned()],
             log: std::env::var("CULVERT_LOG").unwrap_or_else(|_unset| "info".to_owned()),
             agent_arguments: Vec::new(),
-            same_node: ("direct", Vec::new()),
+            same_node: ("tunnel", Vec::new()),
         }
     }
 }

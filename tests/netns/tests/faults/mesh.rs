@@ -27,8 +27,7 @@ impl AsRef<Lab> for Mesh {
 
 impl Mesh {
     pub(crate) fn start() -> anyhow::Result<Self> {
-        let tunnel = ("tunnel", Vec::new());
-        let mut lab = Lab::start(LabConfig { same_node: tunnel, ..LabConfig::two_nodes("flt") })?;
+        let mut lab = Lab::start(LabConfig::two_nodes("flt"))?;
         lab.apply(&manifest::namespace("mesh", &[("culvert.dev/dataplane-mode", "ambient")]))?;
         lab.apply(&manifest::namespace("plain", &[]))?;
         let bin_dir = lab.bin_dir().to_owned();
