@@ -38,6 +38,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Ending, Failure> {
         Command::Config(what) if what.daemon == Some(Daemon::Controller) => {
             delegate(&kubectl, &kubectl.controller())
         }
+        Command::LogLevel(what) if what.daemon == Some(Daemon::Controller) => {
+            delegate(&kubectl, &kubectl.controller())
+        }
         Command::Logs(lines) => logs(&kubectl, lines),
         Command::Connections(filter) => {
             let agent = match (&filter.pod, &cluster.node) {
@@ -46,7 +49,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Ending, Failure> {
             };
             delegate(&kubectl, &agent)
         }
-        Command::Config(_) | Command::Certs | Command::Pod(_) => {
+        Command::Config(_)
+        | Command::Certs
+        | Command::LogLevel(_)
+        | Command::Pod(_)
+        | Command::Agent(_) => {
             let agent = kubectl.agent_on(named(cluster.node.as_ref())?)?;
             delegate(&kubectl, &agent)
         }

@@ -315,7 +315,6 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
 #[cfg(test)]
 mod tests {
-    use mesh_telemetry::metric;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;

@@ -20,7 +20,7 @@ use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDis
 use mesh_wire::pb::mesh::enrolment_server::EnrolmentServer;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
