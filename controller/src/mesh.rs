@@ -18,7 +18,8 @@ use tokio::sync::watch;
 use crate::ca::revocations::RevocationStatus;
 use crate::cluster::conditions::PolicyReport;
 use crate::index::{
-    Captured, Delta, Frontend, Index, IndexSettings, NodeReport, PodSettings, PolicyStatus, RouteStatus,
+    Captured, Delta, Frontend, Index, IndexSettings, NodeReport, PodSettings, PolicyStatus,
+    RouteStatus,
 };
 use crate::manifest::ObjectKey;
 use crate::publish::Store;

@@ -589,7 +589,7 @@ async fn explain_knows_what_pods_leave_out_and_where_plain_clients_end() {
     lab.mesh.synced().await;
     write(&lab.manifest("explained.yaml"), EXPLAINED);
     let ask = |from: &str, to: &str, port| {
-        let question = Question { from: from.into(), to: to.into(), port };
+        let question = Question { from: from.into(), to: to.into(), port, request: None };
         answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now())
     };
     wait(|| ask("shop/web", "a.example.com", 443).is_ok()).await;

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mesh_runtime::{AccessLog, FlowMeter, OpenFlow};
-use mesh_telemetry::{FlowBytes, FlowFacts, FlowPath, FlowRecord, metric};
+use mesh_telemetry::{FlowBytes, FlowFacts, FlowRecord, metric};
 
 use crate::dataplane::{FlowEvent, FlowSink, policy_ref};
 use limit::{LineBudget, LineKind};

@@ -99,7 +99,7 @@ impl Control {
     }
 
     async fn converse(&mut self, heard: &mut bool) -> anyhow::Result<()> {
-        let channel = self.session.connect().await?;
+        let channel = self.session.connect(self.world.roots()).await?;
         let bearer = self.session.bearer(&channel).await?;
         let (requests, outgoing) = mpsc::channel(16);
         for request in self.held.start(&self.node) {

@@ -271,6 +271,11 @@ impl World {
         SpiffeId::new(trust_domain, &self.gateway.namespace, service_account).ok()
     }
 
+    /// The roots that the controller named last, PEM.
+    pub(crate) fn roots(&self) -> Option<&str> {
+        self.mesh.as_ref().map(|config| &*config.root_pem)
+    }
+
     fn identity(&mut self, svid: Arc<Svid>) -> Identity {
         self.stamp += 1;
         let server = Arc::new(tls::server(&svid, Arc::clone(&self.next.trust)));

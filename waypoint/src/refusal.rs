@@ -50,7 +50,9 @@ impl Refusal {
     /// A policy's.
     pub(crate) fn denied(denial: &Denial) -> Self {
         let policy = denial.rule.as_ref().map(|rule| PolicyRef {
-            policy: rule.origin.to_string().into(),
+            policy: format!("{} {}/{}", rule.origin.kind, rule.origin.namespace, rule.origin.name)
+                .into(),
+            problem: rule.origin.unreadable.clone(),
             rule: rule.rule_index,
         });
         Self {
