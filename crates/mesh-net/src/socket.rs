@@ -175,6 +175,14 @@ pub enum AppSource<'a> {
         /// Ports of that client which are in use here.
         taken: Option<&'a dyn Fn(u16) -> bool>,
     },
+    /// From the original client's address, on a port that the client's own kernel does not choose: where its connections
+    /// reach the application without the agent too, the same four-tuple would hang.
+    Apart {
+        /// The client's address.
+        client: IpAddr,
+        /// Where among those ports to begin.
+        number: u64,
+    },
     /// From the pod's own address.
     Pod,
 }
@@ -183,6 +191,7 @@ impl std::fmt::Debug for AppSource<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Original { client, .. } => write!(f, "Original({client})"),
+            Self::Apart { client, .. } => write!(f, "Apart({client})"),
             Self::Pod => f.write_str("Pod"),
         }
     }
@@ -224,7 +233,20 @@ pub fn connect_to_app(
             }
             Err(io::ErrorKind::AddrInUse.into())
         }
-        AppSource::Original { .. } | AppSource::Pod => {
+        AppSource::Apart { client, number } if client != target.ip() => {
+            for number in (number..).take(SOURCE_PORT_ATTEMPTS as usize) {
+                let socket = prepare(target, label)?;
+                become_client(&socket, client)?;
+                socket.set_reuse_address(true)?;
+                let bound = socket.bind(&SocketAddr::new(client, port_apart(number)).into());
+                match bound.and_then(|()| start_connect(socket, target)) {
+                    Err(error) if is_taken(&error) => {}
+                    done => return done,
+                }
+            }
+            Err(io::ErrorKind::AddrInUse.into())
+        }
+        AppSource::Original { .. } | AppSource::Apart { .. } | AppSource::Pod => {
             start_connect(prepare(target, label)?, target)
         }
     })?
@@ -236,6 +258,21 @@ fn prepare(target: SocketAddr, label: &dyn SocketLabel) -> io::Result<Socket> {
     label.label(socket.as_fd())?;
     socket.set_tcp_nodelay(true)?;
     Ok(socket)
+}
+
+/// Behind the ports that Linux chooses by itself (`ip_local_port_range`, 32768 to 60999 unless set).
+const PORTS_APART: std::ops::RangeInclusive<u16> = 61_000..=65_535;
+
+/// The `number`th of [`PORTS_APART`], round and round.
+fn port_apart(number: u64) -> u16 {
+    let count = u64::from(PORTS_APART.end() - PORTS_APART.start()) + 1;
+    // Below the count, so it fits.
+    PORTS_APART.start() + u16::try_from(number % count).unwrap_or(0)
+}
+
+/// Another socket has the port, or this very four-tuple.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
 /// Lets the socket have the client's address, which is not one of this namespace.

@@ -161,6 +161,11 @@ impl DirectPath {
         self.send(Message::Offer { cookie, client, target });
     }
 
+    /// True when pairs may talk directly.
+    pub(super) fn is_active(&self) -> bool {
+        self.handle.get().is_some_and(|handle| handle.state.is_active())
+    }
+
     /// The picture was swapped. Never waits.
     pub(super) fn changed(&self) {
         let Some(handle) = self.handle.get() else { return };

@@ -388,6 +388,13 @@ impl NodeWorker {
         if self.config.original_source == OriginalSource::Off || target.ip().is_loopback() {
             return connect(AppSource::Pod);
         }
+        if self.direct.is_active() && self.serves(client) {
+            match connect(AppSource::Apart { client, number: flow.id.0 }) {
+                // All of those ports are taken: rather a small chance of one that a direct connection gets.
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                done => return done,
+            }
+        }
         let is_taken = |port: u16| pod.is_port_taken(client, port);
         let taken: Option<&dyn Fn(u16) -> bool> =
             if pod.has_plaintext_client(client) { Some(&is_taken) } else { None };

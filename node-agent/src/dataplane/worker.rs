@@ -146,7 +146,7 @@ pub(super) struct NodeWorker {
     pub(super) holds_handshakes: bool,
     changed: Arc<AtomicU8>,
     next_flow: Arc<AtomicU64>,
-    direct: DirectPath,
+    pub(super) direct: DirectPath,
     entropy: u64,
     next_report: Instant,
     /// When the ends of the tunnels' certificates are looked at.
