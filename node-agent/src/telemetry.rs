@@ -208,7 +208,7 @@ mod tests {
     use mesh_model::{CloseReason, Direction, FlowId, PodUid, Reporter};
     use mesh_runtime::FlowMeterConfig;
     use mesh_runtime::log::LineWriter;
-    use mesh_telemetry::{EarlyDenial, LogFormat, WorkloadLabels};
+    use mesh_telemetry::{EarlyDenial, FlowPath, LogFormat, WorkloadLabels};
 
     use super::*;
 

@@ -212,7 +212,11 @@ mod tests {
             reason: Some("policy_denied"),
             detail: None,
             flags: "-",
-            policy: Some(PolicyRef { policy: "AuthorizationPolicy shop/p".into(), rule: Some(1) }),
+            policy: Some(PolicyRef {
+                policy: "AuthorizationPolicy shop/p".into(),
+                problem: None,
+                rule: Some(1),
+            }),
         };
         let line = request_line(&record, SystemTime::UNIX_EPOCH, LogFormat::Text);
         assert_eq!(line.lines().count(), 1, "{line}");

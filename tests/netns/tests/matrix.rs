@@ -70,16 +70,6 @@ impl Cell {
 
     /// The check; where the pair talks directly once more, since the first connection of each port goes through the agent.
     fn run(&self, name: &str, check: Check) -> anyhow::Result<()> {
-        if self.direct && name == "idle_5000" {
-            // Its connections are held: among some through the agent, a direct one may get a port that the agent uses too
-            // (docs/limits.md).
-            let target = self.target(peer::IDLE).to_string();
-            let before = self.dialled_directly()?;
-            until("a direct connection", PATIENCE, || {
-                self.peer(&["idle", &target, "1"])?;
-                Ok((self.dialled_directly()? > before).then_some(()))
-            })?;
-        }
         check(self)?;
         if !self.direct || name == "closed_port" {
             return Ok(());

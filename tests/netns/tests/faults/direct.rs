@@ -326,6 +326,36 @@ fn same_node(lab: &Lab, url: &str) -> anyhow::Result<Value> {
     serde_json::from_str(&said).with_context(|| format!("the agent said {said}"))
 }
 
+/// Connections that the agent delivers under the client's address and direct ones of that client never meet in one
+/// four-tuple, however many of both are open.
+pub(crate) fn delivered_and_direct_ones_never_meet(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const VIP: &str = "10.96.77.5";
+    const DELIVERED: u32 = 1500;
+    const DIRECT: u32 = 4000;
+    with_direct(mesh, |mesh| {
+        let port = peer::IDLE;
+        let service =
+            manifest::service("mesh", "mates", "mate", &[VIP.parse()?], &[("idle", port, port)]);
+        mesh.lab.apply(&service)?;
+        let target = mesh.targets("mate", port)[0];
+        let vip = SocketAddr::new(VIP.parse()?, port);
+        let look = || -> anyhow::Result<()> {
+            until("the service answering", PATIENCE, || Ok(try_once(mesh, "client", vip).ok()))?;
+            let delivered = mesh.hold("client", vip, DELIVERED)?;
+            ensure!(straight(mesh, "client", vip)? == 0, "a service was reached directly");
+            let direct = hold_direct(mesh, "client", target, DIRECT)?;
+            let used = direct.use_all()?;
+            ensure!(used.is_ok(), "a direct connection was disturbed: {used:?}");
+            let used = delivered.use_all()?;
+            ensure!(used.is_ok(), "a delivered connection was disturbed: {used:?}");
+            Ok(())
+        };
+        let outcome = look();
+        mesh.lab.delete(&service)?;
+        outcome
+    })
+}
+
 /// A policy that stops allowing a pair cuts its direct connections within a second, by name; none opens after it.
 pub(crate) fn denying_cuts_direct_connections(mesh: &mut Mesh) -> anyhow::Result<()> {
     with_direct(mesh, |mesh| {

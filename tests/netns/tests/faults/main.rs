@@ -31,6 +31,7 @@ const FAULTS: &[Named<Mesh>] = &[
     ("enrolling_and_unenrolling_under_traffic", enrolment::in_and_out_under_traffic),
     ("denying_policy_cuts_live_connections", policy::denying_cuts_live_connections),
     ("direct_second_connection_of_a_pair", direct::second_connection_goes_directly),
+    ("direct_and_delivered_connections", direct::delivered_and_direct_ones_never_meet),
     ("direct_connections_are_cut_by_a_policy", direct::denying_cuts_direct_connections),
     ("direct_connections_outlive_the_agent", direct::killed_agent_leaves_direct_connections),
     ("direct_connections_end_with_a_waypoint", direct::waypoint_ends_direct_connections),
