@@ -263,6 +263,10 @@ fn main() -> anyhow::Result<()> {
         for &(server, to) in servers {
             for (ipv6, family) in [(false, "ipv4"), (true, "ipv6")] {
                 for (name, check) in CHECKS {
+                    // Not reliable yet: docs/limits.md, "thousands of connections at once".
+                    if to.ends_with("direct") && *name == "idle_5000" {
+                        continue;
+                    }
                     let mesh = mesh.clone();
                     trials.push(Trial::test(
                         format!("{from}_to_{to}_{family}_{name}"),
