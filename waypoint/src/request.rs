@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HOST};
+use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version as HttpVersion,
@@ -26,7 +26,7 @@ use mesh_route::{
 use mesh_telemetry::{RequestFacts, RequestRecord, WorkloadLabels};
 use mesh_wire::AppProtocol;
 
-use self::head::{Head, check, hop_by_hop};
+use self::head::{Head, XFCC, check, hop_by_hop, strip};
 use self::upgrade::Switch;
 use crate::body::{AnswerBody, RequestBody};
 use crate::control::random;
@@ -198,7 +198,8 @@ impl Exchange<'_> {
         }
         let (served, policies) = self.dialled.attached(self.snapshot)?;
         let switch = Switch::of(&mut request, &head.authority);
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        strip(&mut parts.headers);
         self.judge(&parts, &head, &path, &policies)?;
         let seen = RequestHead {
             method: &parts.method,
@@ -415,7 +416,6 @@ impl Exchange<'_> {
         sending: &Sending<'_>,
         switch: Option<&Switch>,
     ) {
-        hop_by_hop(headers);
         headers.remove(http::header::EXPECT);
         headers.remove(HOST);
         if head.chunked {
@@ -660,6 +660,11 @@ impl Outline {
                 let host =
                     HeaderValue::from_str(&self.authority).map_err(|error| invalid(&error))?;
                 request.headers_mut().insert(HOST, host);
+                // Of methods that seldom have a body hyper sends none whose length is not known, unless it is told how.
+                if !request.body().is_end_stream() && request.body().size_hint().exact().is_none() {
+                    let chunked = HeaderValue::from_static("chunked");
+                    request.headers_mut().insert(TRANSFER_ENCODING, chunked);
+                }
             }
             Version::Http2 => {
                 *request.uri_mut() = Uri::builder()
@@ -728,6 +733,3 @@ fn earlier(
         (first, second) => first.or(second),
     }
 }
-
-/// Who the client is, for the server. Source: Envoy's header of that name.
-const XFCC: &str = "x-forwarded-client-cert";

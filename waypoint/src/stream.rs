@@ -13,7 +13,7 @@ use mesh_authorize::{Connection, Decision, authorize_connection};
 use mesh_model::{
     ClientAddr, Direction, Flow, FlowId, HealthStatus, OrigDst, PodUid, Service, Workload,
 };
-use mesh_resolve::{Addressed, Authority, ResolvedFlow, Unroutable, resolve};
+use mesh_resolve::{Addressed, Authority, ResolvedFlow, Unroutable, resolve, resolve_fronted};
 use mesh_telemetry::Forwarded;
 use mesh_wire::AppProtocol;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
@@ -62,11 +62,25 @@ impl Dialled {
     /// The frontend that was dialled, and the policies that hold there.
     ///
     /// # Errors
-    /// When this waypoint has not been told of it: then nobody knows which policies hold.
+    /// When this waypoint has not been told of it: then nobody knows which policies hold. When the address has become
+    /// somebody else's since the tunnel's stream was opened.
     pub(crate) fn attached(
         &self,
         snapshot: &Snapshot,
     ) -> Result<(Option<Arc<Served>>, Arc<[Arc<str>]>), Refusal> {
+        let still =
+            match (resolve_fronted(&snapshot.index, &self.own, &self.authority), &self.addressed) {
+                (Ok(Addressed::Service(now)), Addressed::Service(then)) => now.key == then.key,
+                (Ok(Addressed::Workload(now)), Addressed::Workload(then)) => now.uid == then.uid,
+                (Ok(Addressed::Service(_) | Addressed::Workload(_)) | Err(_), _) => false,
+            };
+        if !still {
+            let detail = format!(
+                "{} is no longer what was dialled, or not behind this waypoint",
+                self.authority
+            );
+            return Err(Refusal::unavailable("wrong_destination", detail));
+        }
         match &self.addressed {
             Addressed::Workload(_) => Ok((None, Arc::clone(snapshot.gateway_policies()))),
             Addressed::Service(service) => {
@@ -130,6 +144,8 @@ impl Dialled {
         service: &Arc<Service>,
         port: u16,
     ) -> Result<ResolvedFlow, Refusal> {
+        // Its addresses may have changed since it was dialled.
+        let service = snapshot.index.service(&service.key).unwrap_or(service);
         if let Some(vip) = service.vips.first() {
             return self.resolve(snapshot, SocketAddr::new(vip.ip, port)).await;
         }

@@ -73,7 +73,9 @@ impl Drop for Report {
 
 /// The gRPC status in headers or trailers.
 pub(crate) fn grpc_status(headers: &HeaderMap) -> Option<u16> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+    // UNKNOWN for what is none: these become labels. Source: grpc/doc/statuscodes.md.
+    let status: u16 = headers.get("grpc-status")?.to_str().ok()?.parse().ok()?;
+    Some(if status <= 16 { status } else { 2 })
 }
 
 /// One time series of each metric of requests.

@@ -22,8 +22,9 @@ const MAX_AUTHORITY: usize = 300;
 /// Looks for what servers may read differently. Source: RFC 9112 §3.2, §6.1, §6.3; RFC 9113 §8.2.2, §8.3.1.
 pub(super) fn check<B>(request: &Request<B>) -> Result<Head, Refusal> {
     let headers = request.headers();
-    if request.method() == Method::CONNECT {
-        let detail = "CONNECT is not passed on";
+    // TRACE would show a client what the waypoint says of it.
+    if matches!(*request.method(), Method::CONNECT | Method::TRACE) {
+        let detail = "CONNECT and TRACE are not passed on";
         return Err(Refusal::new(
             "protocol_error",
             http::StatusCode::METHOD_NOT_ALLOWED,
@@ -88,6 +89,17 @@ pub(super) fn check<B>(request: &Request<B>) -> Result<Head, Refusal> {
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Who the client is, as proxies say it.
+pub(super) const XFCC: &str = "x-forwarded-client-cert";
+
+/// Takes out what servers do not get of a client's headers, so that what is judged and routed is what they see.
+pub(super) fn strip(headers: &mut HeaderMap) {
+    hop_by_hop(headers);
+    headers.remove(XFCC);
+    // Servers of the CGI kind read both as one header.
+    headers.remove("x_forwarded_client_cert");
+}
 
 /// Takes out what is about one connection only. Source: RFC 9110 §7.6.1.
 pub(super) fn hop_by_hop(headers: &mut HeaderMap) {

@@ -11,6 +11,7 @@ use mesh_authorize::{Decision, authorize_request};
 use mesh_model::{PathNormalization, RequestPath};
 use tokio::io::copy_bidirectional_with_sizes;
 
+use super::head::strip;
 use crate::picture::Snapshot;
 use crate::refusal::Refusal;
 use crate::stream::Dialled;
@@ -34,6 +35,12 @@ struct Asked {
     headers: HeaderMap,
 }
 
+fn as_servers_see(headers: &HeaderMap) -> HeaderMap {
+    let mut headers = headers.clone();
+    strip(&mut headers);
+    headers
+}
+
 impl Switch {
     /// Of a request of HTTP/1.1 that asks for it. HTTP/2 in the clear is not switched to (RFC 9113 §3.1).
     pub(super) fn of(request: &mut Request<Incoming>, authority: &str) -> Option<Self> {
@@ -46,15 +53,21 @@ impl Switch {
                 text.split(',').any(|word| word.trim().eq_ignore_ascii_case("upgrade"))
             })
         });
-        let wanted = headers.get(UPGRADE).filter(|_| asks)?.clone();
-        if wanted.as_bytes().to_ascii_lowercase().starts_with(b"h2c") {
+        // One protocol, and none in which requests would go by unseen (RFC 9110 §7.8 allows a list).
+        let mut all = headers.get_all(UPGRADE).iter();
+        let (Some(wanted), None, true) = (all.next().cloned(), all.next(), asks) else {
+            return None;
+        };
+        let name = wanted.as_bytes().to_ascii_lowercase();
+        let is_unseen = [&b"h2c"[..], b"http", b"tls"].iter().any(|known| name.starts_with(known));
+        if is_unseen || name.contains(&b',') {
             return None;
         }
         let asked = Asked {
             method: request.method().clone(),
             authority: authority.to_owned(),
             target: request.uri().path_and_query().map_or("/", |target| target.as_str()).to_owned(),
-            headers: headers.clone(),
+            headers: as_servers_see(headers),
         };
         Some(Self { wanted, client: hyper::upgrade::on(request), asked })
     }
