@@ -220,7 +220,7 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         readiness: readiness.clone(),
         metrics,
         log: logging.handle(),
-        upgrade: Upgrade::default(),
+        upgrade: Upgrade::new(!settings.stay_after_hand_over),
     };
     let plugin_pending = readiness.pending("cni plugin");
     if let Some(running) = running {

@@ -51,20 +51,29 @@ pub(crate) struct Started {
 }
 
 /// Starts successors, one at a time. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Upgrade(Arc<Mutex<Option<Started>>>);
+#[derive(Clone, Debug)]
+pub(crate) struct Upgrade {
+    last: Arc<Mutex<Option<Started>>>,
+    /// This process may end, because it is not what a container lives by.
+    may_end: bool,
+}
 
 impl Upgrade {
+    /// `may_end`: no container ends with this process.
+    pub(crate) fn new(may_end: bool) -> Self {
+        Self { last: Arc::default(), may_end: may_end && std::process::id() != 1 }
+    }
+
     /// Starts `program`, or what this process runs when it is empty, with this process's own arguments.
     ///
     /// # Errors
     /// Nothing was started.
     pub(crate) fn start(&self, program: &str) -> Result<Started, UpgradeRefused> {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Started { pid, ended: None, .. }) = &*last {
             return Err(UpgradeRefused::UnderWay(*pid));
         }
-        if std::process::id() == 1 {
+        if !self.may_end {
             return Err(UpgradeRefused::Container);
         }
         let path = if program.is_empty() { own_program()? } else { PathBuf::from(program) };
@@ -92,7 +101,7 @@ impl Upgrade {
 
     /// The last that was started.
     pub(crate) fn last(&self) -> Option<Started> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn watch(&self, mut child: Child) {
@@ -101,7 +110,7 @@ impl Upgrade {
             Err(error) => error.to_string(),
         };
         tracing::warn!(pid = child.id(), ended, "the successor has ended, this agent goes on");
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(last) = last.as_mut() {
             last.ended = Some(ended);
         }
