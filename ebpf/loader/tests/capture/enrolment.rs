@@ -151,9 +151,11 @@ fn interfaces_added_after_enrolment_are_guarded_or_named() {
     let found = capture.find(agent.cookie).unwrap().unwrap();
     assert!(found.guarded.len() == 2 && found.is_whole(), "{found:?}");
     assert_eq!(capture.guard_new_interfaces().unwrap().guarded, 0);
-    run(&format!("ip link add link vout name mac0 netns {pod} type macvlan"));
+    // A way out whose other end is not on this node.
+    let elsewhere = lab.outside.path.file_name().unwrap().to_str().unwrap();
+    run(&format!("ip -n {pod} link add far0 type veth peer name far1 netns {elsewhere}"));
     let found = capture.guard_new_interfaces().unwrap();
-    assert_eq!(found.unguardable, [(agent.cookie, "mac0".to_owned())]);
+    assert_eq!(found.unguardable, [(agent.cookie, "far0".to_owned())]);
     capture.detach_all().unwrap();
 }
 
