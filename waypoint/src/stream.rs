@@ -1,6 +1,7 @@
 //! A stream of a tunnel: what is spoken in it, and the connections of HTTP.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use mesh_model::{
     ClientAddr, Direction, Flow, FlowId, HealthStatus, OrigDst, PodUid, Service, Workload,
 };
 use mesh_resolve::{Addressed, Authority, ResolvedFlow, Unroutable, resolve, resolve_fronted};
+use mesh_runtime::Drain;
 use mesh_telemetry::Forwarded;
 use mesh_wire::AppProtocol;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
@@ -269,21 +271,7 @@ where
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
     tokio::pin!(connection);
-    let mut is_draining = false;
-    loop {
-        tokio::select! {
-            ended = &mut connection => {
-                if let Err(error) = ended {
-                    tracing::debug!(error = %chain(&error), "a client's connection ended");
-                }
-                return;
-            }
-            () = drain.begun(), if !is_draining => {
-                is_draining = true;
-                connection.as_mut().graceful_shutdown();
-            }
-        }
-    }
+    until_over(connection, |connection| connection.graceful_shutdown(), &drain).await;
 }
 
 async fn serve_http2<S>(dialled: Arc<Dialled>, io: Rewound<S>)
@@ -303,6 +291,14 @@ where
         .initial_connection_window_size(CONNECTION_WINDOW)
         .serve_connection(TokioIo::new(io), service);
     tokio::pin!(connection);
+    until_over(connection, |connection| connection.graceful_shutdown(), &drain).await;
+}
+
+/// Serves a connection to its end; when the waypoint is to end, `finish` has it take no more requests.
+async fn until_over<C>(mut connection: Pin<&mut C>, finish: impl Fn(Pin<&mut C>), drain: &Drain)
+where
+    C: Future<Output = hyper::Result<()>>,
+{
     let mut is_draining = false;
     loop {
         tokio::select! {
@@ -314,7 +310,7 @@ where
             }
             () = drain.begun(), if !is_draining => {
                 is_draining = true;
-                connection.as_mut().graceful_shutdown();
+                finish(connection.as_mut());
             }
         }
     }
