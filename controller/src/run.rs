@@ -645,15 +645,11 @@ mod tests {
         drop(healthy);
     }
 
-    async fn fails() -> &'static str {
-        panic!("as a mistake would")
-    }
-
     #[tokio::test]
     async fn a_part_that_panics_ends_the_controller() {
         let mut parts = JoinSet::new();
         parts.spawn(std::future::pending());
-        parts.spawn(fails());
+        parts.spawn(async { panic!("as a mistake would") });
         let (_lives, source) = oneshot::channel();
         let error = first_end(&mut parts, source).await;
         assert!(format!("{error:#}").contains("panicked"), "{error:#}");

@@ -20,12 +20,14 @@ pub(crate) struct FakeApi {
     answer: Option<(String, Answer)>,
 }
 
+type Meddling = dyn FnOnce(&mut BTreeMap<String, Value>) + Send;
+
 #[derive(Default)]
 struct Objects {
     by_path: BTreeMap<String, Value>,
     version: u64,
     /// What is done by others before the next change is looked at.
-    meddling: Option<Box<dyn FnOnce(&mut BTreeMap<String, Value>) + Send>>,
+    meddling: Option<Box<Meddling>>,
 }
 
 impl FakeApi {

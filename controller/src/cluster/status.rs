@@ -200,7 +200,7 @@ mod tests {
             Parsed::Object(object) => {
                 mesh.source_event(SourceEvent::Changes(vec![Change::Upsert(object)]));
             }
-            other => panic!("{other:?}"),
+            other @ (Parsed::Ignored { .. } | Parsed::Refused { .. }) => panic!("{other:?}"),
         }
     }
 

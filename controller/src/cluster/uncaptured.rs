@@ -24,7 +24,10 @@ const MAX_EVENTS: usize = 50;
 
 /// What agents cannot capture at present.
 #[derive(Clone, Debug, Default)]
-pub struct Uncaptured(Arc<Mutex<BTreeMap<Arc<str>, BTreeMap<Key, Entry>>>>);
+pub struct Uncaptured(Arc<Mutex<Nodes>>);
+
+/// The pods of each node.
+type Nodes = BTreeMap<Arc<str>, BTreeMap<Key, Entry>>;
 
 #[derive(Clone, Debug)]
 struct Entry {
@@ -66,7 +69,7 @@ impl Uncaptured {
         due
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, BTreeMap<Key, Entry>>> {
+    fn lock(&self) -> MutexGuard<'_, Nodes> {
         // It is changed in single steps.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -137,7 +137,7 @@ fn onwards(
     destination: SocketAddr,
 ) -> Answer {
     let own = waypoint.addresses.iter().find(|ip| ip.is_ipv4() == destination.is_ipv4());
-    let own = SocketAddr::new(own.copied().unwrap_or(destination.ip()), 0);
+    let own = SocketAddr::new(own.copied().unwrap_or_else(|| destination.ip()), 0);
     let flow = |direction, target, pod: &Workload| Flow {
         id: FlowId(0),
         direction,

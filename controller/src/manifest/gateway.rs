@@ -38,21 +38,41 @@ pub struct Listener {
 pub struct ReferenceGrant {
     /// Metadata.
     pub meta: Metadata,
-    /// Who may refer: group, kind, namespace.
-    pub from: Vec<(Arc<str>, Arc<str>, Arc<str>)>,
-    /// To what: group, kind, and a name unless all are meant.
-    pub to: Vec<(Arc<str>, Arc<str>, Option<Arc<str>>)>,
+    /// Who may refer.
+    pub from: Vec<GrantFrom>,
+    /// To what.
+    pub to: Vec<GrantTo>,
+}
+
+/// Objects that a [`ReferenceGrant`] lets refer.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrantFrom {
+    group: String,
+    kind: String,
+    namespace: String,
+}
+
+/// What a [`ReferenceGrant`] lets be referred to: all of the kind, unless there is a name.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrantTo {
+    group: String,
+    kind: String,
+    name: Option<String>,
 }
 
 impl ReferenceGrant {
     /// Whether routes of `kind` in `namespace` may refer to the service `name` of this grant's namespace.
     #[must_use]
     pub fn allows_service(&self, kind: &str, namespace: &str, name: &str) -> bool {
-        let from = self.from.iter().any(|(group, one, of)| {
-            **group == *GATEWAY_GROUP && **one == *kind && **of == *namespace
+        let from = self.from.iter().any(|from| {
+            from.group == GATEWAY_GROUP && from.kind == kind && from.namespace == namespace
         });
-        let to = self.to.iter().any(|(group, one, of)| {
-            group.is_empty() && **one == *"Service" && of.as_deref().is_none_or(|of| of == name)
+        let to = self.to.iter().any(|to| {
+            to.group.is_empty()
+                && to.kind == "Service"
+                && to.name.as_deref().is_none_or(|one| one == name)
         });
         from && to
     }
@@ -103,38 +123,12 @@ pub(super) struct RawReferenceGrant {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawGrantSpec {
-    from: Vec<RawFrom>,
-    to: Vec<RawTo>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawFrom {
-    group: String,
-    kind: String,
-    namespace: String,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawTo {
-    group: String,
-    kind: String,
-    name: Option<String>,
+    from: Vec<GrantFrom>,
+    to: Vec<GrantTo>,
 }
 
 impl RawReferenceGrant {
     pub(super) fn parse(self, meta: Metadata) -> ReferenceGrant {
-        let from = self.spec.from.into_iter();
-        let to = self.spec.to.into_iter();
-        ReferenceGrant {
-            meta,
-            from: from
-                .map(|one| (one.group.into(), one.kind.into(), one.namespace.into()))
-                .collect(),
-            to: to
-                .map(|one| (one.group.into(), one.kind.into(), one.name.map(Into::into)))
-                .collect(),
-        }
+        ReferenceGrant { meta, from: self.spec.from, to: self.spec.to }
     }
 }

@@ -1,4 +1,9 @@
 //! Keys leave nothing behind. The only test of its program: others would move its memory about.
+#![expect(clippy::unwrap_used, reason = "a test's own values are valid")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "it reads its own memory, which is a file, at the time it is"
+)]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,6 +1,8 @@
 //! Every metric that is declared is counted somewhere, and every one that is counted is declared.
 //!
 //! Read off the sources: a metric without its `# HELP`, or one that stays 0 for ever, is found by nobody at run time.
+#![expect(clippy::unwrap_used, reason = "a test's own values are valid")]
+#![expect(clippy::disallowed_methods, reason = "it reads sources, which are files")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

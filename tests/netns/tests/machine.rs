@@ -54,7 +54,8 @@ fn main() {
 fn readme_runs() -> anyhow::Result<()> {
     let programs = std::env::current_exe()?;
     let programs = programs.ancestors().nth(2).context("no folder of programs")?;
-    let programs = std::env::var_os("CULVERT_BIN_DIR").map_or(programs.to_owned(), Into::into);
+    let programs =
+        std::env::var_os("CULVERT_BIN_DIR").map_or_else(|| programs.to_owned(), Into::into);
     let script = script()?;
     let mut command = Command::new("unshare");
     command.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]);

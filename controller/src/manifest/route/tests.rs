@@ -10,10 +10,12 @@ fn route(kind: &str, spec: serde_json::Value) -> Result<Arc<RouteObject>, Invali
         "metadata": { "name": "r", "namespace": "shop" }, "spec": spec,
     });
     match object(&manifest) {
-        Parsed::Object(object) => match &*object {
-            Object::HttpRoute(route) | Object::GrpcRoute(route) => Ok(Arc::clone(route)),
-            other => panic!("{other:?}"),
-        },
+        Parsed::Object(object) => {
+            let (Object::HttpRoute(route) | Object::GrpcRoute(route)) = &*object else {
+                panic!("{object:?}")
+            };
+            Ok(Arc::clone(route))
+        }
         Parsed::Refused { reason, .. } => Err(reason),
         Parsed::Ignored { kind } => panic!("{kind} ignored"),
     }
