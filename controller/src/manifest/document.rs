@@ -138,7 +138,20 @@ fn yaml_document(text: &str, first_line: usize) -> Result<Document<'_>, InvalidD
         })
 }
 
+/// Most brackets that open in one YAML document.
+///
+/// The parser's time grows with the brackets times how many of them are open (libyaml looks at each level of flow style at
+/// each token), and it reads a whole document before its depth can be seen: 100,000 that open and never close would keep it
+/// for minutes. Brackets in strings count too, because only the parser knows what is a string. Objects in block style have none.
+const MAX_BRACKETS: usize = 10_000;
+
 fn yaml_value(text: &str) -> Result<Value, serde_norway::Error> {
+    if text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count() > MAX_BRACKETS {
+        return Err(serde_norway::Error::custom(format!(
+            "more than {MAX_BRACKETS} brackets open in one YAML document; write it in block style, as several documents, or \
+             into a file that ends in .json"
+        )));
+    }
     let budget = Cell::new(budget_of(text));
     ValueSeed { budget: &budget }.deserialize(serde_norway::Deserializer::from_str(text))
 }
@@ -443,6 +456,17 @@ mod tests {
         assert_eq!(line(&[key("spec"), key("absent")]), 4, "the parent's line stands in");
         let json = documents("{\"a\":\n 1}\n{\n\"b\":\n[1,\n2]}", Format::Json);
         assert_eq!(line_of(json[1].as_ref().unwrap(), &[key("b"), Segment::Index(1)]), 6);
+    }
+
+    /// Hours of the parser's time without the bound, and seconds at it.
+    #[test]
+    fn brackets_are_bounded() {
+        let with = |brackets: usize| format!("kind: {}\n", "[".repeat(brackets));
+        let (most, more) = (with(MAX_BRACKETS), with(MAX_BRACKETS + 1));
+        let problem = |text| documents(text, Format::Yaml)[0].as_ref().unwrap_err().problem.clone();
+        assert!(!problem(&most).contains("write it in block style"));
+        assert!(problem(&more).contains("write it in block style"));
+        assert!(problem(&with(1_000_000)).contains("write it in block style"));
     }
 
     #[test]

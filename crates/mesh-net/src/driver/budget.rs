@@ -35,6 +35,16 @@ impl DescriptorBudget {
             && self.used.load(Ordering::Relaxed).saturating_add(more) <= self.limit
     }
 
+    /// Flows that one pod may have open before it is refused more, so that no pod takes the last descriptors from the others:
+    /// when less than an eighth is left, a sixteenth of all.
+    #[must_use]
+    pub fn pod_share(&self) -> usize {
+        if self.used.load(Ordering::Relaxed) <= self.limit - self.limit / 8 {
+            return usize::MAX;
+        }
+        usize::try_from(self.limit / 16).unwrap_or(usize::MAX)
+    }
+
     /// Ends or begins admission for want of memory. Sockets that are there are not touched.
     pub fn set_memory_short(&self, short: bool) {
         self.memory_is_short.store(short, Ordering::Relaxed);
@@ -84,6 +94,12 @@ mod tests {
         assert!(!budget.has_room(1));
         budget.set_memory_short(false);
         assert!(budget.has_room(2));
+        let budget = DescriptorBudget::under(128 + 160);
+        assert_eq!(budget.pod_share(), usize::MAX);
+        (0..141).for_each(|_| budget.take());
+        assert_eq!(budget.pod_share(), 10);
+        budget.give_back();
+        assert_eq!(budget.pod_share(), usize::MAX);
         assert_eq!(DescriptorBudget::under(10).limit(), 0);
         assert_eq!(DescriptorBudget::under(1_000_000).limit(), 900_000);
     }
