@@ -463,6 +463,12 @@ impl Lab {
         self.delete(&pod_object(&pod.spec, &pod.uid, &pod.node, &[]))
     }
 
+    /// Whether a lab of this name runs, or has left something behind.
+    #[must_use]
+    pub fn exists(name: &str) -> bool {
+        folder_of(name).exists()
+    }
+
     /// Removes what a lab of this name left behind: programs, namespaces, mounts, files.
     ///
     /// # Errors

@@ -44,6 +44,10 @@ fn main() -> anyhow::Result<()> {
         println!("the demo is gone");
         return Ok(());
     }
+    ensure!(
+        !Lab::exists(&config().name),
+        "a demo runs, or was left running: cargo xtask demo --stop takes it down"
+    );
     watch_signals()?;
     let started = Instant::now();
     if let Err(error) = (Demo { step: 0 }).run(arguments.keep) {
