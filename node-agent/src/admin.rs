@@ -289,6 +289,7 @@ impl Desk {
         let stats = self.data_plane.stats();
         metrics::counter!(metric::LIVE_FLOWS_CUT.name).absolute(stats.live_cut);
         metrics::counter!(metric::CONNECTIONS_SHED.name).absolute(stats.shed);
+        metrics::counter!(metric::LISTENERS_ENDED.name).absolute(stats.listeners_ended);
         gauge(&metric::ENGINES_STUCK, stats.stuck_workers as u64);
         gauge(&metric::DATA_PLANE_SOCKETS, stats.sockets);
         gauge(&metric::DATA_PLANE_SOCKET_LIMIT, stats.socket_limit);

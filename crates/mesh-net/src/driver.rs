@@ -32,7 +32,7 @@ use crate::handshake::{FIRST_WORD_TIMEOUT, HANDSHAKE_TIMEOUT, HandshakeError};
 use crate::socket;
 use budget::DescriptorBudget;
 use handover::WrittenWorker;
-use ops::{Attempt, Ends, Incoming, LISTENER_BIT, ListenerTag, Ops, Outcome};
+use ops::{Attempt, Ends, Incoming, LISTENER_BIT, ListenerId, ListenerTag, Ops, Outcome};
 use sockets::Owner;
 
 /// Decides what a worker does. All calls come from the worker's own thread; none may wait.
@@ -44,6 +44,8 @@ pub trait Handler: 'static {
     fn accepted(&mut self, ops: &mut Ops, tag: ListenerTag, sock: SockId, ends: Ends);
     /// A connection was accepted and reset, because there are no descriptors left.
     fn shed(&mut self, ops: &mut Ops, tag: ListenerTag, peer: SocketAddr);
+    /// A listener listens no more and is removed: somebody in its namespace ended it (`SOCK_DESTROY`, with `CAP_NET_ADMIN`).
+    fn listener_ended(&mut self, ops: &mut Ops, id: ListenerId, tag: ListenerTag);
     /// The pool wants a tunnel: answer with [`Ops::dial`] or [`Ops::dial_failed`], now or later.
     fn dial(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>);
     /// A dialled tunnel is up; without a `tunnel` nobody wanted it any more.
@@ -406,6 +408,12 @@ impl<H: Handler> Worker<H> {
                     tracing::debug!(%error, "accepting rests");
                     self.accept_paused = Some(self.ops.now + ACCEPT_PAUSE);
                     return false;
+                }
+                // It listens no more. Source: inet_csk_accept, Linux 6.1.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    self.ops.remove_listener(ListenerId(id));
+                    self.handler.listener_ended(&mut self.ops, ListenerId(id), tag);
+                    return true;
                 }
                 // The connection ended in the queue; the next one may be well. Source: accept(2).
                 Err(_) => {}

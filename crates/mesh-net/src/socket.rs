@@ -72,10 +72,20 @@ pub const ORIGINAL_SOURCE_MARK: u32 = 0x539;
 /// How often another source port is tried before the connection is given up.
 const SOURCE_PORT_ATTEMPTS: u32 = 16;
 
+/// Who is at the other end of a connection, which decides what that end sees when this process dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Far {
+    /// An application, or what it wants to reach. A stream that breaks off must not look like one that is over, so a socket
+    /// that nobody closes ([`end_on_close`]) is reset by the kernel.
+    App,
+    /// Another agent. Without close_notify it knows that the tunnel broke, and may need the alert that was sent last.
+    Agent,
+}
+
 /// Opens a listener on `port` in `netns`, for both address families where the namespace has IPv6.
 ///
 /// `SO_REUSEPORT` is set: each worker opens its own, and a successor process may open its own beside them.
-/// Accepted sockets inherit `TCP_NODELAY` and the keepalive.
+/// Accepted sockets inherit `TCP_NODELAY`, the keepalive, and what happens to those of `far` when the process dies.
 ///
 /// # Errors
 /// When the port is taken by somebody who did not set `SO_REUSEPORT`, or for want of descriptors.
@@ -83,16 +93,23 @@ pub fn listen(
     netns: &Netns,
     port: u16,
     label: &dyn SocketLabel,
-    keepalive: Keepalive,
+    options: ListenOptions,
 ) -> io::Result<TcpListener> {
-    netns.enter(|| {
-        match listen_on(Domain::IPV6, (Ipv6Addr::UNSPECIFIED, port).into(), label, keepalive) {
-            Err(error) if no_ipv6(&error) => {
-                listen_on(Domain::IPV4, (Ipv4Addr::UNSPECIFIED, port).into(), label, keepalive)
-            }
-            done => done,
+    netns.enter(|| match listen_on((Ipv6Addr::UNSPECIFIED, port).into(), label, options) {
+        Err(error) if no_ipv6(&error) => {
+            listen_on((Ipv4Addr::UNSPECIFIED, port).into(), label, options)
         }
+        done => done,
     })?
+}
+
+/// What accepted sockets inherit.
+#[derive(Clone, Copy, Debug)]
+pub struct ListenOptions {
+    /// Keepalive probes.
+    pub keepalive: Keepalive,
+    /// Who connects.
+    pub far: Far,
 }
 
 fn no_ipv6(error: &io::Error) -> bool {
@@ -100,11 +117,11 @@ fn no_ipv6(error: &io::Error) -> bool {
 }
 
 fn listen_on(
-    domain: Domain,
     address: SocketAddr,
     label: &dyn SocketLabel,
-    keepalive: Keepalive,
+    options: ListenOptions,
 ) -> io::Result<TcpListener> {
+    let domain = Domain::for_address(address);
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     // In an enrolled pod only labelled sockets may bind the agent's ports.
     label.label(socket.as_fd())?;
@@ -114,7 +131,10 @@ fn listen_on(
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     socket.set_tcp_nodelay(true)?;
-    keepalive.apply(&socket)?;
+    options.keepalive.apply(&socket)?;
+    if options.far == Far::App {
+        socket.set_linger(Some(Duration::ZERO))?;
+    }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(TcpListener::from_std(socket.into()))
@@ -133,7 +153,7 @@ pub fn connect_from_pod(
     options: ConnectOptions,
 ) -> io::Result<TcpStream> {
     netns.enter(|| {
-        let socket = prepare(target, label)?;
+        let socket = prepare(target, label, options.far)?;
         options.keepalive.apply(&socket)?;
         if let Some(timeout) = options.user_timeout {
             socket.set_tcp_user_timeout(Some(timeout))?;
@@ -153,8 +173,10 @@ pub fn pair() -> io::Result<(TcpStream, TcpStream)> {
 }
 
 /// How a connection is watched.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct ConnectOptions {
+    /// Who is connected to.
+    pub far: Far,
     /// Keepalive probes.
     pub keepalive: Keepalive,
     /// Longest time sent data may stay unacknowledged; tunnels only, see [`Keepalive::user_timeout`].
@@ -212,7 +234,7 @@ pub fn connect_to_app(
 ) -> io::Result<TcpStream> {
     netns.enter(|| match source {
         AppSource::Original { client, taken: None } if client != target.ip() => {
-            let socket = prepare(target, label)?;
+            let socket = prepare(target, label, Far::App)?;
             become_client(&socket, client)?;
             sockopt::IpBindAddressNoPort.set(&socket, &true)?;
             socket.bind(&SocketAddr::new(client, 0).into())?;
@@ -220,7 +242,7 @@ pub fn connect_to_app(
         }
         AppSource::Original { client, taken: Some(taken) } if client != target.ip() => {
             for _attempt in 0..SOURCE_PORT_ATTEMPTS {
-                let socket = prepare(target, label)?;
+                let socket = prepare(target, label, Far::App)?;
                 let port = bind_as_client(&socket, client)?;
                 if taken(port) {
                     continue;
@@ -235,7 +257,7 @@ pub fn connect_to_app(
         }
         AppSource::Apart { client, number } if client != target.ip() => {
             for number in (number..).take(SOURCE_PORT_ATTEMPTS as usize) {
-                let socket = prepare(target, label)?;
+                let socket = prepare(target, label, Far::App)?;
                 become_client(&socket, client)?;
                 socket.set_reuse_address(true)?;
                 let bound = socket.bind(&SocketAddr::new(client, port_apart(number)).into());
@@ -247,16 +269,19 @@ pub fn connect_to_app(
             Err(io::ErrorKind::AddrInUse.into())
         }
         AppSource::Original { .. } | AppSource::Apart { .. } | AppSource::Pod => {
-            start_connect(prepare(target, label)?, target)
+            start_connect(prepare(target, label, Far::App)?, target)
         }
     })?
 }
 
-fn prepare(target: SocketAddr, label: &dyn SocketLabel) -> io::Result<Socket> {
+fn prepare(target: SocketAddr, label: &dyn SocketLabel, far: Far) -> io::Result<Socket> {
     let socket =
         Socket::new(Domain::for_address(target), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     label.label(socket.as_fd())?;
     socket.set_tcp_nodelay(true)?;
+    if far == Far::App {
+        socket.set_linger(Some(Duration::ZERO))?;
+    }
     Ok(socket)
 }
 
@@ -310,6 +335,14 @@ fn start_connect(socket: Socket, target: SocketAddr) -> io::Result<TcpStream> {
 /// When the descriptor is no socket; it is closed all the same by whoever owns it.
 pub fn reset_on_close(stream: &TcpStream) -> io::Result<()> {
     socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO))
+}
+
+/// Makes the next close of `stream` an orderly end: what was written is delivered, then FIN.
+///
+/// # Errors
+/// When the descriptor is no socket; it is closed all the same by whoever owns it.
+pub fn end_on_close(stream: &TcpStream) -> io::Result<()> {
+    socket2::SockRef::from(stream).set_linger(None)
 }
 
 /// The address that an accepted or connected socket has, canonical.

@@ -149,6 +149,8 @@ metrics! {
     /// No labels.
     CONNECTIONS_SHED = "culvert_connections_shed_total", Counter, "connections reset because there were no descriptors left";
     /// No labels.
+    LISTENERS_ENDED = "culvert_listeners_ended_total", Counter, "listeners of the agent that were ended from inside their pods, and opened again";
+    /// No labels.
     ENGINES_STUCK = "culvert_engines_stuck", Gauge, "engines that do not turn";
     /// No labels.
     DATA_PLANE_SOCKETS = "culvert_data_plane_sockets", Gauge, "sockets in use by the data plane";

@@ -154,7 +154,7 @@ impl NodeWorker {
         let dialled = SocketAddr::new(ends.local.ip(), port);
         let flow = self.flow(ops, &pod, Direction::InboundTunnel, ends.peer, dialled);
         let held = pod
-            .admit(self.config.limits.flows_per_pod)
+            .admit(self.most_flows(ops))
             .filter(|_| ops.has_room(1))
             .map(|slot| Held { slot, client_port: None });
         let refusal = match (&authority, &held) {
@@ -291,7 +291,7 @@ impl NodeWorker {
         ends: Ends,
     ) {
         let flow = self.flow(ops, &pod, Direction::InboundPlaintext, ends.peer, ends.local);
-        let Some(slot) = pod.admit(self.config.limits.flows_per_pod) else {
+        let Some(slot) = pod.admit(self.most_flows(ops)) else {
             ops.abort(sock);
             let story = Story::plaintext(flow, None);
             return self.flows.refused(story, CloseReason::Overloaded.into(), ops.now());

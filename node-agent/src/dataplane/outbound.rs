@@ -8,7 +8,7 @@ use mesh_authorize::{Decision, Permit, authorize_egress};
 use mesh_identity::PeerCertificate;
 use mesh_model::{CloseReason, Direction, SpiffeId};
 use mesh_net::driver::ops::{Ends, Ops};
-use mesh_net::socket::{self, ConnectOptions};
+use mesh_net::socket::{self, ConnectOptions, Far};
 use mesh_resolve::{PendingDns, ResolvedFlow, Route, TunnelRoute, Unroutable, resolve};
 use mesh_telemetry::TraceParent;
 use mesh_tunnel::{DialId, Retire, SockId, TunnelId, TunnelKey};
@@ -34,7 +34,7 @@ impl NodeWorker {
         let orig_dst = self.capture.orig_dst(pod.sockets.cookie, ends.peer);
         let target = orig_dst.as_ref().ok().copied().flatten().unwrap_or(ends.local);
         let flow = self.flow(ops, &pod, Direction::Outbound, ends.peer, target);
-        let Some(slot) = pod.admit(self.config.limits.flows_per_pod) else {
+        let Some(slot) = pod.admit(self.most_flows(ops)) else {
             ops.abort(sock);
             let story = Story::outbound(flow, None, None);
             return self.flows.refused(story, CloseReason::Overloaded.into(), ops.now());
@@ -167,7 +167,8 @@ impl NodeWorker {
         target: SocketAddr,
         permit: Permit,
     ) {
-        let options = ConnectOptions { keepalive: self.config.keepalive, user_timeout: None };
+        let options =
+            ConnectOptions { far: Far::App, keepalive: self.config.keepalive, user_timeout: None };
         let upstream =
             socket::connect_from_pod(&conn.pod.sockets.netns, target, &self.label, options)
                 .and_then(|stream| ops.add(stream));
@@ -248,7 +249,7 @@ impl NodeWorker {
             None => {
                 let keepalive = self.config.keepalive;
                 let user_timeout = Some(keepalive.user_timeout());
-                let options = ConnectOptions { keepalive, user_timeout };
+                let options = ConnectOptions { far: Far::Agent, keepalive, user_timeout };
                 let netns = &pod.sockets.netns;
                 socket::connect_from_pod(netns, key.next_hop, &self.label, options)
             }

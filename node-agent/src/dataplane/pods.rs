@@ -12,7 +12,7 @@ use mesh_net::driver::ops::ListenerTag;
 use crate::dataplane::shared::{PodSockets, Snapshot};
 
 /// Which of a pod's three ports a listener serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Port {
     /// 15001: captured connections of the pod.
     Outbound,

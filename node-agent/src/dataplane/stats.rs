@@ -35,6 +35,7 @@ impl TunnelRole {
 pub(super) struct Stats {
     shed: AtomicU64,
     no_orig_dst: AtomicU64,
+    listeners_ended: AtomicU64,
     source_fallbacks: AtomicU64,
     live_cut: AtomicU64,
     rejudged: AtomicU64,
@@ -76,6 +77,8 @@ pub struct DataPlaneStats {
     pub shed: u64,
     /// Connections to port 15001 that capture knows nothing about; all refused.
     pub no_orig_dst: u64,
+    /// Listeners that were ended from inside their pods; each is opened again.
+    pub listeners_ended: u64,
     /// Connections to applications that do not show the client's address, where the setting allows it.
     pub source_fallbacks: u64,
     /// Live flows cut because policy, trust or workload changed.
@@ -107,6 +110,7 @@ impl Stats {
         Self {
             shed: AtomicU64::new(0),
             no_orig_dst: AtomicU64::new(0),
+            listeners_ended: AtomicU64::new(0),
             source_fallbacks: AtomicU64::new(0),
             live_cut: AtomicU64::new(0),
             rejudged: AtomicU64::new(0),
@@ -121,6 +125,10 @@ impl Stats {
 
     pub(super) fn no_orig_dst(&self) {
         self.no_orig_dst.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn listener_ended(&self) {
+        self.listeners_ended.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn source_fallback(&self) {
@@ -173,6 +181,7 @@ impl Stats {
         DataPlaneStats {
             shed: self.shed.load(Ordering::Relaxed),
             no_orig_dst: self.no_orig_dst.load(Ordering::Relaxed),
+            listeners_ended: self.listeners_ended.load(Ordering::Relaxed),
             source_fallbacks: self.source_fallbacks.load(Ordering::Relaxed),
             live_cut: self.live_cut.load(Ordering::Relaxed),
             rejudged: self.rejudged.load(Ordering::Relaxed),

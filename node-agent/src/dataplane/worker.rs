@@ -3,7 +3,7 @@
 //! The five stages of a connection are in [`outbound`](super::outbound) and [`inbound`](super::inbound); here is what they
 //! share, and the driver's callbacks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
@@ -18,7 +18,7 @@ use mesh_net::driver::Handler;
 use mesh_net::driver::handover::WrittenWorker;
 use mesh_net::driver::ops::{Attempt, Ends, Incoming, ListenerId, ListenerTag, Ops};
 use mesh_net::handshake::HandshakeError;
-use mesh_net::socket::{self, SocketLabel};
+use mesh_net::socket::{self, Far, ListenOptions, SocketLabel};
 use mesh_resolve::{PendingDns, ResolvedFlow, Unroutable};
 use mesh_tunnel::{
     ConnectHead, DialId, RelayBytes, RelayId, RequestId, Retire, SockId, TunnelId, TunnelKey,
@@ -151,7 +151,14 @@ pub(super) struct NodeWorker {
     next_report: Instant,
     /// When the ends of the tunnels' certificates are looked at.
     pub(super) look_at_ends: Option<Instant>,
+    /// Listeners that were ended from inside their pods, with their places in the kernel's table.
+    ended_listeners: BTreeSet<(PodKey, Port, u16)>,
+    /// When they are opened again.
+    reopen_at: Option<Instant>,
 }
+
+/// Until a listener that was ended from inside its pod is opened again: whoever ends them in a loop costs next to nothing.
+const REOPEN_PAUSE: Duration = Duration::from_millis(200);
 
 /// How often the byte counts of open flows are reported.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
@@ -209,6 +216,8 @@ impl NodeWorker {
             entropy: seed | 1,
             next_report: Instant::now() + REPORT_INTERVAL,
             look_at_ends: None,
+            ended_listeners: BTreeSet::new(),
+            reopen_at: None,
             config,
             shared,
             capture,
@@ -451,21 +460,53 @@ impl NodeWorker {
         self.leaving.clear();
     }
 
+    /// How many flows a pod may have open for one more to be admitted.
+    pub(super) fn most_flows(&self, ops: &Ops) -> usize {
+        self.config.limits.flows_per_pod.min(ops.pod_share())
+    }
+
     fn open_ports(&self, ops: &mut Ops, served: &mut ServedPod) -> io::Result<()> {
-        use mesh_model::ports;
-        for (port, number) in [
-            (Port::Outbound, ports::OUTBOUND),
-            (Port::Plaintext, ports::INBOUND_PLAINTEXT),
-            (Port::Hbone, ports::HBONE),
-        ] {
-            let netns = &served.pod.sockets.netns;
-            let listener = socket::listen(netns, number, &self.label, self.config.keepalive)?;
-            let id = ops.add_listener(served.pod.key.tag(port), listener)?;
-            served.listeners.push(ServedListener { id, port, slot: self.slot });
-            let listener = ops.listener_fd(id).ok_or(io::ErrorKind::NotFound)?;
-            self.capture.add_listener(&served.pod.sockets, number, self.slot, listener)?;
+        for port in [Port::Outbound, Port::Plaintext, Port::Hbone] {
+            self.open_port(ops, served, port, self.slot)?;
         }
         Ok(())
+    }
+
+    fn open_port(
+        &self,
+        ops: &mut Ops,
+        served: &mut ServedPod,
+        port: Port,
+        slot: u16,
+    ) -> io::Result<()> {
+        use mesh_model::ports;
+        let (number, far) = match port {
+            Port::Outbound => (ports::OUTBOUND, Far::App),
+            Port::Plaintext => (ports::INBOUND_PLAINTEXT, Far::App),
+            Port::Hbone => (ports::HBONE, Far::Agent),
+        };
+        let options = ListenOptions { keepalive: self.config.keepalive, far };
+        let listener = socket::listen(&served.pod.sockets.netns, number, &self.label, options)?;
+        let id = ops.add_listener(served.pod.key.tag(port), listener)?;
+        served.listeners.push(ServedListener { id, port, slot });
+        let listener = ops.listener_fd(id).ok_or(io::ErrorKind::NotFound)?;
+        self.capture.add_listener(&served.pod.sockets, number, slot, listener)
+    }
+
+    /// Opens again what was ended from inside its pod. What fails is tried again.
+    fn reopen_listeners(&mut self, ops: &mut Ops) {
+        self.reopen_at = None;
+        for (key, port, slot) in std::mem::take(&mut self.ended_listeners) {
+            let Some(mut served) = self.pods.remove(&key) else { continue };
+            let before = served.listeners.len();
+            if let Err(error) = self.open_port(ops, &mut served, port, slot) {
+                tracing::debug!(pod = %served.pod.sockets.name, ?port, %error, "a listener cannot be opened again yet");
+                served.listeners.drain(before..).for_each(|opened| ops.remove_listener(opened.id));
+                self.ended_listeners.insert((key, port, slot));
+                self.reopen_at = Some(ops.now() + REOPEN_PAUSE);
+            }
+            self.pods.insert(key, served);
+        }
     }
 
     fn remove_pod(&mut self, ops: &mut Ops, key: PodKey, drain: Drain, reply: oneshot::Sender<()>) {
@@ -677,6 +718,24 @@ impl Handler for NodeWorker {
         self.flows.refused(story, refusal, ops.now());
     }
 
+    fn listener_ended(&mut self, ops: &mut Ops, id: ListenerId, tag: ListenerTag) {
+        let (key, port) = PodKey::of(tag);
+        let Some(served) = self.pods.get_mut(&key) else { return };
+        let Some(place) = served.listeners.iter().position(|listener| listener.id == id) else {
+            return;
+        };
+        let ended = served.listeners.swap_remove(place);
+        if self.ended_listeners.insert((key, port, ended.slot)) {
+            let Pod { sockets, .. } = &*served.pod;
+            tracing::warn!(
+                namespace = %sockets.namespace, pod = %sockets.name, ?port,
+                "a listener of this agent was ended from inside its pod; it is opened again"
+            );
+        }
+        self.stats.listener_ended();
+        self.reopen_at.get_or_insert(ops.now() + REOPEN_PAUSE);
+    }
+
     fn dial(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>) {
         self.dial_tunnel(ops, dial, key);
     }
@@ -797,6 +856,9 @@ impl Handler for NodeWorker {
         if self.look_at_ends.is_some_and(|due| due <= ops.now()) {
             self.retire_ended(ops);
         }
+        if self.reopen_at.is_some_and(|due| due <= ops.now()) {
+            self.reopen_listeners(ops);
+        }
         if self.next_report <= ops.now() {
             self.report_progress(ops);
         }
@@ -807,7 +869,8 @@ impl Handler for NodeWorker {
         let rejudge = self.rejudge.due();
         let report = (!self.flows.is_empty()).then_some(self.next_report);
         let leaving = self.leaving.values().filter_map(|leaving| leaving.deadline).min();
-        [self.waiting.next_deadline(), rejudge, report, leaving, self.look_at_ends]
+        let waiting = self.waiting.next_deadline();
+        [waiting, rejudge, report, leaving, self.look_at_ends, self.reopen_at]
             .into_iter()
             .flatten()
             .min()

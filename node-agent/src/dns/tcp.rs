@@ -23,7 +23,7 @@ const IDLE: Duration = Duration::from_secs(30);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves connections for as long as the pod has a resolver.
-pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, listener: TcpListener) {
+pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, mut listener: TcpListener) {
     let stops = pod.upgrade().map(|pod| (pod.stop.clone(), pod.taking.clone()));
     let Some((stop, taking)) = stops else { return };
     loop {
@@ -55,6 +55,15 @@ pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, listener: TcpLi
             Err(error) => {
                 tracing::debug!(%error, "a connection to the pod's resolver was not accepted");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
+                // It listens no more: somebody in the pod ended it.
+                if error.raw_os_error() == Some(libc::EINVAL) {
+                    match desk.listener(&pod) {
+                        Ok(opened) => listener = opened,
+                        Err(error) => {
+                            tracing::debug!(%error, "a pod's resolver cannot listen again yet")
+                        }
+                    }
+                }
             }
         }
     }

@@ -156,6 +156,43 @@ fn a_reset_of_either_end_is_a_reset_at_the_other() {
     assert_eq!(reasons, [CloseReason::ServerReset, CloseReason::ClientReset]);
 }
 
+/// Whoever has `CAP_NET_ADMIN` in a pod may end the agent's sockets there.
+#[test]
+fn listeners_ended_from_inside_their_pods_are_opened_again() {
+    let mesh = Mesh::new();
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    let mut live = mesh.client.dial(target).unwrap();
+    for (node, port) in [(&mesh.client, 15001), (&mesh.server, 15008), (&mesh.server, 15006)] {
+        let before = node.plane.stats().listeners_ended;
+        let ended = node.pod.enter(|| {
+            let filter = format!("sport = :{port}");
+            std::process::Command::new("ss").args(["-K", "-l", "-t", "-n", &filter]).output()
+        });
+        let ended = ended.unwrap();
+        assert!(ended.status.success(), "{ended:?}");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while node.plane.stats().listeners_ended == before {
+            assert!(Instant::now() < deadline, "nobody noticed the end of {port}: {ended:?}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        loop {
+            let listening = node.pod.enter(|| {
+                let filter = format!("sport = :{port}");
+                std::process::Command::new("ss").args(["-H", "-l", "-t", "-n", &filter]).output()
+            });
+            if !listening.unwrap().stdout.is_empty() {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{port} was not opened again");
+            thread::sleep(Duration::from_millis(10));
+        }
+        exchange(&mesh, target, 10_000);
+    }
+    live.write_all(b"still").unwrap();
+    live.read_exact(&mut [0; 5]).unwrap();
+}
+
 #[test]
 fn a_thousand_connections_at_once_keep_their_bytes() {
     let mesh = Arc::new(Mesh::new());

@@ -204,6 +204,12 @@ impl Ops {
         self.budget.has_room(more)
     }
 
+    /// Flows that one pod may have open before it is refused more, for the sake of the others.
+    #[must_use]
+    pub fn pod_share(&self) -> usize {
+        self.budget.pod_share()
+    }
+
     /// Whether nothing is admitted for want of memory.
     #[must_use]
     pub fn memory_is_short(&self) -> bool {

@@ -256,7 +256,11 @@ impl Io for Sockets {
 
     fn close(&mut self, sock: SockId) {
         // Closing the descriptor takes it out of epoll as well.
-        drop(self.remove(sock));
+        if let Some(stream) = self.remove(sock)
+            && let Err(error) = socket::end_on_close(&stream)
+        {
+            tracing::debug!(%error, "socket may be reset instead of closed");
+        }
     }
 
     fn abort(&mut self, sock: SockId) {

@@ -14,6 +14,15 @@ impl SocketLabel for Unlabelled {
     }
 }
 
+const APPS: ListenOptions = ListenOptions {
+    keepalive: Keepalive {
+        idle: Duration::from_secs(180),
+        interval: Duration::from_secs(60),
+        probes: 5,
+    },
+    far: Far::App,
+};
+
 struct Refusing;
 
 impl SocketLabel for Refusing {
@@ -57,8 +66,8 @@ fn finished(stream: TcpStream) -> io::Result<std::net::TcpStream> {
 #[test]
 fn one_listener_serves_both_families_and_workers_share_a_port() {
     let (pod, client) = pods();
-    let first = listen(pod.netns(), 15001, &Unlabelled, Keepalive::default()).unwrap();
-    let _second = listen(pod.netns(), 15001, &Unlabelled, Keepalive::default()).unwrap();
+    let first = listen(pod.netns(), 15001, &Unlabelled, APPS).unwrap();
+    let _second = listen(pod.netns(), 15001, &Unlabelled, APPS).unwrap();
     drop(first);
     for target in ["10.9.0.1:15001", "[fd09::1]:15001"] {
         let target: SocketAddr = target.parse().unwrap();
@@ -102,7 +111,7 @@ fn connections_that_come_and_go_find_a_port() {
             let stream = connect_to_app(pod.netns(), source, target, &Unlabelled).unwrap();
             let stream = finished(stream).unwrap();
             let (mut accepted, _peer) = app.accept().unwrap();
-            drop(stream);
+            end_on_close(&TcpStream::from_std(stream)).unwrap();
             assert_eq!(accepted.read(&mut [0; 1]).unwrap(), 0);
         }
     }
@@ -140,7 +149,43 @@ fn ports_that_are_taken_are_not_used() {
 fn a_socket_without_its_label_is_not_used() {
     let (pod, _client) = pods();
     let target = "10.9.0.2:80".parse().unwrap();
-    let error =
-        connect_from_pod(pod.netns(), target, &Refusing, ConnectOptions::default()).unwrap_err();
+    let options =
+        ConnectOptions { far: Far::Agent, keepalive: Keepalive::default(), user_timeout: None };
+    let error = connect_from_pod(pod.netns(), target, &Refusing, options).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+}
+
+/// A process that dies closes nothing in order; the kernel closes for it.
+#[test]
+fn what_nobody_closes_is_reset_and_what_is_closed_ends() {
+    let (pod, client) = pods();
+    let dial = |port: u16| {
+        let target = SocketAddr::from(([10, 9, 0, 1], port));
+        client.netns().enter(|| std::net::TcpStream::connect(target)).unwrap().unwrap()
+    };
+    for (far, orderly) in [(Far::App, false), (Far::App, true), (Far::Agent, false)] {
+        let options = ListenOptions { far, ..APPS };
+        let listener = listen(pod.netns(), 15001, &Unlabelled, options).unwrap();
+        let mut theirs = dial(15001);
+        let ours = loop {
+            match listener.accept() {
+                Ok((stream, _peer)) => break stream,
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+        };
+        let ours = std::net::TcpStream::from(ours);
+        (&ours).write_all(b"half a sto").unwrap();
+        theirs.read_exact(&mut [0; 10]).unwrap();
+        if orderly {
+            end_on_close(&TcpStream::from_std(ours)).unwrap();
+        } else {
+            drop(ours);
+        }
+        let end = theirs.read(&mut [0; 1]);
+        if far == Far::App && !orderly {
+            assert_eq!(end.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        } else {
+            assert_eq!(end.unwrap(), 0);
+        }
+    }
 }
