@@ -382,7 +382,9 @@ impl Engine {
                     tunnel.readable |= ready.readable || ready.read_closed;
                     tunnel.read_closed |= ready.read_closed;
                     tunnel.writable |= ready.writable;
-                    tunnel.failed |= ready.error;
+                    if ready.error {
+                        tunnel.fail();
+                    }
                     self.schedule_tunnel(key);
                 }
             }

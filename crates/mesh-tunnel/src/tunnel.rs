@@ -295,8 +295,19 @@ impl Tunnel {
         }
     }
 
+    /// Nothing can be sent any more. What has arrived can still be read, up to an end or an error: a peer that has said
+    /// everything and closes while something of ours is on its way resets the connection behind its last words.
+    pub(crate) const fn fail(&mut self) {
+        self.failed = true;
+        self.readable = true;
+        self.read_closed = true;
+    }
+
     pub(crate) fn can_send_data(&self) -> bool {
-        !self.round.is_empty() && self.send_window.available() > 0 && self.out.takes_data()
+        !self.failed
+            && !self.round.is_empty()
+            && self.send_window.available() > 0
+            && self.out.takes_data()
     }
 
     /// The peer's SETTINGS. Returns what its initial window changed by, and its stream limit.

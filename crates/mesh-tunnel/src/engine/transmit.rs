@@ -177,7 +177,7 @@ impl Engine {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => tunnel.writable = false,
                 Err(_) => {
-                    tunnel.failed = true;
+                    tunnel.fail();
                     self.schedule_tunnel(id);
                     return;
                 }

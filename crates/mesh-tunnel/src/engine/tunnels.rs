@@ -69,12 +69,13 @@ impl Engine {
     }
 
     fn work_on(&mut self, id: u64, io: &mut impl Io) -> Result<(), Ending> {
-        if self.tunnels.get(id).is_some_and(|tunnel| tunnel.readable || tunnel.failed) {
+        if self.tunnels.get(id).is_some_and(|tunnel| tunnel.readable) {
             self.receive(id, io)?;
         }
         self.transmit(id, io)?;
         let Some(tunnel) = self.tunnels.get(id) else { return Ok(()) };
-        if tunnel.failed {
+        // What the peer said before is read to its end first.
+        if tunnel.failed && !tunnel.readable {
             return Err(Ending::dead(CloseReason::TunnelClosed));
         }
         if tunnel.overflowed {

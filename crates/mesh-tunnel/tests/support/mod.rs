@@ -6,6 +6,7 @@
 pub mod net;
 pub mod peer;
 pub mod permit;
+pub mod stock;
 pub mod tap;
 
 use std::time::Instant;
