@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use mesh_control::session::{ControllerConfig, Credential};
+use mesh_model::{EmptySegments, EncodedSlashes, PathNormalization, PathParameters};
 use mesh_resolve::{ResolveSettings, WaypointEnforcement};
 use mesh_telemetry::LogFormat;
 use mesh_wire::waypoint_node;
@@ -56,9 +57,13 @@ pub struct Settings {
     #[arg(long, env = "CULVERT_DRAIN_SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
     /// How long a client may take to say what it speaks, where the service does not. Milliseconds; then its bytes are
-    /// passed on, and policies on requests refuse.
+    /// passed on, unless the port has routes or policies on requests.
     #[arg(long, env = "CULVERT_DETECT_MS", default_value_t = 3_000)]
     pub detect_ms: u64,
+    /// What paths may hold although servers read it differently, for servers that all read it in one way: `parameters` (;
+    /// is an ordinary character), `encoded-slashes` (%2F and %5C are), `empty-segments` (// is not /). A list with commas.
+    #[arg(long, env = "CULVERT_RELAX_PATHS", value_delimiter = ',')]
+    pub relax_paths: Vec<RelaxedPath>,
     /// Leave the reason of a refusal out of its answer.
     #[arg(long, env = "CULVERT_HIDE_REASONS")]
     pub hide_reasons: bool,
@@ -71,6 +76,17 @@ pub struct Settings {
     /// The form of log lines: text or json.
     #[arg(long, env = "CULVERT_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+}
+
+/// Something in a path that is left as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum RelaxedPath {
+    /// `;` is an ordinary character.
+    Parameters,
+    /// `%2F` and `%5C` are ordinary characters.
+    EncodedSlashes,
+    /// `//` is not `/`.
+    EmptySegments,
 }
 
 /// The key of a Gateway.
@@ -166,6 +182,20 @@ impl Settings {
         Duration::from_secs(self.drain_seconds)
     }
 
+    /// How paths are normalised.
+    #[must_use]
+    pub fn paths(&self) -> PathNormalization {
+        let mut rules = PathNormalization::default();
+        for relaxed in &self.relax_paths {
+            match relaxed {
+                RelaxedPath::Parameters => rules.parameters = PathParameters::Keep,
+                RelaxedPath::EncodedSlashes => rules.encoded_slashes = EncodedSlashes::Keep,
+                RelaxedPath::EmptySegments => rules.empty_segments = EmptySegments::Keep,
+            }
+        }
+        rules
+    }
+
     /// How it looks for backends.
     #[must_use]
     pub fn resolving(&self) -> ResolveSettings {
@@ -212,6 +242,11 @@ mod tests {
         assert_eq!(settings.service_account(), "w");
         assert_eq!(settings.controller().node, "waypoint/shop/w");
         assert!(parse(&["--gateway", "w"]).is_err());
+        assert_eq!(settings.paths(), PathNormalization::default());
+        let relaxed = parse(&["--relax-paths", "parameters,empty-segments"]).unwrap().paths();
+        assert_eq!(relaxed.parameters, PathParameters::Keep);
+        assert_eq!(relaxed.encoded_slashes, EncodedSlashes::Refuse);
+        assert!(parse(&["--relax-paths", "dots"]).is_err());
         let refused = parse(&["--admin-address", "0.0.0.0:1"]).unwrap().check();
         assert!(refused.unwrap_err().to_string().contains("loopback"));
     }

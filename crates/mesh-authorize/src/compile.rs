@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use mesh_model::{IpPrefix, SpiffeId};
+use mesh_model::{IpPrefix, SpiffeId, path_text};
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{
@@ -263,7 +263,7 @@ fn request_conditions(of: &RequestMatch) -> Box<[Condition]> {
         let mut templates = Vec::new();
         for one in list {
             match one {
-                PathMatch::Text(text) => texts.push(text.clone()),
+                PathMatch::Text(text) => texts.push(text.map(path_text)),
                 PathMatch::Template(template) => templates.push(template.clone()),
             }
         }

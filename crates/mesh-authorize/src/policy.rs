@@ -2,6 +2,7 @@
 //!
 //! Source: `istio.security.Authorization` (WDS), whose semantics they keep. AUDIT, trust domains and the origin are ours.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -286,11 +287,15 @@ pub enum StringMatch {
 
 impl StringMatch {
     pub(crate) fn to_ascii_lowercase(&self) -> Self {
-        let lower = |text: &Arc<str>| text.to_ascii_lowercase().into();
+        self.map(|text| text.to_ascii_lowercase().into())
+    }
+
+    /// The same condition on another text.
+    pub(crate) fn map(&self, change: impl Fn(&str) -> Cow<'_, str>) -> Self {
         match self {
-            Self::Exact(text) => Self::Exact(lower(text)),
-            Self::Prefix(text) => Self::Prefix(lower(text)),
-            Self::Suffix(text) => Self::Suffix(lower(text)),
+            Self::Exact(text) => Self::Exact(change(text).into()),
+            Self::Prefix(text) => Self::Prefix(change(text).into()),
+            Self::Suffix(text) => Self::Suffix(change(text).into()),
             Self::Presence => Self::Presence,
         }
     }

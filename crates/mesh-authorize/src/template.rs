@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use mesh_model::path_text;
 use serde::{Deserialize, Serialize};
 
 /// A pattern of path segments: literal ones, `{*}` for one that is not empty, and at most one `{**}` for any rest, which literal
@@ -69,10 +70,10 @@ impl FromStr for PathTemplate {
                 ("{**}", None) => end = Some(String::new()),
                 ("{*}", None) => front.push(Segment::Any),
                 (literal, _) if literal.contains(['{', '}', '*']) => return Err(invalid()),
-                (literal, None) => front.push(Segment::Literal(literal.into())),
+                (literal, None) => front.push(Segment::Literal(path_text(literal).into())),
                 (literal, Some(end)) => {
                     end.push('/');
-                    end.push_str(literal);
+                    end.push_str(&path_text(literal));
                 }
             }
         }
@@ -123,6 +124,8 @@ mod tests {
             ("/{**}", "/", true),
             ("/{**}", "*", false),
             ("/a", "/a", true),
+            ("/%40/{*}/caf\u{e9}", "/@/x/caf%C3%A9", true),
+            ("/{**}/%61", "/x/a", true),
         ] {
             let parsed: PathTemplate = template.parse().unwrap();
             assert_eq!(parsed.matches(path), matches, "{template} {path}");

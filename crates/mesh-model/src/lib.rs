@@ -22,7 +22,8 @@ pub use error::error_chain;
 pub use flow::{Direction, Flow, FlowId, PodUid, Reporter, Revision};
 pub use identity::{InvalidSpiffeId, SpiffeId};
 pub use request_path::{
-    EmptySegments, EncodedSlashes, InvalidPath, MAX_PATH_BYTES, PathNormalization, RequestPath,
+    EmptySegments, EncodedSlashes, InvalidPath, MAX_PATH_BYTES, PathNormalization, PathParameters,
+    RequestPath, path_text,
 };
 pub use service::{
     GatewayAddress, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode,

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use http::{HeaderName, Method};
-use mesh_model::{EncodedSlashes, PathNormalization, RequestPath};
+use mesh_model::{EncodedSlashes, PathNormalization, PathParameters, RequestPath};
 
 use crate::pattern::{InvalidPattern, Pattern};
 use crate::precedence::{PathClass, Precedence};
@@ -217,10 +217,13 @@ fn regex(pattern: &str) -> Result<Pattern, RouteProblem> {
     })
 }
 
-/// The path in the form that requests have. Slashes that are encoded match if the waypoint lets them through.
+/// The path in the form that requests have. Encoded slashes and parameters match if the waypoint lets them through.
 fn normal(path: &str) -> Result<String, RouteProblem> {
-    let rules =
-        PathNormalization { encoded_slashes: EncodedSlashes::Keep, ..PathNormalization::default() };
+    let rules = PathNormalization {
+        encoded_slashes: EncodedSlashes::Keep,
+        parameters: PathParameters::Keep,
+        ..PathNormalization::default()
+    };
     match RequestPath::parse(path, rules) {
         Ok(normal) if normal.query().is_none() && path.starts_with('/') => {
             Ok(normal.path().to_owned())

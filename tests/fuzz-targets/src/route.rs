@@ -2,7 +2,9 @@
 
 use arbitrary::{Result, Unstructured};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
-use mesh_model::{EmptySegments, EncodedSlashes, PathNormalization, RequestPath};
+use mesh_model::{
+    EmptySegments, EncodedSlashes, PathNormalization, PathParameters, RequestPath, path_text,
+};
 use mesh_route::{
     Backend, BackendTarget, Filters, Frontend, FrontendName, FrontendPort, GrpcMatch, HeaderMatch,
     HttpMatch, Parent, PathMatch, PathModifier, Plan, QueryMatch, Redirect, RedirectScheme,
@@ -13,21 +15,19 @@ use mesh_route::{
 use crate::input::texts;
 use crate::policy::noise;
 
-const EVERY_RULE: [PathNormalization; 4] = {
-    let (merge, keep) = (EmptySegments::Merge, EmptySegments::Keep);
-    let (refuse, pass) = (EncodedSlashes::Refuse, EncodedSlashes::Keep);
-    [
-        PathNormalization { empty_segments: merge, encoded_slashes: refuse },
-        PathNormalization { empty_segments: merge, encoded_slashes: pass },
-        PathNormalization { empty_segments: keep, encoded_slashes: refuse },
-        PathNormalization { empty_segments: keep, encoded_slashes: pass },
-    ]
-};
+/// Every combination of settings.
+fn every_rule() -> impl Iterator<Item = PathNormalization> {
+    (0..8_u8).map(|bits| PathNormalization {
+        empty_segments: [EmptySegments::Merge, EmptySegments::Keep][usize::from(bits & 1)],
+        encoded_slashes: [EncodedSlashes::Refuse, EncodedSlashes::Keep][usize::from(bits >> 1 & 1)],
+        parameters: [PathParameters::Refuse, PathParameters::Keep][usize::from(bits >> 2)],
+    })
+}
 
 /// The normal form is its own normal form, and has nothing in it that servers read in several ways.
 pub fn request_path(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    for rules in EVERY_RULE {
+    for rules in every_rule() {
         let Ok(parsed) = RequestPath::parse(text, rules) else { continue };
         let target = parsed.target();
         let again = RequestPath::parse(&target, rules).expect("what was normalised");
@@ -41,6 +41,9 @@ pub fn request_path(data: &[u8]) {
         assert!(rules.empty_segments == EmptySegments::Keep || !path.contains("//"), "{path}");
         let encoded = path.contains("%2F") || path.contains("%5C");
         assert!(rules.encoded_slashes == EncodedSlashes::Keep || !encoded, "{path}");
+        assert!(rules.parameters == PathParameters::Keep || !path.contains(';'), "{path}");
+        // One spelling of each byte, and it is the one that texts in policies are brought to.
+        assert!(!path.contains("%3B") && path_text(path) == path, "{path}");
     }
 }
 
