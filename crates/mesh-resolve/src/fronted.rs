@@ -19,9 +19,7 @@ pub fn resolve_fronted(
     local: &Arc<Workload>,
     authority: &Authority,
 ) -> Result<Addressed, Unroutable> {
-    let is_ours = |service: &Service| {
-        waypoint::bound_to(service).any(|gateway| waypoint::is_part_of(index, gateway, local))
-    };
+    let is_ours = |service: &Service| is_fronted(index, local, service);
     let found = match authority {
         Authority::Address(address) => {
             match index.find_address(&local.network, address.ip(), &local.namespace) {
@@ -46,6 +44,12 @@ pub fn resolve_fronted(
         authority: authority.clone(),
         local: local.uid.clone(),
     })
+}
+
+/// True when `local` is a workload of a waypoint of the service.
+#[must_use]
+pub fn is_fronted(index: &WorkloadIndex, local: &Workload, service: &Service) -> bool {
+    waypoint::bound_to(service).any(|gateway| waypoint::is_part_of(index, gateway, local))
 }
 
 impl WorkloadIndex {

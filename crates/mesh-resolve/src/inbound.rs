@@ -207,6 +207,12 @@ impl Inbound<'_> {
         })
     }
 
+    /// The services that the workload is an endpoint of and of which nothing else is known: they may lead to any port.
+    fn unknown_services(&self) -> impl Iterator<Item = Arc<str>> {
+        let unknown = self.local.services.keys().filter(|key| self.index.service(key).is_none());
+        unknown.map(|key| format!("that of service {key}").into())
+    }
+
     /// The service that leads to `port`, if there is exactly one.
     fn only_service(&self, port: u16) -> Option<Arc<Service>> {
         let mut services = self.services_to(port);
@@ -218,7 +224,7 @@ impl Inbound<'_> {
     ///
     /// A service without a waypoint is a way past the others: traffic to a service never takes the workload's own waypoint,
     /// and at this end both look alike. A port that services lead to, all of them through waypoints, may not be reached by the
-    /// pod's address either: that is how a waypoint would be bypassed.
+    /// pod's address either: that is how a waypoint would be bypassed. A service of which nothing is known yet may have one.
     fn required_waypoint(&mut self, port: u16) -> Option<Arc<RequiredWaypoint>> {
         match self.settings.waypoints {
             WaypointEnforcement::Preferred => return None,
@@ -232,12 +238,14 @@ impl Inbound<'_> {
                 return None;
             }
         }
-        if gateways.is_empty()
-            || gateways.iter().any(|gateway| waypoint::is_part_of(self.index, gateway, self.local))
-        {
+        if gateways.iter().any(|gateway| waypoint::is_part_of(self.index, gateway, self.local)) {
             return None;
         }
-        let names: BTreeSet<_> = gateways.iter().map(|gateway| waypoint::name(gateway)).collect();
+        let known = gateways.iter().map(|gateway| waypoint::name(gateway));
+        let names: BTreeSet<_> = known.chain(self.unknown_services()).collect();
+        if names.is_empty() {
+            return None;
+        }
         let mut identities = BTreeSet::new();
         for gateway in gateways {
             waypoint::collect_identities(self.index, gateway, &self.local.network, &mut identities);

@@ -25,7 +25,7 @@ mod waypoint;
 
 pub use authority::{Authority, InvalidAuthority};
 pub use balance::endpoints_at;
-pub use fronted::resolve_fronted;
+pub use fronted::{is_fronted, resolve_fronted};
 pub use inbound::{resolve_inbound, resolve_inbound_traced};
 pub use index::{IndexDelta, WorkloadIndex};
 pub use lookup::Addressed;

@@ -120,4 +120,12 @@ fn bound_waypoint_is_required_where_no_other_way_exists() {
     let resolved = resolve_inbound(&unknown, &settings, &flow, &cart, Some(&authority)).unwrap();
     let Route::Deliver { waypoint: Some(waypoint), .. } = &resolved.route else { panic!() };
     assert!(waypoint.identities.is_empty());
+
+    // A service that is listed and not known may have a waypoint: nobody is let in for want of knowing.
+    let unknown = mesh(|_, services| drop(services.remove(0)));
+    let cart = local(&unknown, "cart");
+    let resolved = resolve_inbound(&unknown, &settings, &flow, &cart, Some(&authority)).unwrap();
+    let Route::Deliver { waypoint: Some(waypoint), .. } = &resolved.route else { panic!() };
+    assert!(waypoint.identities.is_empty());
+    assert!(waypoint.names[0].starts_with("that of service shop/cart"), "{:?}", waypoint.names);
 }
