@@ -63,11 +63,7 @@ fn run(settings: Settings, logging: Logging) -> anyhow::Result<Ending> {
         FlowMeterConfig::default(),
         Some(logging.handle()),
     )?;
-    mesh_identity::tls::provider()
-        .as_ref()
-        .clone()
-        .install_default()
-        .map_err(|_another| anyhow::anyhow!("another TLS provider was installed before"))?;
+    mesh_identity::tls::install()?;
     runtime()?.block_on(agent::run(settings, logging, metrics))
 }
 

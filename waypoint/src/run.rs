@@ -48,11 +48,7 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
         FlowMeterConfig::default(),
         Some(logging.handle()),
     )?;
-    mesh_identity::tls::provider()
-        .as_ref()
-        .clone()
-        .install_default()
-        .map_err(|_another| anyhow::anyhow!("another TLS provider was installed before"))?;
+    mesh_identity::tls::install()?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)

@@ -40,6 +40,19 @@ pub fn provider() -> Arc<CryptoProvider> {
     }))
 }
 
+/// Another TLS provider is installed in this process already; a mistake of the program's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("another TLS provider was installed before")]
+pub struct AnotherProvider;
+
+/// Makes [`provider`] the process's, for libraries that ask for none by name. Once, before anything speaks TLS.
+///
+/// # Errors
+/// [`AnotherProvider`] on a second call, or after a library installed its own.
+pub fn install() -> Result<(), AnotherProvider> {
+    CryptoProvider::clone(&provider()).install_default().map_err(|_installed| AnotherProvider)
+}
+
 fn tls13<S: ConfigSide>(
     builder: ConfigBuilder<S, rustls::WantsVersions>,
 ) -> ConfigBuilder<S, WantsVerifier> {
