@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use http::StatusCode;
-use mesh_runtime::{LogHandle, Metrics, Readiness, Reply, Request, Routes, metric};
+use mesh_runtime::metric::CONTENT_TYPE;
+use mesh_runtime::{LogHandle, Metrics, Readiness, Reply, Request, Routes};
+use mesh_telemetry::metric;
 use serde_json::json;
 
 use crate::picture::Picture;
@@ -38,7 +40,7 @@ impl Parts {
         Routes::new().get("/metrics", move |_| {
             parts.gauges();
             let text = parts.metrics.render();
-            async move { Reply::with(StatusCode::OK, metric::CONTENT_TYPE, text) }
+            async move { Reply::with(StatusCode::OK, CONTENT_TYPE, text) }
         })
     }
 
@@ -53,7 +55,7 @@ impl Parts {
             .get("/metrics", move |_| {
                 of_metrics.gauges();
                 let text = of_metrics.metrics.render();
-                async move { Reply::with(StatusCode::OK, metric::CONTENT_TYPE, text) }
+                async move { Reply::with(StatusCode::OK, CONTENT_TYPE, text) }
             })
             .get("/status", move |_| {
                 let reply = of_status.status();
@@ -85,7 +87,7 @@ impl Parts {
     #[expect(clippy::cast_precision_loss, reason = "gauges")]
     fn gauges(&self) {
         let streams = self.common.streams.load(Ordering::Relaxed);
-        metrics::gauge!("culvert_waypoint_streams").set(streams as f64);
+        metrics::gauge!(metric::WAYPOINT_STREAMS.name).set(streams as f64);
         let mut sums = [0; 3];
         for worker in &self.workers {
             for (sum, count) in sums.iter_mut().zip(worker.pool.counts()) {
@@ -93,11 +95,11 @@ impl Parts {
             }
         }
         for (kind, count) in ["tunnel", "http1", "http2"].into_iter().zip(sums) {
-            metrics::gauge!("culvert_waypoint_upstream_connections", "kind" => kind)
+            metrics::gauge!(metric::WAYPOINT_UPSTREAM_CONNECTIONS.name, "kind" => kind)
                 .set(count as f64);
         }
         for (kind, count) in self.picture.snapshot().counts() {
-            metrics::gauge!("culvert_resources", "type" => kind).set(count as f64);
+            metrics::gauge!(metric::RESOURCES.name, "type" => kind).set(count as f64);
         }
     }
 

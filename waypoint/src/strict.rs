@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
+use mesh_telemetry::metric;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Longest line of a head or of a chunk's size, bytes.
@@ -265,7 +266,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Followed<S> {
         if !self.switched.load(Ordering::Relaxed)
             && let Err(ambiguous) = self.follower.feed(&into.filled()[before..])
         {
-            metrics::counter!("culvert_waypoint_refused_total", "reason" => "bad_framing", "rule" => "")
+            metrics::counter!(metric::WAYPOINT_REFUSED.name, "reason" => "bad_framing", "rule" => "")
                 .increment(1);
             tracing::debug!(%ambiguous, "a client's connection is ended");
             into.set_filled(before);

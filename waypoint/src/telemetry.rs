@@ -129,7 +129,7 @@ fn count(record: &RequestRecord) {
     series.response_bytes.record(record.response_bytes as f64);
     if let Some(reason) = record.reason {
         let rule = record.policy.as_ref().map(ToString::to_string).unwrap_or_default();
-        metrics::counter!("culvert_waypoint_refused_total", "reason" => reason, "rule" => rule)
+        metrics::counter!(metric::WAYPOINT_REFUSED.name, "reason" => reason, "rule" => rule)
             .increment(1);
     }
 }

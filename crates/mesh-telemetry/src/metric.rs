@@ -212,6 +212,21 @@ metrics! {
     /// No labels.
     CONTROLLER_CA_ERRORS = "culvert_controller_ca_errors_total", Counter, "failures to read or write the authority's state";
 
+    // The waypoint.
+
+    /// Labels: `reason`, `rule` (the policy's, else empty).
+    WAYPOINT_REFUSED = "culvert_waypoint_refused_total", Counter, "requests and connections that the waypoint did not pass on or cut off";
+    /// Labels: `reason`.
+    WAYPOINT_TUNNELS_REFUSED = "culvert_waypoint_tunnels_refused_total", Counter, "tunnels refused or cut by the waypoint";
+    /// Labels: `reason`.
+    WAYPOINT_STREAMS_REFUSED = "culvert_waypoint_streams_refused_total", Counter, "streams of tunnels refused by the waypoint";
+    /// Labels: `reason` (too_many, body_too_large).
+    WAYPOINT_MIRRORS_SKIPPED = "culvert_waypoint_mirrors_skipped_total", Counter, "copies of requests that were not sent";
+    /// No labels.
+    WAYPOINT_STREAMS = "culvert_waypoint_streams", Gauge, "streams of tunnels open now";
+    /// Labels: `kind` (tunnel, http1, http2).
+    WAYPOINT_UPSTREAM_CONNECTIONS = "culvert_waypoint_upstream_connections", Gauge, "connections to servers kept by the waypoint";
+
     // The process. Source: Prometheus client conventions.
 
     /// No labels.
