@@ -15,7 +15,7 @@ use mesh_identity::{PeerCertificate, Side, TrustBundle};
 use mesh_model::{SpiffeId, Workload};
 use mesh_resolve::{Addressed, Authority, resolve_fronted};
 use mesh_runtime::{AccessLog, Drain};
-use mesh_telemetry::Forwarded;
+use mesh_telemetry::{Forwarded, metric};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
@@ -35,6 +35,8 @@ const MAX_TUNNELS: usize = 8_192;
 const MAX_STREAMS: u32 = 1_024;
 /// Bytes of a CONNECT's headers.
 const MAX_HEADERS: u32 = 16 * 1024;
+/// How far a peer's clock may be behind; as at the agents.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 /// How often kept connections are looked through.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
 
@@ -119,13 +121,15 @@ impl Worker {
 
     async fn tunnel(self: Arc<Self>, socket: TcpStream, address: SocketAddr) {
         let refused = |reason: &'static str, detail: &str| {
-            metrics::counter!("culvert_waypoint_tunnels_refused_total", "reason" => reason)
+            metrics::counter!(metric::WAYPOINT_TUNNELS_REFUSED.name, "reason" => reason)
                 .increment(1);
             tracing::debug!(%address, reason, detail, "tunnel refused");
         };
         if let Err(error) = socket.set_nodelay(true) {
             tracing::debug!(%address, %error, "cannot set TCP_NODELAY");
         }
+        // What changes during the handshake counts as well, so the picture is followed from before it is looked at.
+        let mut changes = self.common.picture.changes();
         let snapshot = self.common.picture.snapshot();
         let Some(identity) = &snapshot.identity else {
             return refused("no_certificate", "this waypoint has no certificate yet");
@@ -158,8 +162,8 @@ impl Worker {
             .serve_connection(TokioIo::new(stream), service);
         tokio::pin!(connection);
         let mut draining = std::pin::pin!(self.common.drain.begun());
-        let mut is_draining = false;
-        let mut changes = self.common.picture.changes();
+        let mut expired = std::pin::pin!(tokio::time::sleep(peer.left()));
+        let mut is_ending = false;
         let mut trust = Arc::clone(&snapshot.trust);
         loop {
             tokio::select! {
@@ -169,8 +173,13 @@ impl Worker {
                     }
                     return;
                 }
-                () = &mut draining, if !is_draining => {
-                    is_draining = true;
+                () = &mut draining, if !is_ending => {
+                    is_ending = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                // Streams that are open go on; the peer comes back with the certificate that it has now.
+                () = &mut expired, if !is_ending => {
+                    is_ending = true;
                     connection.as_mut().graceful_shutdown();
                 }
                 changed = changes.changed() => {
@@ -197,11 +206,13 @@ impl Worker {
         mut request: Request<Incoming>,
     ) -> Response<Empty<bytes::Bytes>> {
         let snapshot = self.common.picture.snapshot();
-        let (own, addressed, authority) = match asked(&snapshot, local, &request) {
+        let asked =
+            if peer.left().is_zero() { Err(expired()) } else { asked(&snapshot, local, &request) };
+        let (own, addressed, authority) = match asked {
             Ok(asked) => asked,
             Err(refusal) => {
                 tracing::debug!(peer = %peer.identity, reason = refusal.reason, detail = %refusal.detail, "stream refused");
-                metrics::counter!("culvert_waypoint_streams_refused_total", "reason" => refusal.reason)
+                metrics::counter!(metric::WAYPOINT_STREAMS_REFUSED.name, "reason" => refusal.reason)
                     .increment(1);
                 let mut response = Response::new(Empty::new());
                 *response.status_mut() = refusal.status;
@@ -237,7 +248,19 @@ impl Worker {
     }
 }
 
+/// No new streams under a certificate that has ended.
+fn expired() -> Refusal {
+    let detail = "the peer's certificate has ended; a new tunnel is needed";
+    Refusal::new("tls_failure", StatusCode::UNAUTHORIZED, "-", detail)
+}
+
 impl Peer {
+    /// How long it may still open streams: until its certificate ends, and a little longer, since clocks differ.
+    fn left(&self) -> Duration {
+        let end = self.certificate.not_after() + CLOCK_TOLERANCE;
+        end.duration_since(SystemTime::now()).unwrap_or_default()
+    }
+
     /// Whether it would still be let in.
     fn is_trusted(&self, trust: &TrustBundle) -> bool {
         self.certificate.is_trusted(trust, SystemTime::now()).is_ok()
@@ -281,3 +304,6 @@ fn asked(
     })?;
     Ok((own, addressed, authority))
 }
+
+#[cfg(test)]
+mod tests;
