@@ -57,7 +57,7 @@ impl Body for RequestBody {
                 {
                     self.count.fetch_add(data.remaining() as u64, Ordering::Relaxed);
                 }
-                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+                Poll::Ready(frame.map(|frame| frame.map(without_head_fields).map_err(Into::into)))
             }
         }
     }
@@ -142,7 +142,9 @@ impl Body for AnswerBody {
         let frame = match &mut self.content {
             Answer::Whole(bytes) => bytes.take().map(|bytes| Ok(Frame::data(bytes))),
             Answer::Server(body, _) => match Pin::new(body).poll_frame(context) {
-                Poll::Ready(frame) => frame.map(|frame| frame.map_err(BodyError::from)),
+                Poll::Ready(frame) => {
+                    frame.map(|frame| frame.map(without_head_fields).map_err(BodyError::from))
+                }
                 Poll::Pending => {
                     if let Some(deadline) = &mut self.deadline
                         && deadline.as_mut().poll(context).is_ready()
@@ -194,5 +196,98 @@ impl Body for AnswerBody {
             }
             Answer::Server(body, _) => body.size_hint(),
         }
+    }
+}
+
+/// What decides about a message and stands in its head, or is about one connection: in trailers it would be read by a server that
+/// joins them with the head, after everybody has judged that. Source: RFC 9110 §6.5.1.
+const HEAD_FIELDS: [&str; 35] = [
+    "accept-encoding",
+    "age",
+    "authorization",
+    "cache-control",
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-range",
+    "content-type",
+    "cookie",
+    "culvert-denied-by",
+    "culvert-hops",
+    "culvert-reason",
+    "date",
+    "expect",
+    "expires",
+    "forwarded",
+    "host",
+    "http2-settings",
+    "keep-alive",
+    "location",
+    "max-forwards",
+    "origin",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "range",
+    "retry-after",
+    "set-cookie",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "vary",
+    "www-authenticate",
+];
+
+/// Takes out of trailers what belongs into a head.
+fn without_head_fields(frame: Frame<Bytes>) -> Frame<Bytes> {
+    let mut trailers = match frame.into_trailers() {
+        Ok(trailers) => trailers,
+        Err(frame) => return frame,
+    };
+    let names: Vec<_> =
+        trailers.keys().filter(|name| is_head_field(name.as_str())).cloned().collect();
+    for name in names {
+        trailers.remove(name);
+    }
+    Frame::trailers(trailers)
+}
+
+fn is_head_field(name: &str) -> bool {
+    // Servers of the CGI kind read a line for a dash.
+    let dashed = name.replace('_', "-");
+    HEAD_FIELDS.binary_search(&&*dashed).is_ok()
+        || dashed.starts_with("x-forwarded-")
+        || dashed.starts_with("if-")
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderMap;
+
+    use super::*;
+
+    #[test]
+    fn trailers_hold_nothing_that_belongs_into_a_head() {
+        assert!(HEAD_FIELDS.is_sorted());
+        let names = [
+            "grpc-status",
+            "x-checksum",
+            "content-length",
+            "transfer-encoding",
+            "authorization",
+            "x-forwarded-client-cert",
+            "x_forwarded_client_cert",
+            "if-match",
+            "host",
+        ];
+        let trailers: HeaderMap =
+            names.map(|name| (name.parse().unwrap(), "1".parse().unwrap())).into_iter().collect();
+        let left = without_head_fields(Frame::trailers(trailers)).into_trailers().unwrap();
+        let mut left: Vec<_> = left.keys().map(http::HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["grpc-status", "x-checksum"]);
+        let data = without_head_fields(Frame::data(Bytes::from_static(b"x")));
+        assert_eq!(data.into_data().unwrap(), "x");
     }
 }

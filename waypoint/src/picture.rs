@@ -12,6 +12,7 @@ use mesh_resolve::{IndexDelta, ResolveSettings, WorkloadIndex};
 use mesh_route::{
     Frontend, FrontendKind, FrontendName, FrontendPort, RouteChange, RouteTable, ServiceRef,
 };
+use mesh_telemetry::metric;
 use mesh_wire::{
     AppProtocol, FrontendConfig, MeshConfig, RemovedResource, Resource, ResourceKind, Update,
 };
@@ -31,8 +32,8 @@ pub(crate) struct Snapshot {
     pub(crate) routes: RouteTable,
     frontends: imbl::OrdMap<FrontendName, Arc<Served>>,
     by_host: imbl::OrdMap<NamespacedHostname, Arc<Served>>,
-    /// Of the waypoint itself: what holds for all it serves.
-    gateway_policies: Arc<[Arc<str>]>,
+    /// Of the waypoint itself: what holds for all it serves. None while nothing is known of its Gateway.
+    gateway_policies: Option<Arc<[Arc<str>]>>,
     /// Whom to trust.
     pub(crate) trust: Arc<TrustBundle>,
     /// What this waypoint proves to be.
@@ -78,7 +79,7 @@ impl Snapshot {
             routes: RouteTable::default(),
             frontends: imbl::OrdMap::new(),
             by_host: imbl::OrdMap::new(),
-            gateway_policies: Arc::default(),
+            gateway_policies: None,
             trust: Arc::default(),
             identity: None,
             cluster_domain: "cluster.local".into(),
@@ -91,9 +92,9 @@ impl Snapshot {
         self.by_host.get(service)
     }
 
-    /// The policies of the waypoint itself.
-    pub(crate) const fn gateway_policies(&self) -> &Arc<[Arc<str>]> {
-        &self.gateway_policies
+    /// The policies of the waypoint itself; none while nothing is known of its Gateway, and so of what is attached to that.
+    pub(crate) const fn gateway_policies(&self) -> Option<&Arc<[Arc<str>]>> {
+        self.gateway_policies.as_ref()
     }
 
     /// This waypoint's own workload, by an address of the machine.
@@ -182,7 +183,7 @@ impl World {
     pub(crate) fn apply(&mut self, update: Update) {
         for rejected in &update.rejected {
             let kind = kind_name(update.kind);
-            metrics::counter!("culvert_resources_refused_total", "kind" => kind).increment(1);
+            metrics::counter!(metric::RESOURCES_REJECTED.name, "type" => kind).increment(1);
             tracing::warn!(
                 resource = rejected.name, error = %rejected.error,
                 remedy = rejected.error.problem.remedy(), "the controller sent a resource that cannot be used"
@@ -307,18 +308,15 @@ impl World {
             namespace: self.gateway.namespace.clone(),
             name: self.gateway.name.clone(),
         };
-        let of_gateway: Vec<Arc<str>> = self
-            .next
-            .frontends
-            .get(&own)
-            .map(|served| served.config.policies.clone())
-            .unwrap_or_default();
-        self.next.gateway_policies = of_gateway.as_slice().into();
+        let of_gateway: Option<Arc<[Arc<str>]>> =
+            self.next.frontends.get(&own).map(|served| served.config.policies.as_slice().into());
+        self.next.gateway_policies.clone_from(&of_gateway);
+        let of_gateway: &[Arc<str>] = of_gateway.as_deref().unwrap_or_default();
         let mut by_host = imbl::OrdMap::new();
         let all: Vec<_> = self.next.frontends.values().cloned().collect();
         for served in all {
             let policies: Arc<[Arc<str>]> =
-                served.config.policies.iter().chain(&of_gateway).cloned().collect();
+                served.config.policies.iter().chain(of_gateway).cloned().collect();
             let served = match *served.policies == *policies {
                 true => served,
                 false => Arc::new(Served { config: served.config.clone(), policies }),

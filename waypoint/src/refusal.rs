@@ -47,6 +47,11 @@ impl Refusal {
         Self::new(reason, StatusCode::SERVICE_UNAVAILABLE, "UH", detail)
     }
 
+    /// Whether the same request may fare better a moment later, at another endpoint.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self.status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+    }
+
     /// A policy's.
     pub(crate) fn denied(denial: &Denial) -> Self {
         let policy = denial.rule.as_ref().map(|rule| PolicyRef {

@@ -1,6 +1,8 @@
 //! One request: judged, routed, sent on, answered.
 
 mod head;
+mod judge;
+mod outline;
 mod upgrade;
 
 use std::sync::Arc;
@@ -8,25 +10,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, HOST};
 use http::request::Parts;
-use http::{
-    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version as HttpVersion,
-};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version as HttpVersion};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
-use mesh_authorize::{Decision, authorize_request};
-use mesh_model::{PathNormalization, RequestPath};
+use mesh_model::RequestPath;
 use mesh_resolve::{ResolvedFlow, Route};
 use mesh_route::{
     Answer, AnswerCause, Forward, FrontendName, Plan, RedirectScheme, RequestHead, Retry,
     Selection, ServiceRef, Timeouts,
 };
-use mesh_telemetry::{RequestFacts, RequestRecord, WorkloadLabels};
+use mesh_telemetry::{RequestFacts, RequestRecord, WorkloadLabels, metric};
 use mesh_wire::AppProtocol;
 
-use self::head::{Head, XFCC, check, hop_by_hop, strip};
+use self::head::{Head, XFCC, check, hop_by_hop, hops, strip};
+use self::outline::{Content, Outline};
 use self::upgrade::Switch;
 use crate::body::{AnswerBody, RequestBody};
 use crate::control::random;
@@ -168,6 +168,8 @@ struct Exchange<'e> {
 
 /// Where a request goes, and how it is changed on the way.
 struct Sending<'s> {
+    /// The waypoints before this one.
+    hops: u8,
     /// A backend; none for what was dialled.
     backend: Option<&'s ServiceRef>,
     path: Option<String>,
@@ -190,7 +192,7 @@ impl Exchange<'_> {
         let head = check(&request)?;
         head.authority.clone_into(&mut record.authority);
         let target = record.raw_path.clone();
-        let path = RequestPath::parse(&target, PathNormalization::default())
+        let path = RequestPath::parse(&target, self.dialled.worker.common.settings.paths())
             .map_err(|error| Refusal::bad_request("bad_path", error.to_string()))?;
         let normal = path.target();
         if *normal != *target {
@@ -199,8 +201,11 @@ impl Exchange<'_> {
         let (served, policies) = self.dialled.attached(self.snapshot)?;
         let switch = Switch::of(&mut request, &head.authority);
         let (mut parts, body) = request.into_parts();
+        let hops = hops(&parts.headers)?;
         strip(&mut parts.headers);
-        self.judge(&parts, &head, &path, &policies)?;
+        let judged =
+            mesh_authorize::Request::new(&head.authority, &parts.method, &path, &parts.headers);
+        judge::dialled(self.dialled, self.snapshot, &policies, &judged)?;
         let seen = RequestHead {
             method: &parts.method,
             authority: &head.authority,
@@ -217,6 +222,7 @@ impl Exchange<'_> {
         match selection {
             Selection::Unrouted => {
                 let sending = Sending {
+                    hops,
                     backend: None,
                     path: None,
                     host: None,
@@ -241,6 +247,7 @@ impl Exchange<'_> {
                     Plan::Answer(answer) => own_answer(answer),
                     Plan::Forward(forward) => {
                         let sending = Sending {
+                            hops,
                             backend: Some(forward.backend),
                             path: forward.path.clone(),
                             host: forward.host,
@@ -252,29 +259,6 @@ impl Exchange<'_> {
                     }
                 }
             }
-        }
-    }
-
-    fn judge(
-        &self,
-        parts: &Parts,
-        head: &Head,
-        path: &RequestPath<'_>,
-        policies: &[Arc<str>],
-    ) -> Result<(), Refusal> {
-        let seen =
-            mesh_authorize::Request::new(&head.authority, &parts.method, path, &parts.headers);
-        let connection = self.dialled.connection(self.snapshot);
-        let verdict = authorize_request(&self.snapshot.policies, policies, &connection, &seen);
-        for note in &verdict.notes {
-            metrics::counter!(
-                "culvert_policy_notes_total", "kind" => note.kind.as_str(), "policy" => note.policy.to_string()
-            )
-            .increment(1);
-        }
-        match verdict.decision {
-            Decision::Allow(_permit) => Ok(()),
-            Decision::Deny(denial) => Err(Refusal::denied(&denial)),
         }
     }
 
@@ -309,13 +293,14 @@ impl Exchange<'_> {
             authority,
             headers: parts.headers,
             client_version,
+            hops: sending.hops,
         };
         if let Content::Kept(bytes) = &content {
             for mirror in mirrors {
                 self.mirror(mirror, &outline, bytes);
             }
         } else if !mirrors.is_empty() {
-            metrics::counter!("culvert_waypoint_mirrors_skipped_total", "reason" => "body_too_large")
+            metrics::counter!(metric::WAYPOINT_MIRRORS_SKIPPED.name, "reason" => "body_too_large")
                 .increment(mirrors.len() as u64);
         }
         let mut attempts_left = sending.retry.map_or(0, |retry| retry.attempts);
@@ -345,27 +330,42 @@ impl Exchange<'_> {
                     } else {
                         record.upstream = Some(way.address());
                         record.first_byte = Some(self.started.elapsed());
-                        return self.answered(answered, &sending, switch, attempt_deadline);
+                        return self.answered(
+                            answered,
+                            &sending,
+                            outline,
+                            switch,
+                            attempt_deadline,
+                        );
                     }
                 }
                 Err(failed) => Some(failed),
             };
             // None: a status that the route wants tried again.
             let mut counts = true;
-            if let Some(AttemptFailed { refusal, unsent, stale }) = failure {
+            if let Some(AttemptFailed { refusal, unsent, stale, unprocessed }) = failure {
                 let timed_out = refusal.reason == "request_timeout";
                 let is_over =
                     timed_out && overall.is_some_and(|at| at <= tokio::time::Instant::now());
-                let idempotent = outline.method.is_safe()
-                    || matches!(outline.method, Method::PUT | Method::DELETE);
+                // Each took its time already.
+                if refusal.reason == "connect_timeout" {
+                    reconnects_left = reconnects_left.min(1);
+                }
+                // Otherwise it may have been done, and would be done twice (RFC 9110 §9.2.2).
+                let is_harmless = unprocessed || outline.method.is_idempotent();
                 if let Some(body) = unsent.filter(|_| reconnects_left > 0 && !timed_out) {
                     content = Content::Unsent(body);
                     reconnects_left -= 1;
                     counts = false;
-                } else if stale && idempotent && again && reconnects_left > 0 {
+                } else if (stale || unprocessed) && is_harmless && again && reconnects_left > 0 {
                     reconnects_left -= 1;
                     counts = false;
-                } else if attempts_left == 0 || !again || is_over {
+                } else if attempts_left == 0
+                    || !again
+                    || is_over
+                    || !is_harmless
+                    || !refusal.may_pass()
+                {
                     return Err(refusal);
                 }
             }
@@ -448,7 +448,7 @@ impl Exchange<'_> {
     ) -> Result<(Answered, Way), AttemptFailed> {
         let (resolved, version) = match self.target(backend, outline, switch).await {
             Ok(target) => target,
-            Err(refusal) => return Err(AttemptFailed { refusal, unsent: None, stale: false }),
+            Err(refusal) => return Err(AttemptFailed::unknown(refusal)),
         };
         if let Some(peer) = &resolved.peer {
             record.facts.destination = WorkloadLabels::from(&**peer);
@@ -461,11 +461,11 @@ impl Exchange<'_> {
         };
         let way = match Way::of(&resolved.route) {
             Ok(way) => way,
-            Err(refusal) => return Err(AttemptFailed { refusal, unsent: None, stale: false }),
+            Err(refusal) => return Err(AttemptFailed::unknown(refusal)),
         };
-        let request = match outline.request(version, body) {
+        let request = match outline.request(&resolved.route, version, body) {
             Ok(request) => request,
-            Err(refusal) => return Err(AttemptFailed { refusal, unsent: None, stale: false }),
+            Err(refusal) => return Err(AttemptFailed::unknown(refusal)),
         };
         let pool = &self.dialled.worker.pool;
         let forwarded = self.dialled.forwarded();
@@ -476,16 +476,16 @@ impl Exchange<'_> {
                 Ok(outcome) => outcome,
                 Err(_elapsed) => {
                     let refusal = timeout("the server took too long to answer");
-                    return Err(AttemptFailed { refusal, unsent: None, stale: false });
+                    return Err(AttemptFailed::unknown(refusal));
                 }
             },
         };
         match outcome {
             Ok(answered) => Ok((answered, way)),
-            Err(Failed { refusal, unsent, stale }) => {
+            Err(Failed { refusal, unsent, stale, unprocessed }) => {
                 record.upstream = Some(way.address());
                 let unsent = unsent.map(Request::into_body);
-                Err(AttemptFailed { refusal, unsent, stale })
+                Err(AttemptFailed { refusal, unsent, stale, unprocessed })
             }
         }
     }
@@ -509,16 +509,7 @@ impl Exchange<'_> {
                 (self.dialled.endpoint(self.snapshot).await?, protocol)
             }
             Some(backend) => {
-                let service = self.snapshot.backend(backend).ok_or_else(|| {
-                    let detail =
-                        format!("there is no Service {}/{}", backend.namespace, backend.name);
-                    Refusal::new(
-                        "invalid_reference",
-                        StatusCode::INTERNAL_SERVER_ERROR,
-                        "NC",
-                        detail,
-                    )
-                })?;
+                let service = judge::backend(self.dialled, self.snapshot, backend, outline)?;
                 let served = self.snapshot.served(&service.key);
                 let protocol =
                     served.map_or(AppProtocol::Detect, |served| served.protocol(backend.port));
@@ -537,7 +528,7 @@ impl Exchange<'_> {
     /// Sends a copy elsewhere; nobody sees its answer.
     fn mirror(&self, mirror: &ServiceRef, outline: &Outline, bytes: &Bytes) {
         let Ok(place) = Arc::clone(&self.dialled.worker.mirrors).try_acquire_owned() else {
-            metrics::counter!("culvert_waypoint_mirrors_skipped_total", "reason" => "too_many")
+            metrics::counter!(metric::WAYPOINT_MIRRORS_SKIPPED.name, "reason" => "too_many")
                 .increment(1);
             return;
         };
@@ -557,7 +548,8 @@ impl Exchange<'_> {
             let copy = async {
                 let (resolved, version) = exchange.target(Some(&mirror), &outline, None).await?;
                 let way = Way::of(&resolved.route)?;
-                let request = outline.request(version, RequestBody::whole(bytes))?;
+                let request =
+                    outline.request(&resolved.route, version, RequestBody::whole(bytes))?;
                 let pool = &dialled.worker.pool;
                 let forwarded = dialled.forwarded();
                 let sent = pool.send(&snapshot, &way, version, &forwarded, request).await;
@@ -582,6 +574,7 @@ impl Exchange<'_> {
         &self,
         answered: Answered,
         sending: &Sending<'_>,
+        outline: Outline,
         switch: Option<Switch>,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Outcome, Refusal> {
@@ -612,7 +605,8 @@ impl Exchange<'_> {
             return Err(Refusal { flags: "UPE", ..Refusal::unavailable("protocol_error", detail) });
         };
         switch.answer(headers, upgrade);
-        switch.join(Arc::clone(self.dialled), upstream);
+        let onward = sending.backend.map(|backend| (backend.clone(), outline));
+        switch.join(Arc::clone(self.dialled), upstream, onward);
         Ok(Outcome::Server { response: response.map(|_| None), lease: None, deadline: None })
     }
 }
@@ -629,90 +623,19 @@ fn own_answer(answer: Answer) -> Result<Outcome, Refusal> {
     }
 }
 
-/// A request without its body, as it is sent, once or several times.
-#[derive(Clone)]
-struct Outline {
-    method: Method,
-    target: String,
-    authority: String,
-    headers: HeaderMap,
-    client_version: HttpVersion,
-}
-
-impl Outline {
-    fn request(
-        &self,
-        version: Version,
-        body: RequestBody,
-    ) -> Result<Request<RequestBody>, Refusal> {
-        let invalid = |error: &dyn std::fmt::Display| {
-            Refusal::bad_request("bad_path", format!("it cannot be sent on: {error}"))
-        };
-        let mut request = Request::new(body);
-        *request.method_mut() = self.method.clone();
-        request.headers_mut().clone_from(&self.headers);
-        match version {
-            Version::Http1 => {
-                *request.uri_mut() = self
-                    .target
-                    .parse()
-                    .map_err(|error| invalid(&error as &http::uri::InvalidUri))?;
-                let host =
-                    HeaderValue::from_str(&self.authority).map_err(|error| invalid(&error))?;
-                request.headers_mut().insert(HOST, host);
-                // Of methods that seldom have a body hyper sends none whose length is not known, unless it is told how.
-                if !request.body().is_end_stream() && request.body().size_hint().exact().is_none() {
-                    let chunked = HeaderValue::from_static("chunked");
-                    request.headers_mut().insert(TRANSFER_ENCODING, chunked);
-                }
-            }
-            Version::Http2 => {
-                *request.uri_mut() = Uri::builder()
-                    .scheme("http")
-                    .authority(self.authority.as_str())
-                    .path_and_query(self.target.as_str())
-                    .build()
-                    .map_err(|error| invalid(&error))?;
-                *request.version_mut() = HttpVersion::HTTP_2;
-            }
-        }
-        Ok(request)
-    }
-}
-
-/// A request's body between attempts.
-enum Content {
-    /// It is here, and can be sent any number of times.
-    Kept(Bytes),
-    /// It comes as it comes, and can be sent once.
-    Stream(Option<RequestBody>),
-    /// It came back untouched.
-    Unsent(RequestBody),
-}
-
-impl Content {
-    /// Whether it can be sent again after this time.
-    const fn again(&self) -> bool {
-        matches!(self, Self::Kept(_))
-    }
-
-    fn take(&mut self) -> RequestBody {
-        let empty = || RequestBody::whole(Bytes::new());
-        match std::mem::replace(self, Self::Stream(None)) {
-            Self::Kept(bytes) => {
-                *self = Self::Kept(bytes.clone());
-                RequestBody::whole(bytes)
-            }
-            Self::Stream(body) => body.unwrap_or_else(empty),
-            Self::Unsent(body) => body,
-        }
-    }
-}
-
+/// As [`Failed`], with the body alone.
 struct AttemptFailed {
     refusal: Refusal,
     unsent: Option<RequestBody>,
     stale: bool,
+    unprocessed: bool,
+}
+
+impl AttemptFailed {
+    /// Of which nothing more can be said.
+    const fn unknown(refusal: Refusal) -> Self {
+        Self { refusal, unsent: None, stale: false, unprocessed: false }
+    }
 }
 
 fn timeout(detail: &str) -> Refusal {

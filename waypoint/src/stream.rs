@@ -16,7 +16,7 @@ use mesh_model::{
 };
 use mesh_resolve::{Addressed, Authority, ResolvedFlow, Unroutable, resolve, resolve_fronted};
 use mesh_runtime::Drain;
-use mesh_telemetry::Forwarded;
+use mesh_telemetry::{Forwarded, metric};
 use mesh_wire::AppProtocol;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 
@@ -37,6 +37,22 @@ const MAX_HEAD: usize = 64 * 1024;
 const MAX_REQUESTS: u32 = 1_024;
 /// Bytes of a passed-on stream that are held in each direction.
 const COPY_BUFFER: usize = 32 * 1024;
+
+/// For a service without address.
+const UNSPECIFIED: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
+/// What may come in a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expected {
+    /// Bytes, of which no requests are read.
+    Anything,
+    /// HTTP: it is declared.
+    Http,
+    /// Nothing is declared, and routes or policies on requests wait there: what is no HTTP would get around them.
+    HttpOrNothing,
+    /// Nothing is declared: whatever comes is found out.
+    Detected,
+}
 
 /// A stream that was asked for, and by whom.
 pub(crate) struct Dialled {
@@ -83,8 +99,12 @@ impl Dialled {
             );
             return Err(Refusal::unavailable("wrong_destination", detail));
         }
+        let Some(of_gateway) = snapshot.gateway_policies() else {
+            let detail = "nothing is known of this waypoint's Gateway, nor of the policies there";
+            return Err(Refusal::unavailable("unknown_gateway", detail));
+        };
         match &self.addressed {
-            Addressed::Workload(_) => Ok((None, Arc::clone(snapshot.gateway_policies()))),
+            Addressed::Workload(_) => Ok((None, Arc::clone(of_gateway))),
             Addressed::Service(service) => {
                 let served = snapshot.served(&service.key).ok_or_else(|| {
                     let detail = format!("{} is not served by this waypoint", service.key);
@@ -95,20 +115,61 @@ impl Dialled {
         }
     }
 
-    /// The connection as policies see it: the port is the endpoints'.
-    pub(crate) fn connection(&self, snapshot: &Snapshot) -> Connection<'_> {
+    /// What is spoken at the port that was dialled.
+    fn protocol(
+        &self,
+        snapshot: &Snapshot,
+        served: Option<&Served>,
+        policies: &[Arc<str>],
+    ) -> Expected {
         let port = self.authority.port();
-        let target = self.service().and_then(|one| snapshot.index.target_port(one, port));
-        let port = target.unwrap_or(port);
-        let ip = match (&self.authority, self.service().and_then(|service| service.vips.first())) {
-            (Authority::Address(address), _) => address.ip(),
-            (Authority::Hostname { .. }, Some(vip)) => vip.ip,
-            (Authority::Hostname { .. }, None) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        match served.map_or(AppProtocol::Detect, |served| served.protocol(port)) {
+            AppProtocol::Tcp => Expected::Anything,
+            AppProtocol::Http1 | AppProtocol::Http2 => Expected::Http,
+            AppProtocol::Detect => {
+                let is_routed = served
+                    .is_some_and(|served| snapshot.routes.is_routed(&served.config.frontend, port));
+                if is_routed || snapshot.policies.asks_for_requests(policies) {
+                    Expected::HttpOrNothing
+                } else {
+                    Expected::Detected
+                }
+            }
+        }
+    }
+
+    /// A connection to a port of a service as policies see it: the port is the endpoints'.
+    pub(crate) fn connection(
+        &self,
+        snapshot: &Snapshot,
+        service: &Service,
+        port: u16,
+    ) -> Connection<'_> {
+        let is_dialled = self.service().is_some_and(|dialled| dialled.key == service.key);
+        let ip = match (&self.authority, service.vips.first()) {
+            (Authority::Address(address), _) if is_dialled => address.ip(),
+            (Authority::Address(_) | Authority::Hostname { .. }, Some(vip)) => vip.ip,
+            (Authority::Address(_) | Authority::Hostname { .. }, None) => UNSPECIFIED,
         };
+        self.connection_to(SocketAddr::new(
+            ip,
+            snapshot.index.target_port(service, port).unwrap_or(port),
+        ))
+    }
+
+    /// The connection to the workload that was dialled, as policies see it.
+    pub(crate) fn to_workload(&self) -> Connection<'_> {
+        self.connection_to(match &self.authority {
+            Authority::Address(address) => *address,
+            Authority::Hostname { port, .. } => SocketAddr::new(UNSPECIFIED, *port),
+        })
+    }
+
+    fn connection_to(&self, destination: SocketAddr) -> Connection<'_> {
         Connection {
             identity: Some(&self.peer.identity),
             source_ip: self.peer.address.ip(),
-            destination: SocketAddr::new(ip, port),
+            destination,
         }
     }
 
@@ -183,10 +244,7 @@ impl Dialled {
         let flow = Flow {
             id: FlowId(0),
             direction: Direction::Outbound,
-            client: ClientAddr::new(SocketAddr::new(
-                own.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
-                0,
-            )),
+            client: ClientAddr::new(SocketAddr::new(own.unwrap_or(UNSPECIFIED), 0)),
             orig_dst: OrigDst::new(destination),
             pod: PodUid::new(self.own.uid.as_str()),
             accepted_at: Instant::now(),
@@ -220,29 +278,28 @@ where
 {
     let common = &dialled.worker.common;
     let snapshot = common.picture.snapshot();
-    let protocol = match dialled.attached(&snapshot) {
-        Ok((served, _)) => {
-            served.map_or(AppProtocol::Detect, |one| one.protocol(dialled.authority.port()))
-        }
+    let expected = match dialled.attached(&snapshot) {
+        Ok((served, policies)) => dialled.protocol(&snapshot, served.as_deref(), &policies),
         // The requests will be told.
-        Err(_unknown) => AppProtocol::Detect,
+        Err(_unknown) => Expected::Detected,
     };
     drop(snapshot);
-    if protocol == AppProtocol::Tcp {
-        return pass_on(&dialled, io).await;
-    }
-    // Where HTTP is declared a client may take its time to begin.
-    let patience = match protocol {
-        AppProtocol::Detect => Duration::from_millis(common.settings.detect_ms),
-        AppProtocol::Http1 | AppProtocol::Http2 | AppProtocol::Tcp => HEAD_TIMEOUT,
+    // Where nothing else than HTTP gets on a client may take its time to begin.
+    let patience = match expected {
+        Expected::Anything => return pass_on(&dialled, io).await,
+        Expected::Detected => Duration::from_millis(common.settings.detect_ms),
+        Expected::Http | Expected::HttpOrNothing => HEAD_TIMEOUT,
     };
-    match detect(io, patience).await {
-        Ok((Spoken::Http1, io)) => serve_http1(dialled, io).await,
-        Ok((Spoken::Http2, io)) => serve_http2(dialled, io).await,
-        Ok((Spoken::Other, io)) if protocol == AppProtocol::Detect => pass_on(&dialled, io).await,
+    match (detect(io, patience).await, expected) {
+        (Ok((Spoken::Http1, io)), _) => serve_http1(dialled, io).await,
+        (Ok((Spoken::Http2, io)), _) => serve_http2(dialled, io).await,
         // What is declared as HTTP and is none gets HTTP's answer to that.
-        Ok((Spoken::Other, io)) => serve_http1(dialled, io).await,
-        Err(error) => tracing::debug!(%error, "stream ended before it began"),
+        (Ok((Spoken::Other, io)), Expected::Http) => serve_http1(dialled, io).await,
+        (
+            Ok((Spoken::Other, io)),
+            Expected::Anything | Expected::Detected | Expected::HttpOrNothing,
+        ) => pass_on(&dialled, io).await,
+        (Err(error), _) => tracing::debug!(%error, "stream ended before it began"),
     }
 }
 
@@ -323,7 +380,7 @@ where
 {
     let refused = |refusal: &Refusal| {
         let rule = refusal.policy.as_ref().map(ToString::to_string).unwrap_or_default();
-        metrics::counter!("culvert_waypoint_refused_total", "reason" => refusal.reason, "rule" => rule.clone())
+        metrics::counter!(metric::WAYPOINT_REFUSED.name, "reason" => refusal.reason, "rule" => rule.clone())
             .increment(1);
         let (client, identity) = (dialled.client, &dialled.peer.identity);
         tracing::info!(
@@ -383,8 +440,19 @@ where
 
 /// Whether the connection may go on.
 fn allowed(dialled: &Dialled, snapshot: &Snapshot) -> Result<(), Refusal> {
-    let (_, policies) = dialled.attached(snapshot)?;
-    let connection = dialled.connection(snapshot);
+    let (served, policies) = dialled.attached(snapshot)?;
+    match dialled.protocol(snapshot, served.as_deref(), &policies) {
+        Expected::Anything | Expected::Detected => {}
+        Expected::Http | Expected::HttpOrNothing => {
+            let detail = "what is no HTTP does not get past routes and policies on requests; \
+                          declare what the port speaks (appProtocol, or the port's name)";
+            return Err(Refusal::bad_request("not_http", detail));
+        }
+    }
+    let connection = match dialled.service() {
+        Some(service) => dialled.connection(snapshot, service, dialled.authority.port()),
+        None => dialled.to_workload(),
+    };
     match authorize_connection(&snapshot.policies, &policies, &connection).decision {
         Decision::Allow(_permit) => Ok(()),
         Decision::Deny(denial) => Err(Refusal::denied(&denial)),

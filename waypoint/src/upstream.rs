@@ -1,34 +1,35 @@
 //! Connections to servers: tunnels to their nodes, and HTTP connections inside of those, kept for the next request.
 
+mod bundle;
+mod dial;
+
 use std::collections::HashMap;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use http::{HeaderValue, Method, Request, StatusCode};
-use http_body_util::Empty;
+use http::{Request, StatusCode};
 use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use mesh_identity::tls;
+use hyper::client::conn::{TrySendError, http1, http2};
+use hyper_util::rt::TokioIo;
 use mesh_model::{SpiffeId, WorkloadUid};
 use mesh_resolve::{Route, TunnelRoute};
 use mesh_telemetry::Forwarded;
-use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
-use crate::body::{BodyError, RequestBody};
+use self::bundle::{Bundle, Lent, Opened, Place, Sender};
+use self::dial::{
+    TunnelKey, TunnelSender, TunnelStream, connect, connect_request, dial, start_http1, start_http2,
+};
+use crate::body::RequestBody;
 use crate::picture::Snapshot;
 use crate::refusal::Refusal;
 
-/// Longest wait for a TCP connection and its handshake, and for the answer to a CONNECT.
+/// Longest wait for a connection with all its handshakes.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// HTTP/1.1 connections kept per endpoint; beyond, the oldest is closed.
 const MAX_IDLE: usize = 128;
-/// How long a connection is kept without use.
+/// How long a connection or tunnel is kept without use.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Endpoints of which something is kept; beyond, what is not in use is forgotten.
 const MAX_ENDPOINTS: usize = 4_096;
@@ -97,13 +98,24 @@ pub(crate) enum Version {
 /// A two-way stream of bytes to a server.
 pub(crate) enum Wire {
     /// A stream of a tunnel.
-    Tunnel(TokioIo<hyper::upgrade::Upgraded>),
+    Tunnel(TokioIo<TunnelStream>),
     /// A connection of its own.
     Plain(TcpStream),
 }
 
-/// An HTTP connection that is lent to one request; HTTP/2 connections are shared and only counted.
-pub(crate) struct Lease {
+/// What a request holds of a connection until the end of its answer.
+pub(crate) enum Lease {
+    /// A connection of HTTP/1.1, its own for so long.
+    Http1(Box<Http1Lease>),
+    /// A place on a connection that is shared.
+    Http2 {
+        /// Given back by being dropped.
+        _place: Place,
+    },
+}
+
+/// An HTTP/1.1 connection that is lent to one request.
+pub(crate) struct Http1Lease {
     pool: Arc<Pool>,
     way: Way,
     sender: http1::SendRequest<RequestBody>,
@@ -113,7 +125,8 @@ pub(crate) struct Lease {
 impl Lease {
     /// Keeps the connection for the next request, if it can take one.
     pub(crate) fn give_back(self) {
-        let Self { pool, way, sender, stamp } = self;
+        let Self::Http1(lease) = self else { return };
+        let Http1Lease { pool, way, sender, stamp } = *lease;
         if sender.is_closed() {
             return;
         }
@@ -132,22 +145,19 @@ struct Idle {
     since: Instant,
 }
 
-type TunnelSender = http2::SendRequest<Empty<Bytes>>;
-type TunnelKey = (SocketAddr, Vec<SpiffeId>, WorkloadUid);
+type Http2Sender = http2::SendRequest<RequestBody>;
 
-struct Shared<S> {
-    sender: S,
-    stamp: u64,
+impl<B: http_body::Body + Send + 'static> Sender for http2::SendRequest<B> {
+    fn is_closed(&self) -> bool {
+        http2::SendRequest::is_closed(self)
+    }
 }
-
-/// A place for one connection, filled by the first who needs it while the others wait.
-type Slot<S> = Arc<tokio::sync::Mutex<Option<Shared<S>>>>;
 
 #[derive(Default)]
 struct Kept {
-    tunnels: HashMap<TunnelKey, Slot<TunnelSender>>,
+    tunnels: HashMap<TunnelKey, Arc<Bundle<TunnelSender>>>,
     http1: HashMap<Way, Vec<Idle>>,
-    http2: HashMap<Way, Slot<http2::SendRequest<RequestBody>>>,
+    http2: HashMap<Way, Arc<Bundle<Http2Sender>>>,
 }
 
 /// The connections of one worker.
@@ -169,12 +179,33 @@ pub(crate) struct Failed {
     pub(crate) unsent: Option<Request<RequestBody>>,
     /// True when the connection had been used before: the server may have closed it in that moment.
     pub(crate) stale: bool,
+    /// The server did not begin with it.
+    pub(crate) unprocessed: bool,
 }
 
 impl Failed {
-    const fn before_sending(refusal: Refusal, request: Request<RequestBody>) -> Self {
-        Self { refusal, unsent: Some(request), stale: false }
+    fn before_sending(refusal: Refusal, request: Request<RequestBody>) -> Self {
+        Self { refusal, unsent: Some(request), stale: false, unprocessed: true }
     }
+
+    fn in_sending(mut error: TrySendError<Request<RequestBody>>, stale: bool) -> Self {
+        let unsent = error.take_message();
+        let error = error.into_error();
+        let unprocessed = unsent.is_some() || was_refused(&error);
+        Self { refusal: broken(&error), unsent, stale, unprocessed }
+    }
+}
+
+/// A stream that HTTP/2 refuses was not looked at by whoever refuses it. Source: RFC 9113 §8.7.
+fn was_refused(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(one) = source {
+        if let Some(error) = one.downcast_ref::<h2::Error>() {
+            return error.reason() == Some(h2::Reason::REFUSED_STREAM);
+        }
+        source = one.source();
+    }
+    false
 }
 
 impl Pool {
@@ -208,33 +239,23 @@ impl Pool {
             }
             match idle.try_send_request(request).await {
                 Ok(response) => return Ok(self.answered(response, way, idle, stamp)),
-                Err(mut error) => match error.take_message() {
-                    Some(unsent) => request = unsent,
-                    None => {
-                        let refusal = broken(&error.into_error());
-                        return Err(Failed { refusal, unsent: None, stale: true });
-                    }
+                Err(error) => match Failed::in_sending(error, true) {
+                    Failed { unsent: Some(unsent), .. } => request = unsent,
+                    failed => return Err(failed),
                 },
             }
         }
-        let wire = match self.open(snapshot, way, forwarded).await {
-            Ok(wire) => wire,
-            Err(refusal) => return Err(Failed::before_sending(refusal, request)),
+        let opened = async {
+            let sender = start_http1(self.open(snapshot, way, forwarded).await?).await;
+            sender.map_err(|error| broken(&error))
         };
-        let shaken = match wire {
-            Wire::Tunnel(io) => start_http1(io.into_inner()).await,
-            Wire::Plain(socket) => start_http1(TokioIo::new(socket)).await,
-        };
-        let mut sender = match shaken {
+        let mut sender = match in_time(way.address(), opened).await {
             Ok(sender) => sender,
-            Err(error) => return Err(Failed::before_sending(broken(&error), request)),
+            Err(refusal) => return Err(Failed::before_sending(refusal, request)),
         };
         match sender.try_send_request(request).await {
             Ok(response) => Ok(self.answered(response, way, sender, stamp)),
-            Err(mut error) => {
-                let unsent = error.take_message();
-                Err(Failed { refusal: broken(&error.into_error()), unsent, stale: false })
-            }
+            Err(error) => Err(Failed::in_sending(error, false)),
         }
     }
 
@@ -246,8 +267,9 @@ impl Pool {
         stamp: u64,
     ) -> Answered {
         let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        let (pool, way) = (Arc::clone(self), way.clone());
         let lease =
-            (!switches).then(|| Lease { pool: Arc::clone(self), way: way.clone(), sender, stamp });
+            (!switches).then(|| Lease::Http1(Box::new(Http1Lease { pool, way, sender, stamp })));
         Answered { response, lease }
     }
 
@@ -258,48 +280,41 @@ impl Pool {
         forwarded: &Forwarded,
         mut request: Request<RequestBody>,
     ) -> Result<Answered, Failed> {
-        let stamp = stamp(snapshot);
-        let slot = {
+        let bundle = {
             let mut kept = self.lock();
             kept.make_room();
             Arc::clone(kept.http2.entry(way.clone()).or_default())
         };
+        let open = || {
+            let (pool, snapshot) = (Arc::clone(self), snapshot.clone());
+            let (way, forwarded) = (way.clone(), forwarded.clone());
+            async move {
+                let opened = async {
+                    let wire = pool.open(&snapshot, &way, &forwarded).await?;
+                    let sender = start_http2(wire).await.map_err(|error| broken(&error))?;
+                    Ok(Opened { sender, until: None })
+                };
+                in_time(way.address(), opened).await
+            }
+        };
         for last in [false, true] {
-            let (mut sender, stale) = {
-                let mut place = slot.lock().await;
-                match place.as_ref() {
-                    Some(shared) if shared.stamp == stamp && !shared.sender.is_closed() => {
-                        (shared.sender.clone(), true)
-                    }
-                    Some(_) | None => {
-                        let opened = match self.open(snapshot, way, forwarded).await {
-                            Ok(Wire::Tunnel(io)) => start_http2(io.into_inner()).await,
-                            Ok(Wire::Plain(socket)) => start_http2(TokioIo::new(socket)).await,
-                            Err(refusal) => return Err(Failed::before_sending(refusal, request)),
-                        };
-                        let sender = match opened {
-                            Ok(sender) => sender,
-                            Err(error) => {
-                                return Err(Failed::before_sending(broken(&error), request));
-                            }
-                        };
-                        *place = Some(Shared { sender: sender.clone(), stamp });
-                        (sender, false)
-                    }
-                }
+            let Lent { mut sender, place, fresh } = match bundle.lend(stamp(snapshot), &open).await
+            {
+                Ok(lent) => lent,
+                Err(refusal) => return Err(Failed::before_sending(refusal, request)),
             };
             match sender.try_send_request(request).await {
-                Ok(response) => return Ok(Answered { response, lease: None }),
-                Err(mut error) => match error.take_message() {
+                Ok(response) => {
+                    let lease = Some(Lease::Http2 { _place: place });
+                    return Ok(Answered { response, lease });
+                }
+                Err(error) => match Failed::in_sending(error, !fresh) {
                     // It was closed or going away; the next one is new.
-                    Some(unsent) if stale && !last => {
-                        *slot.lock().await = None;
+                    Failed { unsent: Some(unsent), .. } if !fresh && !last => {
+                        bundle.retire(&place);
                         request = unsent;
                     }
-                    unsent => {
-                        let refusal = broken(&error.into_error());
-                        return Err(Failed { refusal, unsent, stale });
-                    }
+                    failed => return Err(failed),
                 },
             }
         }
@@ -315,13 +330,16 @@ impl Pool {
         way: &Way,
         forwarded: &Forwarded,
     ) -> Result<Wire, Refusal> {
-        match way {
-            Way::Plain(address) => connect(*address).await.map(Wire::Plain),
-            Way::Tunnel { next_hop, authority, expected, target } => {
-                let key = (*next_hop, expected.clone(), target.clone());
-                self.open_stream(snapshot, key, authority, forwarded).await.map(Wire::Tunnel)
+        let opened = async {
+            match way {
+                Way::Plain(address) => connect(*address).await.map(Wire::Plain),
+                Way::Tunnel { next_hop, authority, expected, target } => {
+                    let key = (*next_hop, expected.clone(), target.clone());
+                    self.open_stream(snapshot, key, authority, forwarded).await.map(Wire::Tunnel)
+                }
             }
-        }
+        };
+        in_time(way.address(), opened).await
     }
 
     async fn open_stream(
@@ -330,45 +348,32 @@ impl Pool {
         key: TunnelKey,
         authority: &str,
         forwarded: &Forwarded,
-    ) -> Result<TokioIo<hyper::upgrade::Upgraded>, Refusal> {
-        let slot = {
+    ) -> Result<TokioIo<TunnelStream>, Refusal> {
+        let bundle = {
             let mut kept = self.lock();
             kept.make_room();
             Arc::clone(kept.tunnels.entry(key.clone()).or_default())
         };
-        let stamp = stamp(snapshot);
+        let Some(identity) = &snapshot.identity else {
+            let detail = "this waypoint has no certificate yet";
+            return Err(Refusal::unavailable("no_certificate", detail));
+        };
+        let dial = || {
+            let (identity, trust) = (identity.clone(), Arc::clone(&snapshot.trust));
+            let key = key.clone();
+            async move { in_time(key.0, dial(&identity, trust, &key)).await }
+        };
         for last in [false, true] {
-            let (mut sender, fresh) = {
-                let mut place = slot.lock().await;
-                match place.as_ref() {
-                    Some(shared) if shared.stamp == stamp && !shared.sender.is_closed() => {
-                        (shared.sender.clone(), false)
-                    }
-                    Some(_) | None => {
-                        let sender = dial(snapshot, &key).await?;
-                        *place = Some(Shared { sender: sender.clone(), stamp });
-                        (sender, true)
-                    }
-                }
-            };
+            let Lent { mut sender, place, fresh } = bundle.lend(identity.stamp, &dial).await?;
             let request = connect_request(authority, forwarded)?;
-            let answer = tokio::time::timeout(CONNECT_TIMEOUT, sender.send_request(request)).await;
-            let response = match answer {
-                Ok(Ok(response)) => response,
+            let response = match sender.send_request(request).await {
+                Ok(response) => response,
                 // The far end may have said goodbye in this moment: once more on a new tunnel.
-                Ok(Err(_)) if !fresh && !last => {
-                    *slot.lock().await = None;
+                Err(_) if !fresh && !last => {
+                    bundle.retire(&place);
                     continue;
                 }
-                Ok(Err(error)) => return Err(broken(&error)),
-                Err(_elapsed) => {
-                    return Err(Refusal::new(
-                        "connect_timeout",
-                        StatusCode::GATEWAY_TIMEOUT,
-                        "UF",
-                        format!("{authority} did not answer in time"),
-                    ));
-                }
+                Err(error) => return Err(broken(&error)),
             };
             let status = response.status();
             if status != StatusCode::OK {
@@ -380,7 +385,7 @@ impl Pool {
                 return Err(Refusal::unavailable(reason, detail));
             }
             let upgraded = hyper::upgrade::on(response).await.map_err(|error| broken(&error))?;
-            return Ok(TokioIo::new(upgraded));
+            return Ok(TokioIo::new(TunnelStream::new(upgraded, place)));
         }
         Err(Refusal::unavailable("tunnel_closed", "the tunnel is closed again and again"))
     }
@@ -406,13 +411,17 @@ impl Pool {
             idle.retain(|one| !one.sender.is_closed() && one.since.elapsed() < IDLE_TIMEOUT);
             !idle.is_empty()
         });
-        kept.forget_closed();
+        kept.forget_unused(IDLE_TIMEOUT);
     }
 
     /// Numbers of kept connections: tunnels, HTTP/1.1, HTTP/2.
     pub(crate) fn counts(&self) -> [usize; 3] {
         let kept = self.lock();
-        [kept.tunnels.len(), kept.http1.values().map(Vec::len).sum(), kept.http2.len()]
+        [
+            kept.tunnels.values().map(|bundle| bundle.len()).sum(),
+            kept.http1.values().map(Vec::len).sum(),
+            kept.http2.values().map(|bundle| bundle.len()).sum(),
+        ]
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
@@ -424,127 +433,33 @@ impl Pool {
 impl Kept {
     fn make_room(&mut self) {
         if self.tunnels.len() + self.http2.len() >= MAX_ENDPOINTS {
-            self.forget_closed();
+            self.forget_unused(Duration::ZERO);
         }
     }
 
-    fn forget_closed(&mut self) {
-        // One that somebody waits for is locked, or held by more than the map.
-        self.tunnels.retain(|_, slot| is_in_use(slot, TunnelSender::is_closed));
-        self.http2.retain(|_, slot| is_in_use(slot, http2::SendRequest::is_closed));
+    fn forget_unused(&mut self, idle: Duration) {
+        // One that somebody opens at this moment is held by more than the map.
+        self.tunnels.retain(|_, bundle| bundle.sweep(idle) || Arc::strong_count(bundle) > 1);
+        self.http2.retain(|_, bundle| bundle.sweep(idle) || Arc::strong_count(bundle) > 1);
     }
-}
-
-fn is_in_use<S>(slot: &Slot<S>, is_closed: impl Fn(&S) -> bool) -> bool {
-    Arc::strong_count(slot) > 1
-        || slot
-            .try_lock()
-            .is_ok_and(|place| place.as_ref().is_some_and(|shared| !is_closed(&shared.sender)))
 }
 
 fn stamp(snapshot: &Snapshot) -> u64 {
     snapshot.identity.as_ref().map_or(0, |identity| identity.stamp)
 }
 
-async fn connect(address: SocketAddr) -> Result<TcpStream, Refusal> {
-    let connected = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
-    let failed =
-        |reason, detail: String| Refusal { flags: "UF", ..Refusal::unavailable(reason, detail) };
-    match connected {
-        Ok(Ok(socket)) => {
-            if let Err(error) = socket.set_nodelay(true) {
-                tracing::debug!(%address, %error, "cannot set TCP_NODELAY");
-            }
-            Ok(socket)
-        }
-        Ok(Err(error)) => {
-            let reason = match error.kind() {
-                io::ErrorKind::ConnectionRefused => "connect_refused",
-                _ => "connect_failed",
-            };
-            Err(failed(reason, format!("{address}: {error}")))
-        }
+/// A connection with its handshakes, and what is asked for through it, in the time of one.
+async fn in_time<T>(
+    address: SocketAddr,
+    opened: impl Future<Output = Result<T, Refusal>>,
+) -> Result<T, Refusal> {
+    match tokio::time::timeout(CONNECT_TIMEOUT, opened).await {
+        Ok(outcome) => outcome,
         Err(_elapsed) => {
-            Err(failed("connect_timeout", format!("{address} did not answer in time")))
+            let detail = format!("{address} did not answer in time");
+            Err(Refusal::new("connect_timeout", StatusCode::GATEWAY_TIMEOUT, "UF", detail))
         }
     }
-}
-
-async fn dial(snapshot: &Snapshot, key: &TunnelKey) -> Result<TunnelSender, Refusal> {
-    let (next_hop, expected, _) = key;
-    let Some(identity) = &snapshot.identity else {
-        return Err(Refusal::unavailable("no_certificate", "this waypoint has no certificate yet"));
-    };
-    let socket = connect(*next_hop).await?;
-    let config = tls::client(&identity.svid, Arc::clone(&snapshot.trust), expected.clone());
-    let connector = TlsConnector::from(Arc::new(config));
-    // Any name does: it is neither sent nor compared.
-    let name = ServerName::IpAddress(next_hop.ip().into());
-    let shaken = tokio::time::timeout(CONNECT_TIMEOUT, connector.connect(name, socket)).await;
-    let failed = |detail: String| Refusal {
-        flags: "UF",
-        ..Refusal::unavailable("tls_failure", format!("{next_hop}: {detail}"))
-    };
-    let stream = match shaken {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return Err(failed(error.to_string())),
-        Err(_elapsed) => return Err(failed("the handshake took too long".to_owned())),
-    };
-    start_http2(TokioIo::new(stream)).await.map_err(|error| broken(&error))
-}
-
-fn connect_request(
-    authority: &str,
-    forwarded: &Forwarded,
-) -> Result<Request<Empty<Bytes>>, Refusal> {
-    let mut request = Request::builder()
-        .method(Method::CONNECT)
-        .uri(authority)
-        .header("x-istio-source", "waypoint")
-        .body(Empty::new())
-        .map_err(|error| Refusal::unavailable("internal", error.to_string()))?;
-    if let Ok(value) = HeaderValue::from_str(&forwarded.to_string())
-        && !value.is_empty()
-    {
-        request.headers_mut().insert("forwarded", value);
-    }
-    Ok(request)
-}
-
-async fn start_http1<I>(io: I) -> hyper::Result<http1::SendRequest<RequestBody>>
-where
-    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-{
-    let (sender, connection) = http1::Builder::new().max_buf_size(128 * 1024).handshake(io).await?;
-    tokio::spawn(async move {
-        if let Err(error) = connection.with_upgrades().await {
-            tracing::debug!(error = %chain(&error), "a connection to a server ended");
-        }
-    });
-    Ok(sender)
-}
-
-async fn start_http2<I, B>(io: I) -> hyper::Result<http2::SendRequest<B>>
-where
-    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-    B: http_body::Body + Unpin + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BodyError>,
-{
-    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(20))
-        .handshake(io)
-        .await?;
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(error = %chain(&error), "a connection to a server ended");
-        }
-    });
-    Ok(sender)
 }
 
 fn broken(error: &hyper::Error) -> Refusal {

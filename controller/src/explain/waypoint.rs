@@ -12,13 +12,14 @@ use mesh_model::{
     RequestPath, Service, Workload,
 };
 use mesh_resolve::{
-    Addressed, Authority, ResolveSettings, ResolvedFlow, Route, Trace, resolve_fronted,
+    Addressed, Authority, ResolveSettings, ResolvedFlow, Route, Trace, is_fronted, resolve_fronted,
     resolve_traced,
 };
 use mesh_route::{
-    AnswerCause, FrontendKind, FrontendName, Plan, RedirectScheme, RequestHead, Selection,
+    AnswerCause, Forward, FrontendKind, FrontendName, Plan, RedirectScheme, RequestHead, Selection,
     ServiceRef,
 };
+use mesh_wire::AppProtocol;
 use serde::{Deserialize, Serialize};
 
 use super::{Answer, Side, Stage, denial, done, inbound_stage, refused};
@@ -82,7 +83,10 @@ pub(super) fn through(
         stage.outcome = "the waypoint has not been told of this service".to_owned();
         return refused(stages, Box::new((stage, CloseReason::NotSynced)));
     }
-    let policies = attached(at.picture, &waypoint, frontend);
+    let Some(policies) = attached(at.picture, &waypoint, frontend) else {
+        stage.outcome = "the waypoint knows nothing of its Gateway".to_owned();
+        return refused(stages, Box::new((stage, CloseReason::NotSynced)));
+    };
     let port = at.dialled.port();
     let target_port =
         service.and_then(|service| at.picture.index.target_port(service, port)).unwrap_or(port);
@@ -93,6 +97,16 @@ pub(super) fn through(
         destination: SocketAddr::new(at.dialled.ip(), target_port),
     };
     let decided = match request {
+        None if frontend.is_none_or(|one| is_detected(one, port))
+            && (at.picture.policies.asks_for_requests(&policies)
+                || frontend.is_some_and(|one| {
+                    at.picture.routes.is_routed(&one.config.frontend, port)
+                })) =>
+        {
+            let text = "routes or policies on requests wait there, and the port does not declare what it speaks: what is \
+                        no HTTP is refused; ask with a method and path";
+            Err((CloseReason::ProtocolError, text.to_owned()))
+        }
         None => {
             let explanation = explain_connection(&at.picture.policies, &policies, &connection);
             let refusal = denial(&explanation);
@@ -102,7 +116,10 @@ pub(super) fn through(
                 Some(denial) => Err((denial.reason, denial.to_string())),
             }
         }
-        Some(request) => judged(at, &mut stage, frontend, &policies, &connection, request),
+        Some(request) => {
+            let here = Here { waypoint: &waypoint, frontend, policies: &policies };
+            judged(at, &mut stage, &here, &connection, request)
+        }
     };
     let (backend, outcome) = match decided {
         Ok(decided) => decided,
@@ -175,11 +192,17 @@ fn onwards(
 /// Where a request goes: to what was dialled (none), to a backend, or nowhere (an answer of the waypoint's own).
 type Decided = (Option<Option<ServiceRef>>, String);
 
+/// The waypoint, and what of it was dialled.
+struct Here<'a> {
+    waypoint: &'a Workload,
+    frontend: Option<&'a Frontend>,
+    policies: &'a [Arc<str>],
+}
+
 fn judged(
     at: &At<'_>,
     stage: &mut Stage,
-    frontend: Option<&Frontend>,
-    policies: &[Arc<str>],
+    here: &Here<'_>,
     connection: &Connection<'_>,
     asked: &AskedRequest,
 ) -> Result<Decided, (CloseReason, String)> {
@@ -201,7 +224,7 @@ fn judged(
         headers.append(name, value);
     }
     let seen = Request::new(&authority, &method, &path, &headers);
-    let explanation = explain_request(&at.picture.policies, policies, connection, &seen);
+    let explanation = explain_request(&at.picture.policies, here.policies, connection, &seen);
     let refusal = denial(&explanation);
     stage.authorize = Some(explanation);
     if let Some(denial) = refusal {
@@ -211,7 +234,7 @@ fn judged(
         target if *target == *asked.path => String::new(),
         target => format!("as {target}, "),
     };
-    let Some(frontend) = frontend else {
+    let Some(frontend) = here.frontend else {
         return Ok((None, format!("{normal}passed on to the workload")));
     };
     let head =
@@ -228,6 +251,10 @@ fn judged(
             match selected.plan(&head, RedirectScheme::Http, &mut || 0) {
                 Plan::Forward(forward) => {
                     let to = forward.backend;
+                    let refusal = at_backend(at, here, connection, &forward, &head);
+                    if let Some((reason, text)) = refusal {
+                        return Err((reason, format!("{normal}{rule}: {text}")));
+                    }
                     let share =
                         selected.rule().backends.iter().filter(|one| one.weight > 0).count();
                     let others = match share {
@@ -266,6 +293,51 @@ fn judged(
     }
 }
 
+/// Why the policies of the service that a route leads to refuse, where that is behind the same waypoint.
+fn at_backend(
+    at: &At<'_>,
+    here: &Here<'_>,
+    connection: &Connection<'_>,
+    forward: &Forward<'_>,
+    head: &RequestHead<'_>,
+) -> Option<(CloseReason, String)> {
+    let service = backend_service(at.picture, forward.backend)
+        .filter(|service| is_fronted(&at.picture.index, here.waypoint, service))?;
+    let frontend = frontend_of(at.picture, service)?;
+    let is_dialled =
+        here.frontend.is_some_and(|one| one.config.frontend == frontend.config.frontend);
+    if is_dialled || frontend.config.policies.is_empty() {
+        return None;
+    }
+    let mut headers = head.headers.clone();
+    for modifier in forward.request_headers {
+        modifier.apply(&mut headers);
+    }
+    let target = match (&forward.path, head.path.query()) {
+        (None, _) => head.path.target().into_owned(),
+        (Some(path), None) => path.clone(),
+        (Some(path), Some(query)) => format!("{path}?{query}"),
+    };
+    let path = match RequestPath::parse(&target, PathNormalization::default()) {
+        Ok(path) => path,
+        Err(error) => return Some((CloseReason::ProtocolError, format!("as it is sent: {error}"))),
+    };
+    let seen = Request::new(forward.host.unwrap_or(head.authority), head.method, &path, &headers);
+    let port = forward.backend.port;
+    let ip = service.vips.first().map_or(connection.destination.ip(), |vip| vip.ip);
+    let port = at.picture.index.target_port(service, port).unwrap_or(port);
+    let connection = Connection { destination: SocketAddr::new(ip, port), ..*connection };
+    let policies = &frontend.config.policies;
+    let denial = denial(&explain_request(&at.picture.policies, policies, &connection, &seen))?;
+    Some((denial.reason, format!("refused with 403 by the policies of {}: {denial}", service.key)))
+}
+
+/// True when nothing says what is spoken at a port.
+fn is_detected(frontend: &Frontend, port: u16) -> bool {
+    let mut ports = frontend.config.ports.iter();
+    ports.find(|one| one.port == port).is_none_or(|one| one.protocol == AppProtocol::Detect)
+}
+
 fn frontend_of<'p>(picture: &'p Picture, service: &Service) -> Option<&'p Frontend> {
     let key = &service.key;
     picture.frontends.values().map(|frontend| &**frontend).find(|frontend| {
@@ -274,8 +346,12 @@ fn frontend_of<'p>(picture: &'p Picture, service: &Service) -> Option<&'p Fronte
     })
 }
 
-/// The policies of a frontend and of the waypoint's Gateway.
-fn attached(picture: &Picture, waypoint: &Workload, frontend: Option<&Frontend>) -> Vec<Arc<str>> {
+/// The policies of a frontend and of the waypoint's Gateway; none when nothing is known of that.
+fn attached(
+    picture: &Picture,
+    waypoint: &Workload,
+    frontend: Option<&Frontend>,
+) -> Option<Vec<Arc<str>>> {
     let gateways = waypoint.services.keys().filter_map(|key| {
         let name = FrontendName {
             kind: FrontendKind::Gateway,
@@ -284,14 +360,19 @@ fn attached(picture: &Picture, waypoint: &Workload, frontend: Option<&Frontend>)
         };
         picture.frontends.get(&name)
     });
-    let of_gateways = gateways.flat_map(|gateway| gateway.config.policies.iter());
+    let of_gateways: Vec<_> = gateways.map(|gateway| &gateway.config.policies).collect();
     let own = frontend.iter().flat_map(|frontend| frontend.config.policies.iter());
-    own.chain(of_gateways).cloned().collect()
+    let of_all = own.chain(of_gateways.iter().copied().flatten());
+    (!of_gateways.is_empty()).then(|| of_all.cloned().collect())
+}
+
+fn backend_service<'p>(picture: &'p Picture, backend: &ServiceRef) -> Option<&'p Arc<Service>> {
+    picture.index.services().find(|service| {
+        service.key.namespace == backend.namespace && *service.name == *backend.name
+    })
 }
 
 fn backend_address(picture: &Picture, backend: &ServiceRef) -> Option<SocketAddr> {
-    let service = picture.index.services().find(|service| {
-        service.key.namespace == backend.namespace && *service.name == *backend.name
-    })?;
+    let service = backend_service(picture, backend)?;
     Some(SocketAddr::new(service.vips.first()?.ip, backend.port))
 }

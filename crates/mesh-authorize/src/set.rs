@@ -9,7 +9,7 @@ use imbl::OrdMap;
 use mesh_model::{IpPrefix, Revision, Workload};
 
 use crate::compile::CompiledPolicy;
-use crate::policy::{Policy, PolicyName, PolicyScope};
+use crate::policy::{Action, Policy, PolicyName, PolicyScope};
 
 /// What happens to a pod's connections to destinations unknown to the mesh.
 #[derive(
@@ -188,6 +188,23 @@ impl PolicySet {
     #[must_use]
     pub fn policy(&self, name: &PolicyName) -> Option<&Policy> {
         self.policies.get(name).map(|compiled| compiled.source())
+    }
+
+    /// True when one of the policies named in `attached`, as `namespace/name`, decides by what a request holds: then bytes in
+    /// which no requests are seen are not what it was written for. Those that only note what they match do not count.
+    #[must_use]
+    pub fn asks_for_requests(&self, attached: &[Arc<str>]) -> bool {
+        attached.iter().filter_map(|name| self.listed(name)).map(CompiledPolicy::source).any(
+            |policy| {
+                let decides = match policy.action {
+                    Action::Allow | Action::Deny => !policy.dry_run,
+                    Action::Audit => false,
+                };
+                let clauses = policy.rules.iter().flat_map(|rule| &rule.clauses);
+                decides
+                    && clauses.flat_map(|clause| &clause.matches).any(|one| !one.request.is_empty())
+            },
+        )
     }
 
     /// All policies, in the order of their names.

@@ -208,6 +208,13 @@ impl RouteTable {
         }
     }
 
+    /// True when routes are attached to a frontend's port, whoever's clients they are for.
+    #[must_use]
+    pub fn is_routed(&self, frontend: &FrontendName, port: u16) -> bool {
+        let indexes = self.frontends.get(frontend).and_then(|frontend| frontend.ports.get(&port));
+        indexes.is_some_and(|one| one.producer.is_some() || !one.consumers.is_empty())
+    }
+
     /// A route by its name.
     #[must_use]
     pub fn route(&self, name: &RouteName) -> Option<&Route> {

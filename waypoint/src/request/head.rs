@@ -1,7 +1,7 @@
 //! The head of a request: what is refused before anybody looks at it, and what does not go on.
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, HOST, HeaderName, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderName, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{HeaderMap, Method, Request, Version};
 
@@ -31,6 +31,9 @@ pub(super) fn check<B>(request: &Request<B>) -> Result<Head, Refusal> {
             "DPE",
             detail,
         ));
+    }
+    if request.uri().path() == "*" && *request.method() != Method::OPTIONS {
+        return Err(Refusal::bad_request("bad_path", "* is asked about by OPTIONS only"));
     }
     let refused = |detail: &str| Refusal::bad_request("bad_framing", detail);
     let chunked = headers.contains_key(TRANSFER_ENCODING);
@@ -93,12 +96,47 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 /// Who the client is, as proxies say it.
 pub(super) const XFCC: &str = "x-forwarded-client-cert";
 
-/// Takes out what servers do not get of a client's headers, so that what is judged and routed is what they see.
+/// The waypoints that a request has gone through, for the next one.
+pub(super) const HOPS: HeaderName = HeaderName::from_static("culvert-hops");
+
+/// Most waypoints that a request goes through.
+const MAX_HOPS: u8 = 8;
+
+/// How many waypoints a request has gone through.
+///
+/// # Errors
+/// When it goes round in circles: routes lead from waypoint to waypoint and back.
+pub(super) fn hops(headers: &HeaderMap) -> Result<u8, Refusal> {
+    let Some(value) = headers.get(HOPS) else { return Ok(0) };
+    let hops = value.to_str().ok().and_then(|text| text.parse().ok());
+    hops.filter(|hops| *hops < MAX_HOPS).ok_or_else(|| {
+        let detail = format!("it has gone through {MAX_HOPS} waypoints");
+        Refusal::new("loop_detected", http::StatusCode::LOOP_DETECTED, "-", detail)
+    })
+}
+
+/// Takes out what servers do not get of a client's headers, and brings the rest into their form, so that what is judged and routed
+/// is what they see.
 pub(super) fn strip(headers: &mut HeaderMap) {
     hop_by_hop(headers);
+    headers.remove(HOPS);
     headers.remove(XFCC);
     // Servers of the CGI kind read both as one header.
     headers.remove("x_forwarded_client_cert");
+    join_cookies(headers);
+}
+
+/// HTTP/2 may send a cookie in pieces, HTTP/1.1 may not. Source: RFC 9113 §8.2.3.
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let pieces: Vec<&[u8]> =
+        headers.get_all(COOKIE).iter().map(http::HeaderValue::as_bytes).collect();
+    // Pieces of values are a value.
+    if let Ok(joined) = http::HeaderValue::from_bytes(&pieces.join(&b"; "[..])) {
+        headers.insert(COOKIE, joined);
+    }
 }
 
 /// Takes out what is about one connection only. Source: RFC 9110 §7.6.1.
@@ -176,11 +214,38 @@ mod tests {
             let found = check(&request(one, uri, headers)).unwrap_err();
             assert_eq!(found.reason, reason, "{uri} {headers:?}");
         }
+        let star = request(one, "*", &[("host", "a")]);
+        assert_eq!(check(&star).unwrap_err().reason, "bad_path");
         let old =
             request(Version::HTTP_10, "/", &[("host", "a"), ("transfer-encoding", "chunked")]);
         assert_eq!(check(&old).unwrap_err().reason, "bad_framing");
         let fine = request(one, "http://A:80/", &[("host", "a:80")]);
         assert_eq!(check(&fine).unwrap(), Head { authority: "A:80".to_owned(), chunked: false });
+    }
+
+    #[test]
+    fn pieces_of_a_cookie_are_one_header() {
+        let mut headers = HeaderMap::new();
+        for piece in ["a=1", "b=2", "c=3"] {
+            headers.append(COOKIE, piece.parse().unwrap());
+        }
+        strip(&mut headers);
+        let cookies: Vec<_> = headers.get_all(COOKIE).iter().collect();
+        assert_eq!(cookies, ["a=1; b=2; c=3"]);
+    }
+
+    #[test]
+    fn who_goes_round_in_circles_is_stopped() {
+        let hops_of = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(HOPS, http::HeaderValue::from_static(text));
+            hops(&headers).map_err(|refusal| refusal.status.as_u16())
+        };
+        assert_eq!(hops(&HeaderMap::new()), Ok(0));
+        assert_eq!(hops_of("7"), Ok(7));
+        for text in ["8", "255", "256", "-1", "", "x"] {
+            assert_eq!(hops_of(text), Err(508), "{text}");
+        }
     }
 
     #[test]

@@ -3,15 +3,18 @@
 use std::sync::Arc;
 
 use http::header::{CONNECTION, UPGRADE};
-use http::{HeaderMap, HeaderValue, Method, Request, Version};
+use http::{HeaderMap, HeaderValue, Method, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use mesh_authorize::{Decision, authorize_request};
-use mesh_model::{PathNormalization, RequestPath};
+use mesh_authorize::Request;
+use mesh_model::RequestPath;
+use mesh_route::ServiceRef;
 use tokio::io::copy_bidirectional_with_sizes;
 
 use super::head::strip;
+use super::judge;
+use super::outline::Outline;
 use crate::picture::Snapshot;
 use crate::refusal::Refusal;
 use crate::stream::Dialled;
@@ -43,7 +46,7 @@ fn as_servers_see(headers: &HeaderMap) -> HeaderMap {
 
 impl Switch {
     /// Of a request of HTTP/1.1 that asks for it. HTTP/2 in the clear is not switched to (RFC 9113 §3.1).
-    pub(super) fn of(request: &mut Request<Incoming>, authority: &str) -> Option<Self> {
+    pub(super) fn of(request: &mut http::Request<Incoming>, authority: &str) -> Option<Self> {
         if request.version() != Version::HTTP_11 {
             return None;
         }
@@ -85,7 +88,14 @@ impl Switch {
     }
 
     /// Passes bytes on from here on, for as long as the policies on connections let it.
-    pub(super) fn join(self, dialled: Arc<Dialled>, server: OnUpgrade) {
+    ///
+    /// `onward` is where a route sent the request, and in which form.
+    pub(super) fn join(
+        self,
+        dialled: Arc<Dialled>,
+        server: OnUpgrade,
+        onward: Option<(ServiceRef, Outline)>,
+    ) {
         tokio::spawn(async move {
             let (client, server) = match tokio::try_join!(self.client, server) {
                 Ok(both) => both,
@@ -96,7 +106,9 @@ impl Switch {
             };
             let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
             let common = &dialled.worker.common;
+            // What changed since it was judged counts as well.
             let mut changes = common.picture.changes();
+            changes.mark_changed();
             let carried =
                 copy_bidirectional_with_sizes(&mut client, &mut server, COPY_BUFFER, COPY_BUFFER);
             tokio::pin!(carried);
@@ -112,7 +124,8 @@ impl Switch {
                         if changed.is_err() {
                             return;
                         }
-                        if let Err(refusal) = self.asked.judge(&dialled, &common.picture.snapshot()) {
+                        let now = self.asked.judge(&dialled, &common.picture.snapshot(), onward.as_ref());
+                        if let Err(refusal) = now {
                             tracing::info!(reason = refusal.reason, detail = %refusal.detail, "a switched connection is cut");
                             return;
                         }
@@ -124,16 +137,20 @@ impl Switch {
 }
 
 impl Asked {
-    fn judge(&self, dialled: &Dialled, snapshot: &Snapshot) -> Result<(), Refusal> {
-        let path = RequestPath::parse(&self.target, PathNormalization::default())
+    fn judge(
+        &self,
+        dialled: &Dialled,
+        snapshot: &Snapshot,
+        onward: Option<&(ServiceRef, Outline)>,
+    ) -> Result<(), Refusal> {
+        let path = RequestPath::parse(&self.target, dialled.worker.common.settings.paths())
             .map_err(|error| Refusal::bad_request("bad_path", error.to_string()))?;
-        let request =
-            mesh_authorize::Request::new(&self.authority, &self.method, &path, &self.headers);
+        let request = Request::new(&self.authority, &self.method, &path, &self.headers);
         let (_, policies) = dialled.attached(snapshot)?;
-        let connection = dialled.connection(snapshot);
-        match authorize_request(&snapshot.policies, &policies, &connection, &request).decision {
-            Decision::Allow(_permit) => Ok(()),
-            Decision::Deny(denial) => Err(Refusal::denied(&denial)),
+        judge::dialled(dialled, snapshot, &policies, &request)?;
+        if let Some((backend, outline)) = onward {
+            judge::backend(dialled, snapshot, backend, outline)?;
         }
+        Ok(())
     }
 }

@@ -360,6 +360,8 @@ fn changes_reach_what_they_touch_and_snapshots_stay() {
     check(&table, &[("GET cart/a", "unrouted"), ("GET cart/b", "unrouted")]);
     assert_eq!(ask(&table, 8080, None, "GET cart/b"), "b");
     check(&before, &[("GET cart/a", "a"), ("GET cart/b", "b")]);
+    assert!(before.is_routed(&service(), 80) && !table.is_routed(&service(), 80));
+    assert!(table.is_routed(&service(), 8080) && !table.is_routed(&service(), 1));
     assert_eq!(table.routes().len(), 1);
     table.apply([frontend(&[(8080, "admin"), (81, "new")])]);
     assert_eq!(ask(&table, 81, None, "GET cart/b"), "unrouted");

@@ -162,3 +162,27 @@ pub(crate) fn of_a_workload(shop: &mut Shop) -> anyhow::Result<()> {
     shop.lab.delete_pod("solo")?;
     outcome
 }
+
+/// The Gateway object is gone while its pods run: what policies hold there is not known, and so nothing is let through.
+pub(crate) fn gateway_deleted(shop: &mut Shop) -> anyhow::Result<()> {
+    let gateway = mesh_netns::manifest::waypoint("shop", "waypoint");
+    let cart = format!("http://{CART}/");
+    let before = (reached(shop, "v1")?, reached(shop, "v2")?);
+    shop.lab.delete(&gateway)?;
+    let refused = until("requests being refused", PATIENCE, || {
+        let got = shop.get("client", &cart, &["-i"])?.stdout.to_lowercase();
+        Ok(got.contains("culvert-reason: unknown_gateway").then_some(()))
+    });
+    let outcome = refused.and_then(|()| {
+        let url = format!("http://{CART}:83/bypass");
+        equal("a request", shop.status("client", &url, &[])?, 503)?;
+        let tcp = shop.ask("client", &["client-half-close", &format!("{CART}:92")])?;
+        ensure!(!tcp.success(), "a connection went through");
+        equal("requests at servers", (reached(shop, "v1")?, reached(shop, "v2")?), before)
+    });
+    shop.lab.apply(&gateway)?;
+    let back = until("the service being reached again", PATIENCE, || {
+        Ok((shop.status("client", &cart, &[])? == 200).then_some(()))
+    });
+    outcome.and(back)
+}

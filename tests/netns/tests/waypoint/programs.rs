@@ -185,6 +185,11 @@ pub(crate) fn smuggling(shop: &mut Shop) -> anyhow::Result<()> {
         format!("GET /%2e%2e/%2e%2e HTTP/1.1\\r\\n{head}{end}"),
         format!("GET /a%2Fb HTTP/1.1\\r\\n{head}{end}"),
         format!("GET /a%00 HTTP/1.1\\r\\n{head}{end}"),
+        format!("GET /a;b HTTP/1.1\\r\\n{head}{end}"),
+        format!("GET /a%3Bb HTTP/1.1\\r\\n{head}{end}"),
+        format!("GET /a%5Cb HTTP/1.1\\r\\n{head}{end}"),
+        format!("GET /%c0%af HTTP/1.1\\r\\n{head}{end}"),
+        format!("GET * HTTP/1.1\\r\\n{head}{end}"),
         format!("CONNECT cart:80 HTTP/1.1\\r\\n{head}{end}"),
     ];
     let raw = |text: &str| -> anyhow::Result<String> {
@@ -209,5 +214,30 @@ pub(crate) fn smuggling(shop: &mut Shop) -> anyhow::Result<()> {
     let start = answer.find('{').with_context(|| format!("{fine}: {answer}"))?;
     let seen: Value = serde_json::from_str(answer[start..].trim())?;
     equal("the path", seen["path"].as_str(), Some("/fine"))?;
+    Ok(())
+}
+
+/// A cookie that HTTP/2 sends in pieces is one header for a server of HTTP/1.1.
+pub(crate) fn cookies_in_pieces(shop: &mut Shop) -> anyhow::Result<()> {
+    let pieces = ["--http2-prior-knowledge", "-H", "cookie: a=1", "-H", "cookie: b=2"];
+    let got = shop.get("client", &format!("http://{CART}:84/cookies"), &pieces)?;
+    let seen: Value = serde_json::from_str(&got.stdout)
+        .with_context(|| format!("{}{}", got.stdout, got.stderr))?;
+    let headers = seen["headers"].as_array().context("no headers")?;
+    let cookies: Vec<_> = headers.iter().filter(|pair| pair[0] == "cookie").collect();
+    ensure!(cookies.len() == 1 && cookies[0][1] == "a=1; b=2", "{cookies:?}");
+    Ok(())
+}
+
+/// More requests at once than an agent allows streams in one tunnel (200): none has to wait for another's end.
+pub(crate) fn more_than_a_tunnel_takes(shop: &mut Shop) -> anyhow::Result<()> {
+    let url = format!("http://{CART}:83/slow?[1-280]");
+    let got = shop.get(
+        "client",
+        &url,
+        &["--parallel", "--parallel-max", "280", "--parallel-immediate", "-m", "60"],
+    )?;
+    let answers = got.stdout.matches("\"server\": \"v1\"").count();
+    ensure!(got.success() && answers == 280, "{answers} answers; {}", got.stderr);
     Ok(())
 }

@@ -251,3 +251,45 @@ pub(crate) fn of_a_consumer(shop: &mut Shop) -> anyhow::Result<()> {
         },
     )
 }
+
+/// A server that takes a request and says nothing: who may be asked again is, and what is not idempotent arrives once.
+pub(crate) fn nothing_is_done_twice(shop: &mut Shop) -> anyhow::Result<()> {
+    let rules = json!([
+        { "matches": [{ "path": { "value": "/drop" } }], "backendRefs": [to("v1")],
+          "retry": { "codes": [503], "attempts": 2, "backoff": "10ms" } },
+        { "matches": [{ "path": { "value": "/v2" } }], "backendRefs": [to("v2")] },
+    ]);
+    let log = shop.lab.pod("v1").folder().join("v1-seen.log");
+    let arrived = |line: &str| -> anyhow::Result<usize> {
+        Ok(std::fs::read_to_string(&log)?.lines().filter(|one| *one == line).count())
+    };
+    let url = format!("http://{CART}:83/drop");
+    shop.with(
+        &route(&rules),
+        "the route being in force",
+        |shop| {
+            Ok(shop.status("client", &format!("http://{CART}:83/v2"), &[])? == 200
+                && server(shop, "/v2", &[])? == "v2")
+        },
+        |shop| {
+            equal("POST", shop.status("client", &url, &["-d", "once"])?, 503)?;
+            equal("POSTs that arrived", arrived("POST /drop")?, 1)?;
+            equal("GET", shop.status("client", &url, &[])?, 503)?;
+            let count = arrived("GET /drop")?;
+            ensure!(count >= 3, "{count} GETs arrived");
+            Ok(())
+        },
+    )
+}
+
+/// A request that has gone through too many waypoints goes nowhere, and servers do not see the count.
+pub(crate) fn round_in_circles(shop: &mut Shop) -> anyhow::Result<()> {
+    let url = format!("http://{CART}:83/circle");
+    let head = shop.get("client", &url, &["-i", "-H", "culvert-hops: 8"])?.stdout.to_lowercase();
+    ensure!(
+        head.starts_with("http/1.1 508") && head.contains("culvert-reason: loop_detected"),
+        "{head}"
+    );
+    let seen = shop.seen("/circle", &["-H", "culvert-hops: 3"])?;
+    equal("the count", header(&seen, "culvert-hops"), None)
+}

@@ -35,7 +35,8 @@ impl AsRef<Lab> for Shop {
     }
 }
 
-/// A server that answers with what it saw, as JSON; `/status/N` answers N, `/slow` after 3 s, `/flaky` 503 twice of three times.
+/// A server that answers with what it saw, as JSON; `/status/N` answers N, `/slow` after 3 s, `/flaky` 503 twice of three times,
+/// `/drop` never.
 const SERVER: &str = r#"
 import json, sys, time, http.server, socketserver
 name = sys.argv[1]
@@ -47,6 +48,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("content-length") or 0)
         body = self.rfile.read(length).decode("latin-1")
         status = 200
+        if self.path.startswith("/drop"):
+            print(self.command, self.path, flush=True)
+            self.close_connection = True
+            return
         if self.path.startswith("/status/"): status = int(self.path[8:])
         if self.path.startswith("/slow"): time.sleep(3)
         if self.path.startswith("/flaky"):
@@ -83,6 +88,7 @@ impl Shop {
             ("web", 81, ports::HTTP),
             ("http2-web", 82, ports::HTTP2),
             ("seen", 83, SEEN),
+            ("http-seen", 84, SEEN),
             ("grpc", 90, peer::GRPC),
             ("http-ws", 91, peer::WEBSOCKET),
             ("tcp-echo", 92, peer::ECHO),
