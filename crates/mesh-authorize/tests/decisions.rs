@@ -475,6 +475,58 @@ fn a_waypoint_judges_what_is_attached_to_it_by_the_request() {
 }
 
 #[test]
+fn paths_of_policies_are_spelt_as_those_of_requests() {
+    let paths = [
+        PathMatch::Text(StringMatch::Exact("/caf\u{e9}".into())),
+        PathMatch::Text(StringMatch::Prefix("/user%40home".into())),
+        PathMatch::Text(StringMatch::Suffix(".b%7cc".into())),
+        PathMatch::Template("/x y/{*}".parse().unwrap()),
+    ];
+    let request = RequestMatch { paths: paths.into(), ..RequestMatch::default() };
+    let deny = policy("shop/p", PolicyScope::Workload, Action::Deny, vec![on_request(request)]);
+    let set = set([deny]);
+    let denied = "policy_denied: AuthorizationPolicy shop/p rule 0";
+    for (path, verdict) in [
+        ("/caf%c3%a9", denied),
+        ("/cafe", "allow"),
+        ("/user@home/x", denied),
+        ("/%75ser%40home", denied),
+        ("/a.b|c", denied),
+        ("/a.b%7Cc", denied),
+        ("/x%20y/z", denied),
+        ("/x+y/z", "allow"),
+    ] {
+        assert_eq!(ask(&set, &["shop/p"], &format!("GET cart{path}"), None), verdict, "{path}");
+    }
+}
+
+#[test]
+fn policies_that_decide_by_requests_are_known() {
+    let get =
+        RequestMatch { methods: vec![StringMatch::Exact("GET".into())], ..RequestMatch::default() };
+    let scope = PolicyScope::Workload;
+    let of_requests = |name, action| policy(name, scope, action, vec![on_request(get.clone())]);
+    let mut dry = of_requests("shop/dry", Action::Deny);
+    dry.dry_run = true;
+    let set = set([
+        of_requests("shop/deny", Action::Deny),
+        of_requests("shop/allow", Action::Allow),
+        of_requests("shop/audit", Action::Audit),
+        dry,
+        policy("shop/l4", scope, Action::Deny, vec![without_identity()]),
+    ]);
+    for (attached, asks) in [
+        (&["shop/deny"][..], true),
+        (&["shop/l4", "shop/allow"], true),
+        (&["shop/l4", "shop/audit", "shop/dry", "shop/gone"], false),
+        (&[], false),
+    ] {
+        let attached: Vec<Arc<str>> = attached.iter().map(|name| (*name).into()).collect();
+        assert_eq!(set.asks_for_requests(&attached), asks, "{attached:?}");
+    }
+}
+
+#[test]
 fn an_agent_lets_nothing_through_for_want_of_seeing_the_request() {
     let get = || RequestMatch {
         methods: vec![StringMatch::Exact("GET".into())],
