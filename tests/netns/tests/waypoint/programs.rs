@@ -239,5 +239,8 @@ pub(crate) fn more_than_a_tunnel_takes(shop: &mut Shop) -> anyhow::Result<()> {
     )?;
     let answers = got.stdout.matches("\"server\": \"v1\"").count();
     ensure!(got.success() && answers == 280, "{answers} answers; {}", got.stderr);
+    // One per worker was all there was; the lab's machines have two cores.
+    let tunnels = shop.sum("culvert_waypoint_upstream_connections", &[("kind", "tunnel")])?;
+    ensure!(tunnels >= 3.0, "{tunnels} tunnels");
     Ok(())
 }
