@@ -59,7 +59,7 @@ pub(crate) async fn handle(
             record.status = response.status().as_u16();
             record.grpc_status = grpc_status(response.headers());
             let report = Report::new(record, started, Arc::clone(&count), exchange.access());
-            let body = std::mem::replace(response.body_mut(), None);
+            let body = response.body_mut().take();
             let (parts, _) = response.into_parts();
             let body = match body {
                 Some(body) => AnswerBody::server(body, lease, Some(report), deadline),

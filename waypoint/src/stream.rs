@@ -54,6 +54,9 @@ enum Expected {
     Detected,
 }
 
+/// The frontend that was dialled, if it is a service, and the names of the policies that hold there.
+pub(crate) type Attached = (Option<Arc<Served>>, Arc<[Arc<str>]>);
+
 /// A stream that was asked for, and by whom.
 pub(crate) struct Dialled {
     pub(crate) worker: Arc<Worker>,
@@ -82,10 +85,7 @@ impl Dialled {
     /// # Errors
     /// When this waypoint has not been told of it: then nobody knows which policies hold. When the address has become
     /// somebody else's since the tunnel's stream was opened.
-    pub(crate) fn attached(
-        &self,
-        snapshot: &Snapshot,
-    ) -> Result<(Option<Arc<Served>>, Arc<[Arc<str>]>), Refusal> {
+    pub(crate) fn attached(&self, snapshot: &Snapshot) -> Result<Attached, Refusal> {
         let still =
             match (resolve_fronted(&snapshot.index, &self.own, &self.authority), &self.addressed) {
                 (Ok(Addressed::Service(now)), Addressed::Service(then)) => now.key == then.key,

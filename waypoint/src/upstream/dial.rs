@@ -86,10 +86,8 @@ impl Write for TunnelStream {
 
 pub(super) async fn connect(address: SocketAddr) -> Result<TcpStream, Refusal> {
     let socket = TcpStream::connect(address).await.map_err(|error| {
-        let reason = match error.kind() {
-            io::ErrorKind::ConnectionRefused => "connect_refused",
-            _ => "connect_failed",
-        };
+        let refused = error.kind() == io::ErrorKind::ConnectionRefused;
+        let reason = if refused { "connect_refused" } else { "connect_failed" };
         Refusal { flags: "UF", ..Refusal::unavailable(reason, format!("{address}: {error}")) }
     })?;
     if let Err(error) = socket.set_nodelay(true) {
