@@ -35,10 +35,16 @@ pub(crate) fn json<T: serde::Serialize + ?Sized>(value: &T) -> Result<(), Failur
     raw(&json)
 }
 
-/// Text without control characters other than line ends.
+/// Text without control characters other than tabs and line ends.
 pub(crate) fn plain(text: &str) -> String {
     text.chars()
-        .map(|c| if c.is_control() && c != '\n' { char::REPLACEMENT_CHARACTER } else { c })
+        .map(|c| {
+            if c.is_control() && !matches!(c, '\n' | '\t') {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                c
+            }
+        })
         .collect()
 }
 
@@ -70,8 +76,10 @@ impl Columns {
         I: IntoIterator<Item = String>,
     {
         let cells = cells.into_iter().map(|cell| {
-            let one_line: String =
-                plain(&cell).chars().map(|c| if c == '\n' { ' ' } else { c }).collect();
+            let one_line: String = plain(&cell)
+                .chars()
+                .map(|c| if matches!(c, '\n' | '\t') { ' ' } else { c })
+                .collect();
             if one_line.is_empty() { "-".to_owned() } else { one_line }
         });
         self.table.add_row(cells);
@@ -147,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_terminal_is_never_told_what_to_do() {
-        assert_eq!(plain("a\x1b[2Jb\r\n"), "a\u{fffd}[2Jb\u{fffd}\n");
+        assert_eq!(plain("a\x1b[2J\tb\r\n"), "a\u{fffd}[2J\tb\u{fffd}\n");
         let mut columns = Columns::new(&["NAME", ">SIZE"]);
         columns.row(["a\x1b\nb".to_owned(), String::new()]);
         assert_eq!(columns.render(), "NAME  SIZE\na\u{fffd} b     -\n");

@@ -14,13 +14,18 @@ pub(super) fn find_workload(index: &WorkloadIndex, name: &str) -> Option<Arc<Wor
         return Some(Arc::clone(found));
     }
     if let Ok(ip) = name.parse::<IpAddr>() {
-        return index
-            .workloads()
-            .find(|workload| workload.addresses.contains(&ip.to_canonical()))
-            .cloned();
+        let ip = ip.to_canonical();
+        let found = index.workloads().find(|workload| workload.addresses.contains(&ip));
+        return Some(found.map_or_else(|| outsider(ip), Arc::clone));
     }
     let (namespace, name) = name.split_once('/')?;
     index.workload_by_name(namespace, name).cloned()
+}
+
+/// A client that the mesh knows nothing of but its address: it has no identity, and nothing is captured there.
+fn outsider(ip: IpAddr) -> Arc<Workload> {
+    let name = ip.to_string();
+    Arc::new(Workload { addresses: vec![ip], ..Workload::named(&name, "outside", &name) })
 }
 
 /// The address that a client of the source's namespace would dial for a name.
