@@ -9,7 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_enroll::PodPhase;
 use mesh_identity::{
-    IssuedAnswer, Now, RotationCommand, RotationCore, RotationInput, TrustBundle, Urgency, csr,
+    IssuedAnswer, Now, PeerRejection, RotationCommand, RotationCore, RotationInput, Svid,
+    TrustBundle, Urgency, csr,
 };
 use mesh_model::SpiffeId;
 use mesh_telemetry::metric;
@@ -188,7 +189,10 @@ impl Rotation {
         while let Some(command) = self.core.poll_command() {
             match command {
                 RotationCommand::Request { id } if self.inherited.remove(&id) => {
-                    match self.picture.snapshot().svids.get(&id) {
+                    let snapshot = self.picture.snapshot();
+                    let good =
+                        |svid: &&Arc<Svid>| !svid.is_revoked(&snapshot.trust, SystemTime::now());
+                    match snapshot.svids.get(&id).filter(good) {
                         Some(svid) => {
                             let (not_before, not_after) = (svid.not_before(), svid.not_after());
                             self.feed(RotationInput::Issued { id, not_before, not_after });
@@ -216,6 +220,14 @@ impl Rotation {
     }
 
     fn answered(&mut self, (id, outcome): Outcome) {
+        let trust = Arc::clone(&self.picture.snapshot().trust);
+        let outcome = outcome.and_then(|answer| {
+            // Signed just before its issuer was revoked.
+            match answer.svid.is_revoked(&trust, SystemTime::now()) {
+                true => Err("the CA's answer is revoked already".to_owned()),
+                false => Ok(answer),
+            }
+        });
         match outcome {
             Ok(answer) => {
                 metrics::counter!(metric::CERTIFICATE_REQUESTS.name, "result" => "ok").increment(1);
@@ -247,6 +259,9 @@ impl Rotation {
                 if let Err(rejection) = svid.is_accepted(&snapshot.trust, SystemTime::now()) {
                     tracing::warn!(id = %svid.id(), %rejection, "peers refuse this certificate; its key is not kept");
                     self.forget_key(svid.id());
+                    if matches!(rejection, PeerRejection::Revoked { .. }) {
+                        self.feed(RotationInput::Rejected { id: svid.id().clone() });
+                    }
                 }
             }
         }

@@ -39,6 +39,8 @@ pub(crate) struct Control {
     rotation: RotationCore,
     issued: Option<IssuedAnswer>,
     wanted: Option<SpiffeId>,
+    /// Stamp of the identity that was last looked at for being revoked.
+    looked_at: u64,
     picture: Arc<Picture>,
     pending: Option<Pending>,
 }
@@ -65,6 +67,7 @@ impl Control {
             rotation: RotationCore::new(random()),
             issued: None,
             wanted: None,
+            looked_at: 0,
             picture,
             pending: Some(pending),
         }
@@ -149,6 +152,15 @@ impl Control {
         }
         self.world.publish(&self.picture);
         let snapshot = self.picture.snapshot();
+        if let Some(identity) = &snapshot.identity
+            && identity.stamp != self.looked_at
+        {
+            self.looked_at = identity.stamp;
+            if identity.svid.is_revoked(&snapshot.trust, SystemTime::now()) {
+                tracing::warn!(id = %identity.svid.id(), "the certificate was revoked; asking for another");
+                self.feed(RotationInput::Rejected { id: identity.svid.id().clone() });
+            }
+        }
         if snapshot.synced
             && snapshot.identity.is_some()
             && let Some(pending) = self.pending.take()
@@ -200,7 +212,13 @@ impl Control {
             .await
             .map_err(|status| anyhow::anyhow!("the CA refused: {}", status.message()))?
             .into_inner();
-        Ok(IssuedAnswer::check(&answer.cert_chain, id, key, SystemTime::now())?)
+        let answer = IssuedAnswer::check(&answer.cert_chain, id, key, SystemTime::now())?;
+        let trust = Arc::clone(&self.picture.snapshot().trust);
+        anyhow::ensure!(
+            !answer.svid.is_revoked(&trust, SystemTime::now()),
+            "the CA's answer is revoked already"
+        );
+        Ok(answer)
     }
 }
 

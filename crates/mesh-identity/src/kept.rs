@@ -159,6 +159,12 @@ impl Svid {
             .into_iter()
             .try_for_each(|side| verify_chain(self.chain(), bundle, domain, side, at))
     }
+
+    /// True when peers that trust `bundle` refuse this certificate because it, or one above it, was revoked.
+    #[must_use]
+    pub fn is_revoked(&self, bundle: &TrustBundle, now: SystemTime) -> bool {
+        matches!(self.is_accepted(bundle, now), Err(PeerRejection::Revoked { .. }))
+    }
 }
 
 #[cfg(test)]

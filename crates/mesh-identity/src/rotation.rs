@@ -24,6 +24,8 @@ const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const MAX_BACKOFF: Duration = Duration::from_secs(150);
 /// Shortest time between an answer and the next request for the same identity, whatever the clocks say.
 const MIN_RENEWAL: Duration = Duration::from_secs(30);
+/// Renewals of certificates that peers refuse are spread over so long: a revoked issuer has signed those of many nodes.
+const REJECTED_SPREAD: Duration = Duration::from_secs(1);
 /// Longest time between two looks at the wall clock while certificates are held.
 const LONGEST_UNWATCHED: Duration = Duration::from_secs(60);
 
@@ -32,7 +34,7 @@ const LONGEST_UNWATCHED: Duration = Duration::from_secs(60);
 pub enum Urgency {
     /// There is a valid one still.
     Renewal,
-    /// A pod of that identity is here, nobody waits.
+    /// A pod of that identity is here, nobody waits; or peers refuse the one there is.
     Prefetch,
     /// A connection waits.
     Waiting,
@@ -65,6 +67,11 @@ pub enum RotationInput {
     /// The request failed, or its answer was refused. Each request ends in this or in `Issued`, within the time limit
     /// that the shell sets.
     Failed {
+        /// Whose.
+        id: SpiffeId,
+    },
+    /// Peers refuse the certificate in use, which was revoked or whose issuer was; another is due at once.
+    Rejected {
         /// Whose.
         id: SpiffeId,
     },
@@ -162,6 +169,7 @@ impl RotationCore {
                 self.issued(id, not_before, not_after, now);
             }
             RotationInput::Failed { id } => self.failed(&id, now),
+            RotationInput::Rejected { id } => self.rejected(&id, now),
             RotationInput::RenewAll => self.renew_all(now),
             RotationInput::Tick => {}
         }
@@ -282,6 +290,20 @@ impl RotationCore {
             wait = wait.min(left);
         }
         entry.phase = Phase::Due(now.monotonic + wait);
+    }
+
+    fn rejected(&mut self, id: &SpiffeId, now: Now) {
+        let Some(entry) = self.entries.get_mut(id).filter(|entry| entry.held.is_some()) else {
+            return;
+        };
+        // One request is enough, and what failed waits for its backoff.
+        if let Phase::Due(due) = entry.phase
+            && entry.failures == 0
+        {
+            let soon = now.monotonic + self.jitter.part_of(REJECTED_SPREAD);
+            entry.phase = Phase::Due(due.min(soon));
+            entry.urgency = entry.urgency.max(Urgency::Prefetch);
+        }
     }
 
     fn renew_all(&mut self, now: Now) {
@@ -420,6 +442,36 @@ mod tests {
         );
         assert_eq!(core.poll_command(), Some(RotationCommand::Discard { id: id(0) }));
         assert_eq!((core.poll_command(), core.poll_timeout(), core.in_flight()), (None, None, 0));
+    }
+
+    #[test]
+    fn a_rejected_certificate_is_renewed_within_a_second_by_one_request() {
+        let (start, mut core) = (origin(), RotationCore::new(1));
+        core.handle(RotationInput::Rejected { id: id(0) }, at(start, 0));
+        assert!(core.poll_timeout().is_none(), "nobody holds it");
+        for n in 0..2 {
+            let want = RotationInput::Want { id: id(n), urgency: Urgency::Waiting };
+            core.handle(want, at(start, 0));
+        }
+        assert_eq!(requests(&mut core).len(), 2);
+        for n in 0..2 {
+            let not_before = at(start, 0).wall;
+            let issued =
+                RotationInput::Issued { id: id(n), not_before, not_after: not_before + TTL };
+            core.handle(issued, at(start, 0));
+        }
+        core.handle(RotationInput::Rejected { id: id(0) }, at(start, 1));
+        assert!(core.poll_timeout().unwrap() <= start + Duration::from_secs(2));
+        core.handle(RotationInput::Tick, at(start, 2));
+        assert_eq!(requests(&mut core), [id(0)], "the other one is good");
+        core.handle(RotationInput::Rejected { id: id(0) }, at(start, 2));
+        core.handle(RotationInput::Tick, at(start, 4));
+        assert!(requests(&mut core).is_empty(), "one is under way");
+        // Being refused more often brings no retry forward.
+        core.handle(RotationInput::Failed { id: id(0) }, at(start, 4));
+        let retry = core.poll_timeout().unwrap();
+        core.handle(RotationInput::Rejected { id: id(0) }, at(start, 4));
+        assert_eq!(core.poll_timeout().unwrap(), retry);
     }
 
     /// A machine that slept: its monotonic clock stood still meanwhile.

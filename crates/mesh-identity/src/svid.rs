@@ -191,6 +191,11 @@ impl Svid {
         &self.serial
     }
 
+    /// Serial numbers of the whole chain, leaf first, big-endian.
+    pub fn serials(&self) -> impl Iterator<Item = Vec<u8>> {
+        self.chain().iter().filter_map(|der| Some(parse(der).ok()?.raw_serial().to_vec()))
+    }
+
     /// First moment of validity.
     #[must_use]
     pub const fn not_before(&self) -> SystemTime {

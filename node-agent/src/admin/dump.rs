@@ -76,9 +76,11 @@ pub(super) fn certificates(snapshot: &Snapshot) -> Vec<Value> {
 fn chain(svid: &Svid) -> Vec<Value> {
     let mut chain: Vec<Value> =
         svid.chain().iter().map(|certificate| json!({ "pem": pem(certificate) })).collect();
+    for (certificate, serial) in chain.iter_mut().zip(svid.serials()) {
+        let serial: String = serial.iter().map(|byte| format!("{byte:02x}")).collect();
+        certificate["serialNumber"] = serial.into();
+    }
     if let Some(leaf) = chain.first_mut() {
-        let serial: String = svid.serial().iter().map(|byte| format!("{byte:02x}")).collect();
-        leaf["serialNumber"] = serial.into();
         leaf["validFrom"] = time(svid.not_before()).into();
         leaf["expirationTime"] = time(svid.not_after()).into();
     }

@@ -1,4 +1,5 @@
-//! A day of a node's certificates from a seed: a CA with outages, short and long, and a wall clock that jumps.
+//! A day of a node's certificates from a seed: a CA with outages, short and long, a wall clock that jumps, and
+//! revocations.
 //!
 //! The oracle knows when the CA worked. A certificate may be renewed late, or even expire, only if the CA never worked
 //! for long enough since the renewal was due; what "long enough" is follows from the longest backoff and the queue.
@@ -44,6 +45,7 @@ struct Simulation {
     issued: usize,
     failed: usize,
     jumps: usize,
+    rejected: usize,
 }
 
 impl Simulation {
@@ -76,6 +78,7 @@ impl Simulation {
             issued: 0,
             failed: 0,
             jumps: 0,
+            rejected: 0,
         }
     }
 
@@ -174,6 +177,10 @@ impl Simulation {
             if self.time >= next_jump {
                 self.skew = SKEWS[usize::try_from(self.dice.next() % 3).unwrap()];
                 self.jumps += 1;
+                for n in (0..IDENTITIES).filter(|_| self.skew > 0) {
+                    self.feed(RotationInput::Rejected { id: id(n) });
+                    self.rejected += 1;
+                }
                 next_jump = self.time + 1 + self.dice.next() % (4 * LIFE);
             }
             self.answer();
@@ -190,7 +197,11 @@ impl Simulation {
     fn check_load(&self) {
         let seed = self.seed;
         let renewals = usize::try_from(DAY / SOONEST).unwrap() + 1 + self.jumps;
-        assert!(self.issued <= IDENTITIES * renewals, "seed {seed}: {} issued", self.issued);
+        assert!(
+            self.issued <= IDENTITIES * renewals + self.rejected,
+            "seed {seed}: {} issued",
+            self.issued
+        );
         let down: u64 = self.outages.iter().map(|(start, end)| end - start).sum();
         // Nine doublings up to the cap, of which a fifth may be missing.
         let retries = usize::try_from(down / (120 * SECOND)).unwrap() + 9 * self.outages.len();
