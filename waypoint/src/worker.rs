@@ -261,9 +261,9 @@ impl Peer {
         end.duration_since(SystemTime::now()).unwrap_or_default()
     }
 
-    /// Whether it would still be let in.
+    /// Whether its tunnel may go on.
     fn is_trusted(&self, trust: &TrustBundle) -> bool {
-        self.certificate.is_trusted(trust, SystemTime::now()).is_ok()
+        self.certificate.may_go_on(trust, SystemTime::now()).is_ok()
     }
 }
 

@@ -239,6 +239,23 @@ impl PeerCertificate {
         }
         judge(&self.chain, bundle, &accepted, self.side, at).map(|_id| ())
     }
+
+    /// Whether a tunnel that is up may go on at `now` under `bundle`: as [`is_trusted`](Self::is_trusted), but for a root
+    /// that was given up after the leaf's end. A root's rotation ends so, and it ends no connection; a root that is given
+    /// up while the leaf is good ends those of its leaves.
+    ///
+    /// # Errors
+    /// Why it may not.
+    pub fn may_go_on(&self, bundle: &TrustBundle, now: SystemTime) -> Result<(), PeerRejection> {
+        match self.is_trusted(bundle, now) {
+            Err(PeerRejection::UnknownIssuer)
+                if now >= self.not_after && !self.is_revoked(bundle) =>
+            {
+                Ok(())
+            }
+            outcome => outcome,
+        }
+    }
 }
 
 impl ServerCertVerifier for PeerVerifier {

@@ -180,6 +180,13 @@ fn revocation_reaches_leaves_subtrees_and_live_tunnels() {
     ca.revoke_intermediate(&serial, now()).unwrap();
     let trust = bundle(&ca);
     assert_eq!(judge(&second, &trust, now()), Err(PeerRejection::Revoked { depth: 1 }));
+    assert!(second.is_revoked(&trust, now()) && !second.is_revoked(&bundle(&self::ca()), now()));
+    let live = PeerCertificate::new(second.chain(), Side::Client).unwrap();
+    assert_eq!(
+        live.may_go_on(&trust, live.not_after()),
+        Err(PeerRejection::Revoked { depth: 1 }),
+        "a leaf's end does not lift a revocation"
+    );
     // The successor issues as if nothing had happened, also after a restart.
     let ca = CaCore::load(&ca.state(), CaConfig::default()).unwrap();
     assert_eq!(judge(&svid(&ca, &web()), &bundle(&ca), now()), Ok(web()));
@@ -216,6 +223,17 @@ fn root_rotation_keeps_old_and_new_peers_trusted() {
     assert_eq!(judge(&new, &bundle(&ca), now()), Ok(web()));
     let live = PeerCertificate::new(old.chain(), Side::Server).unwrap();
     assert_eq!(live.is_trusted(&bundle(&ca), now()), Err(PeerRejection::UnknownIssuer));
+    // A tunnel that outlived its peer's leaf outlives the root as well; one whose peer's leaf is good does not.
+    assert_eq!(live.may_go_on(&bundle(&ca), now()), Err(PeerRejection::UnknownIssuer));
+    assert_eq!(live.may_go_on(&bundle(&ca), live.not_after()), Ok(()));
+    let elsewhere = CaCore::create("other.org", CaConfig::default(), now()).unwrap();
+    let foreign =
+        PeerCertificate::new(svid(&elsewhere, &id("other.org/ns/a/sa/b")).chain(), Side::Server);
+    let foreign = foreign.unwrap();
+    assert!(matches!(
+        foreign.may_go_on(&bundle(&ca), foreign.not_after()),
+        Err(PeerRejection::WrongTrustDomain { .. })
+    ));
 }
 
 #[test]

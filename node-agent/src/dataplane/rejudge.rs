@@ -162,7 +162,7 @@ impl NodeWorker {
         for (tunnel, certificate) in self.tunnels.behind(round.behind, TUNNELS_PER_TURN) {
             judged += 1;
             last = Some(tunnel);
-            if let Err(rejection) = certificate.is_trusted(&snapshot.trust, now) {
+            if let Err(rejection) = certificate.may_go_on(&snapshot.trust, now) {
                 refused.push((tunnel, rejection));
             }
         }
