@@ -145,6 +145,13 @@ fn sealed_off(mesh: &Mesh, bystander: SocketAddr) -> anyhow::Result<()> {
         &[("reporter", "destination"), ("reason", "policy_missing")],
     );
     ensure!(counted > 0.0, "refusals are not counted");
+    let metrics = mesh.lab.node("b").metrics()?;
+    let named = format!("policy=\"{SEALED}");
+    let mut series = metrics.lines().filter(|line| line.starts_with("culvert_denials_total{"));
+    ensure!(
+        series.any(|line| line.contains("reason=\"policy_missing\"") && line.contains(&named)),
+        "no refusal is counted under {SEALED}"
+    );
     let answer = mesh.explain("client", mesh.server())?;
     ensure!(answer["allowed"] == false, "explain allows it: {answer:#}");
     ensure!(answer["reason"] == "policy_missing", "explain's reason: {answer:#}");

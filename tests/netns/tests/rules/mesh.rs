@@ -74,7 +74,7 @@ impl Mesh {
     /// What a pod gets from a web server; `None` when it gets nothing.
     pub(crate) fn get(&self, pod: &str, host: &str) -> anyhow::Result<Option<String>> {
         let mut curl = self.lab.pod(pod).command("curl");
-        let done = run(curl.args(["-sS", "-m", "20", &format!("http://{host}/")]), PATIENCE)?;
+        let done = run(curl.args(["-sS", "-g", "-m", "20", &format!("http://{host}/")]), PATIENCE)?;
         Ok(done.success().then_some(done.stdout))
     }
 

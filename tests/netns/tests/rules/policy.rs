@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, ensure};
+use mesh_netns::peer::ports as peer;
 use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{manifest, servers};
 use serde_json::{Value, json};
@@ -50,7 +51,10 @@ impl Denied<'_> {
         })?;
         // The first one may have been open when the policy came, and have been cut; this one is refused.
         ensure!(!mesh.reaches(self.client, self.target)?, "refused once only");
-        let source = format!("src.addr={}:", mesh.lab.pod(self.client).ipv4);
+        let pod = mesh.lab.pod(self.client);
+        let source = if self.target.is_ipv4() { pod.ipv4 } else { pod.ipv6 };
+        let source = SocketAddr::new(source, 0).to_string();
+        let source = format!("src.addr={}", source.trim_end_matches('0'));
         let line = log.line(&[&source, "_denied"])?;
         let rule = self.rule.map(|rule| rule.to_string());
         ensure!(field(&line, "policy") == Some(self.policy), "blamed in the log: {line}");
@@ -95,6 +99,16 @@ fn denied_at_server(
     client: &str,
     rule: Option<u64>,
 ) -> anyhow::Result<()> {
+    denied_at(mesh, mesh.server(), object, client, rule)
+}
+
+fn denied_at(
+    mesh: &Mesh,
+    target: SocketAddr,
+    object: &Value,
+    client: &str,
+    rule: Option<u64>,
+) -> anyhow::Result<()> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let meta = &object["metadata"];
     let policy =
@@ -103,12 +117,12 @@ fn denied_at_server(
         object,
         undo: None,
         client,
-        target: mesh.server(),
+        target,
         decider: ("b", "destination"),
         policy: &policy,
         rule,
     };
-    denied.check(mesh)
+    denied.check(mesh).with_context(|| format!("{policy}: {}", object["spec"]))
 }
 
 fn from(source: &Value) -> Value {
@@ -148,6 +162,80 @@ pub(crate) fn deny_by_port(mesh: &mut Mesh) -> anyhow::Result<()> {
     let rules = [to(servers::ports::REDIS), to(servers::ports::HTTP)];
     let object = policy("not-this-port", &json!({ "action": "DENY", "rules": rules }));
     denied_at_server(mesh, &object, "client", Some(1))
+}
+
+/// Where the server's nginx is, by IPv6.
+fn server6(mesh: &Mesh) -> SocketAddr {
+    SocketAddr::new(mesh.lab.pod("server").ipv6, servers::ports::HTTP)
+}
+
+/// Each `not` twin denies those it does not name; the first rule of each policy matches nobody, for its own `not` twin.
+pub(crate) fn deny_by_what_is_not(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let block = |pod: &str| {
+        let pod = mesh.lab.pod(pod);
+        [format!("{}/32", pod.ipv4), format!("{}/128", pod.ipv6)]
+    };
+    let ports = |ports: &[u16]| {
+        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+        json!({ "to": [{ "operation": { "notPorts": ports } }] })
+    };
+    let (any_ip, visitor) = (["0.0.0.0/0", "::/0"], block("visitor"));
+    let rows = [
+        (
+            "not-principals",
+            from(&json!({ "principals": ["*"], "notPrincipals": ["*"] })),
+            from(&json!({ "notPrincipals": ["cluster.local/ns/far/sa/visitor"] })),
+        ),
+        (
+            "not-namespaces",
+            from(&json!({ "notNamespaces": ["mesh"], "namespaces": ["mesh"] })),
+            from(&json!({ "notNamespaces": ["far"] })),
+        ),
+        (
+            "not-blocks",
+            from(&json!({ "notIpBlocks": any_ip })),
+            from(&json!({ "notIpBlocks": visitor })),
+        ),
+        ("not-ports", ports(&[servers::ports::HTTP]), ports(&[servers::ports::REDIS])),
+    ];
+    for (index, (name, nobody, client)) in rows.iter().enumerate() {
+        let object = policy(name, &json!({ "action": "DENY", "rules": [nobody, client] }));
+        let target = if index % 2 == 0 { server6(mesh) } else { mesh.server() };
+        denied_at(mesh, target, &object, "client", Some(1))?;
+    }
+    Ok(())
+}
+
+/// Conditions on the connection, and their `notValues`.
+pub(crate) fn deny_by_condition(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let port = servers::ports::HTTP.to_string();
+    let visitor = format!("{}/128", mesh.lab.pod("visitor").ipv6);
+    let when = |condition: Value| json!({ "when": [condition] });
+    let nobody = when(json!({ "key": "destination.port", "values": ["1"] }));
+    let rows = [
+        ("when-namespace", json!({ "key": "source.namespace", "values": ["mesh"] })),
+        ("when-port", json!({ "key": "destination.port", "values": [port] })),
+        ("when-not-ip", json!({ "key": "source.ip", "notValues": [visitor] })),
+        (
+            "when-not-principal",
+            json!({ "key": "source.principal", "notValues": ["cluster.local/ns/far/sa/visitor"] }),
+        ),
+    ];
+    for (index, (name, condition)) in rows.into_iter().enumerate() {
+        let rules = [&nobody, &when(condition)];
+        let object = policy(name, &json!({ "action": "DENY", "rules": rules }));
+        let target = if index % 2 == 0 { server6(mesh) } else { mesh.server() };
+        denied_at(mesh, target, &object, "client", Some(1))?;
+    }
+    Ok(())
+}
+
+/// A policy of the root namespace is one for every namespace, and is named as what it is.
+pub(crate) fn deny_in_the_root_namespace(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let rules = [from(&json!({ "principals": ["cluster.local/ns/far/sa/visitor"] }))];
+    let spec = json!({ "action": "DENY", "rules": rules });
+    let object = manifest::authorization_policy("istio-system", "no-visitor", &spec);
+    denied_at(mesh, server6(mesh), &object, "visitor", Some(0))
 }
 
 /// Only HTTP is allowed, which nobody here can judge: nothing is allowed, and the status says so.
@@ -219,6 +307,85 @@ pub(crate) fn strict_for_a_port(mesh: &mut Mesh) -> anyhow::Result<()> {
     refused?;
     ensure!(open?.success(), "a port that is not STRICT refused a plain client");
     mesh.wait_for("stranger", mesh.server())
+}
+
+/// True when the stranger's plaintext is answered at a port of the server: nginx with HTTP/1.1 or 2, or the lab's peer.
+fn open_to_the_stranger(mesh: &Mesh, port: u16) -> anyhow::Result<bool> {
+    let target = SocketAddr::new(mesh.server().ip(), port).to_string();
+    let stranger = mesh.lab.pod("stranger");
+    let mut command = if port == peer::WHO {
+        let mut who = stranger.command(&mesh.peer_program());
+        who.args(["who", &target]);
+        who
+    } else {
+        let version =
+            if port == servers::ports::HTTP2 { "--http2-prior-knowledge" } else { "--http1.1" };
+        let mut curl = stranger.command("curl");
+        curl.args(["-sS", "-m", "20", version, &format!("http://{target}/")]);
+        curl
+    };
+    Ok(mesh_netns::process::run(&mut command, PATIENCE)?.success())
+}
+
+/// What is said of a port goes before what is said of the workload, and that before what is said of the mesh.
+pub(crate) fn modes_of_ports(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const PORTS: [u16; 3] = [servers::ports::HTTP, servers::ports::HTTP2, peer::WHO];
+    let strict = json!({ "mtls": { "mode": "STRICT" } });
+    let of_server = |mode: &str, ports: Value| {
+        let selector = json!({ "matchLabels": { "app": "server" } });
+        let spec =
+            json!({ "selector": selector, "mtls": { "mode": mode }, "portLevelMtls": ports });
+        manifest::peer_authentication("mesh", "of-ports", &spec)
+    };
+    let mode = |mode: &str| json!({ "mode": mode });
+    let (http, http2) = (PORTS[0].to_string(), PORTS[1].to_string());
+    let rows = [
+        // STRICT mesh, the workload says nothing of its own, one of its ports is PERMISSIVE.
+        (
+            vec![
+                manifest::peer_authentication("istio-system", "everybody", &strict),
+                of_server("UNSET", json!({ &*http: mode("PERMISSIVE") })),
+            ],
+            [true, false, false],
+        ),
+        // STRICT workload, one port DISABLEd.
+        (vec![of_server("STRICT", json!({ &*http: mode("DISABLE") }))], [true, false, false]),
+        // PERMISSIVE workload, two STRICT ports.
+        (
+            vec![of_server(
+                "PERMISSIVE",
+                json!({ &*http: mode("STRICT"), &*http2: mode("STRICT") }),
+            )],
+            [false, false, true],
+        ),
+    ];
+    for (objects, expected) in rows {
+        for object in &objects {
+            mesh.lab.apply(object)?;
+        }
+        let look = || -> anyhow::Result<()> {
+            let open = || -> anyhow::Result<Vec<bool>> {
+                PORTS.into_iter().map(|port| open_to_the_stranger(mesh, port)).collect()
+            };
+            until(&format!("ports {PORTS:?} being open {expected:?}"), PATIENCE, || {
+                Ok((open()? == expected).then_some(()))
+            })
+            .with_context(|| format!("{objects:#?}, but {:?}", open()))?;
+            ensure!(open()? == expected, "so for a moment only: {objects:#?}");
+            ensure!(mesh.reaches("client", mesh.server())?, "one that proves itself is refused");
+            Ok(())
+        };
+        let outcome = look();
+        for object in &objects {
+            mesh.lab.delete(object)?;
+        }
+        until("all ports being open again", PATIENCE, || {
+            let open = PORTS.into_iter().map(|port| open_to_the_stranger(mesh, port));
+            Ok(open.collect::<Result<Vec<_>, _>>()?.into_iter().all(|open| open).then_some(()))
+        })?;
+        outcome?;
+    }
+    Ok(())
 }
 
 /// A namespace that forbids destinations the mesh does not know: its pods' own node decides.
