@@ -160,6 +160,14 @@ impl Lab {
     /// # Errors
     /// When it ends or is not ready in time.
     pub fn start_controller(&mut self) -> anyhow::Result<()> {
+        self.start_controller_with(&[])
+    }
+
+    /// As [`start_controller`](Self::start_controller), with `extra` arguments.
+    ///
+    /// # Errors
+    /// When it ends or is not ready in time.
+    pub fn start_controller_with(&mut self, extra: &[&str]) -> anyhow::Result<()> {
         let state = self.folder.join("controller");
         let mut command = in_namespace(
             Some(self.controller_namespace.name()),
@@ -176,6 +184,7 @@ impl Lab {
             .args(["--admin", "127.0.0.1:15014"])
             .arg("--admin-socket")
             .arg(self.controller_socket())
+            .args(extra)
             .env("CULVERT_LOG", &self.config.log)
             .env("RUST_BACKTRACE", "1");
         let mut process = Process::start("controller", &mut command, &self.folder)?;

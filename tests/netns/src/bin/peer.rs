@@ -39,6 +39,9 @@ enum Verb {
         server: IpAddr,
         /// The port that HTTP is served on.
         http: u16,
+        /// Between two transfers, and between two new connections.
+        #[arg(long, default_value_t = 0)]
+        rest_ms: u64,
     },
     /// Many quiet connections; with `--hold` until a byte arrives at standard input.
     Idle {
@@ -74,7 +77,9 @@ fn main() -> anyhow::Result<()> {
             println!("{peer} {client} {server}");
             Ok(())
         }
-        Verb::Live { server, http } => live::check(server, http),
+        Verb::Live { server, http, rest_ms } => {
+            live::check(server, http, Duration::from_millis(rest_ms))
+        }
         Verb::Idle { target, count, hold } => runtime()?.block_on(idle::check(target, count, hold)),
         Verb::Grpc { target, lines } => runtime()?.block_on(grpc::check(target, lines)),
         Verb::Websocket { target, messages } => {

@@ -38,11 +38,11 @@ impl Seen {
 }
 
 /// Keeps connections of every kind to the servers at `server` (HTTP on `http`) until standard input ends, then prints
-/// `pings transfers connections requests longest-ping-µs`.
+/// `pings transfers connections requests longest-ping-µs`. `rest` goes between two transfers and between two new connections.
 ///
 /// # Errors
 /// The first connection that was refused, reset, ended early, or carried a wrong byte.
-pub fn check(server: IpAddr, http: u16) -> anyhow::Result<()> {
+pub fn check(server: IpAddr, http: u16, rest: Duration) -> anyhow::Result<()> {
     let seen = Arc::new(Seen::default());
     let at = move |port: u16| SocketAddr::new(server, port);
     let mut idle = Vec::new();
@@ -51,10 +51,10 @@ pub fn check(server: IpAddr, http: u16) -> anyhow::Result<()> {
     }
     let threads = [
         start("ping-pong", &seen, move |seen| ping(at(ports::IDLE), seen)),
-        start("transfer one", &seen, move |seen| transfer(at(ports::BULK), 1, seen)),
-        start("transfer two", &seen, move |seen| transfer(at(ports::BULK), 2, seen)),
+        start("transfer one", &seen, move |seen| transfer(at(ports::BULK), 1, rest, seen)),
+        start("transfer two", &seen, move |seen| transfer(at(ports::BULK), 2, rest, seen)),
         start("half-closed", &seen, move |seen| half_closed(at(ports::SERVER_HALF_CLOSE), seen)),
-        start("new connections", &seen, move |seen| again_and_again(at(ports::WHO), seen)),
+        start("new connections", &seen, move |seen| again_and_again(at(ports::WHO), rest, seen)),
         start("HTTP keep-alive", &seen, move |seen| keep_alive(at(http), seen)),
     ];
     println!("live");
@@ -130,11 +130,12 @@ fn ping(target: SocketAddr, seen: &Seen) -> anyhow::Result<()> {
 }
 
 /// Checksummed transfers up and down, one after the other.
-fn transfer(target: SocketAddr, seed: u64, seen: &Seen) -> anyhow::Result<()> {
+fn transfer(target: SocketAddr, seed: u64, rest: Duration, seen: &Seen) -> anyhow::Result<()> {
     while seen.goes_on() {
         let number = seen.transfers.fetch_add(1, Ordering::Relaxed);
         bulk::check(target, seed ^ number << 8, TRANSFER)
             .with_context(|| format!("transfer {number}"))?;
+        std::thread::sleep(rest);
     }
     Ok(())
 }
@@ -153,7 +154,7 @@ fn half_closed(target: SocketAddr, seen: &Seen) -> anyhow::Result<()> {
 }
 
 /// New connections all the time, each answered whole.
-fn again_and_again(target: SocketAddr, seen: &Seen) -> anyhow::Result<()> {
+fn again_and_again(target: SocketAddr, rest: Duration, seen: &Seen) -> anyhow::Result<()> {
     while seen.goes_on() {
         let number = seen.connections.fetch_add(1, Ordering::Relaxed);
         let mut stream = connect(target).with_context(|| format!("connection {number}"))?;
@@ -163,6 +164,7 @@ fn again_and_again(target: SocketAddr, seen: &Seen) -> anyhow::Result<()> {
         let dialled: Option<SocketAddr> = said.split(' ').nth(1).and_then(|text| text.parse().ok());
         let dialled = dialled.map(|at| SocketAddr::new(at.ip().to_canonical(), at.port()));
         ensure!(dialled == Some(target), "connection {number} of {client} got {said:?}");
+        std::thread::sleep(rest);
     }
     Ok(())
 }

@@ -27,6 +27,9 @@ use crate::tls::{Credentials, Wanted, client, knock};
 pub(crate) const CLIENT: &str = "spiffe://cluster.local/ns/mesh/sa/client";
 pub(crate) const SERVER: &str = "spiffe://cluster.local/ns/mesh/sa/server";
 
+/// What is said of a revoked certificate.
+const REVOKED: &str = "certificate is revoked";
+
 /// The server pod's tunnel port.
 pub(crate) fn tunnel_port(mesh: &Mesh) -> SocketAddr {
     SocketAddr::new(mesh.lab.pod("server").ipv4, ports::HBONE)
@@ -42,7 +45,7 @@ pub(crate) fn certificates(mesh: &mut Mesh) -> anyhow::Result<()> {
     let servers_only =
         Wanted { usages: vec![ExtendedKeyUsagePurpose::ServerAuth], ..Wanted::of(CLIENT) };
     let by_mesh = |wanted: &Wanted| wanted.signed_by_the_mesh(mesh).map(Some);
-    let wrong: [(Option<Credentials>, &str); 9] = [
+    let wrong: [(Option<Credentials>, &str); 10] = [
         (None, "peer showed no certificate"),
         (Some(Wanted::of(CLIENT).self_signed()?), "certificate is self-signed"),
         (Some(Wanted::of(CLIENT).signed_elsewhere()?), "certificate chains to no trusted root"),
@@ -52,6 +55,7 @@ pub(crate) fn certificates(mesh: &mut Mesh) -> anyhow::Result<()> {
         (by_mesh(&past)?, "certificate has expired"),
         (by_mesh(&future)?, "certificate is not valid yet"),
         (by_mesh(&servers_only)?, "certificate is not meant for this use"),
+        (Some(Wanted::revoked(CLIENT, mesh)?), REVOKED),
     ];
     let node = mesh.lab.node("b");
     let log = LogFromNow::of(mesh, "b")?;
@@ -60,7 +64,14 @@ pub(crate) fn certificates(mesh: &mut Mesh) -> anyhow::Result<()> {
     let number = wrong.len();
     for (credentials, reason) in wrong {
         let config = client(mesh, credentials, SERVER)?;
-        let knocked = knock(mesh, tunnel_port(mesh), &config)?;
+        let knocked = if reason == REVOKED {
+            until("the revoked one being refused", PATIENCE, || {
+                let knocked = knock(mesh, tunnel_port(mesh), &config)?;
+                Ok(knocked.answer.is_err().then_some(knocked))
+            })?
+        } else {
+            knock(mesh, tunnel_port(mesh), &config)?
+        };
         ensure!(knocked.answer.is_err(), "let in, though {reason}");
         let from = format!("src.addr={} ", knocked.from);
         let line = log.line(&[&from])?;

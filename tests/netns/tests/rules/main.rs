@@ -15,6 +15,7 @@ mod networks;
 mod policy;
 mod pressure;
 mod routing;
+mod standin;
 mod telemetry;
 mod tls;
 mod traffic;
@@ -56,6 +57,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("telemetry::scrapes_are_compressed", telemetry::scrapes_are_compressed),
     ("telemetry::memory", telemetry::memory),
     ("identity::certificates", identity::certificates),
+    ("standin::wrong_servers_are_refused", standin::wrong_servers_are_refused),
     ("identity::server_of_another_name", identity::server_of_another_name),
     ("identity::requests", identity::requests),
     ("identity::signing_and_tokens", identity::signing_and_tokens),
@@ -78,7 +80,9 @@ const STEPS: &[Named<Mesh>] = &[
     ("churn::two_thousand_pods", churn::two_thousand_pods),
     ("authority::root_rotates_under_traffic", authority::root_rotates_under_traffic),
     ("authority::revocation_cuts_live_connections", authority::revocation_cuts),
-    ("authority::revoked_server_is_not_dialled", authority::revoked_server),
+    ("authority::revoked_server_is_cut_and_certified_anew", authority::revoked_server),
+    ("authority::revoked_intermediate_is_replaced_at_once", authority::revoked_intermediate),
+    ("authority::leaves_renew_until_the_old_roots_end", authority::to_the_old_roots_end),
 ];
 
 fn main() -> anyhow::Result<()> {

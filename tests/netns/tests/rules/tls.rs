@@ -36,6 +36,8 @@ pub(crate) struct Wanted {
     pub(crate) years: (i32, i32),
     /// The last moment, instead of the last year's.
     pub(crate) end: Option<SystemTime>,
+    /// The serial number, where it matters.
+    pub(crate) serial: Option<u64>,
     /// What it may be used for.
     pub(crate) usages: Vec<ExtendedKeyUsagePurpose>,
 }
@@ -48,6 +50,7 @@ impl Wanted {
             names: Vec::new(),
             years: (2020, 2100),
             end: None,
+            serial: None,
             usages: vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth],
         }
     }
@@ -66,6 +69,7 @@ impl Wanted {
             Some(end) => end.into(),
             None => rcgen::date_time_ymd(self.years.1, 1, 1),
         };
+        params.serial_number = self.serial.map(Into::into);
         params.extended_key_usages.clone_from(&self.usages);
         params.use_authority_key_identifier_extension = true;
         Ok(params)
@@ -96,6 +100,15 @@ impl Wanted {
         let key = intermediate["key_pem"].as_str().context("no key of the intermediate")?;
         let issuer = Issuer::from_ca_cert_pem(cert, KeyPair::from_pem(key)?)?;
         self.signed_by(&issuer, CertificateDer::from_pem_slice(cert.as_bytes())?)
+    }
+
+    /// Signed by the mesh's own authority, and then revoked; agents hear of it within seconds.
+    pub(crate) fn revoked(identity: &str, mesh: &Mesh) -> anyhow::Result<Credentials> {
+        const SERIAL: u64 = 0x5eed_0000_0000_0001;
+        let wanted = Self { serial: Some(SERIAL), ..Self::of(identity) };
+        let credentials = wanted.signed_by_the_mesh(mesh)?;
+        mesh.lab.controller_command(&["ca", "revoke", "--serial", &format!("{SERIAL:x}")])?;
+        Ok(credentials)
     }
 
     fn signed_by(

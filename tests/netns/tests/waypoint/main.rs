@@ -42,6 +42,7 @@ const STEPS: &[Named<Shop>] = &[
     ("policy::allow_by_identity_and_method", policy::allow_by_identity_and_method),
     ("policy::explained", policy::explained),
     ("rolling::replaced_under_traffic", rolling::replaced_under_traffic),
+    ("rolling::certified_anew_after_a_revocation", rolling::certified_anew),
     ("bypass::by_pod_address", bypass::by_pod_address),
     ("bypass::in_plaintext", bypass::in_plaintext),
     ("bypass::waypoint_stopped", bypass::waypoint_stopped),

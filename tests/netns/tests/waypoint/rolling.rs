@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use mesh_netns::traffic::Traffic;
+use mesh_netns::wait::{PATIENCE, until};
+use serde_json::Value;
 
 use crate::shop::{CART, Shop};
 
@@ -45,4 +47,18 @@ pub(crate) fn replaced_under_traffic(shop: &mut Shop) -> anyhow::Result<()> {
     }
     shop.delete_waypoint("second")?;
     outcome
+}
+
+/// The issuer of every certificate is revoked: the waypoint asks for another at once, and requests go through it again.
+pub(crate) fn certified_anew(shop: &mut Shop) -> anyhow::Result<()> {
+    let certs = shop.lab.node("a").culvert(&["certs", "-o", "json"])?.output()?;
+    let certs: Value = serde_json::from_str(&certs)?;
+    let issuer = certs[0]["certChain"][1]["serialNumber"].as_str().context("no issuer")?;
+    let skip = shop.log().len();
+    shop.lab.controller_command(&["ca", "revoke", "--serial", issuer])?;
+    shop.line(skip, &["the certificate was revoked"])?;
+    shop.line(skip, &["certified", "/ns/shop/sa/waypoint"])?;
+    until("requests going through the waypoint again", PATIENCE, || {
+        Ok(shop.get("client", &format!("http://{CART}:83/anew"), &[])?.success().then_some(()))
+    })
 }
