@@ -30,6 +30,10 @@ const FAULTS: &[Named<Mesh>] = &[
     ("pod_that_undoes_its_own_network_does_not_leak", hostile::vandal_does_not_leak),
     ("enrolling_and_unenrolling_under_traffic", enrolment::in_and_out_under_traffic),
     ("denying_policy_cuts_live_connections", policy::denying_cuts_live_connections),
+    (
+        "denying_cuts_connections_without_a_tunnel",
+        policy::denying_cuts_connections_without_a_tunnel,
+    ),
     ("direct_second_connection_of_a_pair", direct::second_connection_goes_directly),
     ("direct_and_delivered_connections", direct::delivered_and_direct_ones_never_meet),
     ("direct_connections_are_cut_by_a_policy", direct::denying_cuts_direct_connections),
