@@ -11,14 +11,17 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use mesh_authorize::{
     Action, Clause, Connection, Decision, HeaderMatch, Match, NoteKind, Outcome, PathMatch, Policy,
     PolicyKind, PolicyName, PolicyOrigin, PolicyScope, PolicySet, Request, RequestMatch, Rule,
-    RuleRef, ServiceAccountMatch, StringMatch, Verdict, authorize, authorize_request, explain,
-    explain_request,
+    RuleRef, ServiceAccountMatch, StringMatch, UnknownEgress, Verdict, authorize, authorize_egress,
+    authorize_request, explain, explain_request,
 };
 use mesh_model::{
     ClientAddr, CloseReason, Direction, Flow, FlowId, IpPrefix, OrigDst, PathNormalization, PodUid,
-    RequestPath, SpiffeId, Workload,
+    RequestPath, SpiffeId, Workload, WorkloadUid,
 };
-use mesh_resolve::{ResolveSettings, ResolvedFlow, Route, WorkloadIndex, resolve_inbound};
+use mesh_resolve::{
+    Authority, RequiredWaypoint, ResolveSettings, ResolvedFlow, Route, TunnelRoute, WorkloadIndex,
+    resolve_inbound,
+};
 
 /// (policy set, flow) pairs: sets times flows per set.
 const SETS: u64 = 6_000;
@@ -342,6 +345,34 @@ enum Kind {
     DenyMatched,
     NoAllowMatched,
     Missing,
+    Bypassed,
+    WaypointUnknown,
+}
+
+/// What no policy of anybody's says, but the mesh itself.
+fn synthetic(namespace: &str, name: &str) -> RuleRef {
+    let origin = PolicyOrigin::new(PolicyKind::Synthetic, namespace, name);
+    RuleRef { origin, rule_index: None }
+}
+
+/// Whoever must come through a waypoint must be one of its identities; nobody is while it is unknown.
+fn held_up(
+    required: Option<&RequiredWaypoint>,
+    namespace: &str,
+    id: Option<&SpiffeId>,
+) -> Option<(Kind, RuleRef)> {
+    let required = required?;
+    let rule = synthetic(namespace, "waypoint-required");
+    match (required.identities.as_slice(), id) {
+        ([], _) => Some((Kind::WaypointUnknown, rule)),
+        (identities, Some(id)) if identities.iter().any(|one| one == id) => None,
+        (_, _) => Some((Kind::Bypassed, rule)),
+    }
+}
+
+fn identity(random: &mut Random) -> SpiffeId {
+    let (domain, namespace) = (random.one(&TRUST_DOMAINS), random.one(&NAMESPACES));
+    SpiffeId::new(domain, namespace, random.one(&ACCOUNTS)).unwrap()
 }
 
 fn interpret(
@@ -425,7 +456,14 @@ fn found(verdict: &Verdict) -> (Kind, Option<RuleRef>) {
         }
         Decision::Deny(denial) => {
             let by_rule = denial.rule.as_ref().is_some_and(|rule| rule.rule_index.is_some());
-            let kind = if denial.reason == CloseReason::PolicyMissing {
+            let by_mesh =
+                denial.rule.as_ref().is_some_and(|rule| rule.origin.kind == PolicyKind::Synthetic);
+            let kind = if by_mesh && denial.reason == CloseReason::WaypointUnavailable {
+                Kind::WaypointUnknown
+            } else if by_mesh {
+                assert_eq!(denial.reason, CloseReason::PolicyDenied);
+                Kind::Bypassed
+            } else if denial.reason == CloseReason::PolicyMissing {
                 Kind::Missing
             } else if by_rule {
                 Kind::DenyMatched
@@ -474,9 +512,12 @@ fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
             }
             let source = ip(&mut random);
             let destination = SocketAddr::new(ip(&mut random), random.one(&PORTS));
-            let peer = random.chance(75).then(|| {
-                let (domain, namespace) = (random.one(&TRUST_DOMAINS), random.one(&NAMESPACES));
-                SpiffeId::new(domain, namespace, random.one(&ACCOUNTS)).unwrap()
+            let peer = random.chance(75).then(|| identity(&mut random));
+            let required = random.chance(15).then(|| {
+                let mut identities = random.up_to(4, identity);
+                identities.sort();
+                identities.dedup();
+                Arc::new(RequiredWaypoint { names: vec!["a/waypoint".into()], identities })
             });
             resolved.flow.direction =
                 if peer.is_some() { Direction::InboundTunnel } else { Direction::InboundPlaintext };
@@ -486,13 +527,18 @@ fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
                 target: destination,
                 dial: destination,
                 proxy_header: None,
-                waypoint: None,
+                waypoint: required.clone(),
             };
 
             let facts = Facts { id: peer.as_ref(), source, destination, request: None };
             let local = &resolved.local;
             let (kind, rule, notes) =
-                interpret(&policies, Some(local), &local.authorization_policies, &facts);
+                match held_up(required.as_deref(), &local.namespace, peer.as_ref()) {
+                    Some((kind, rule)) => (kind, Some(rule), Vec::new()),
+                    None => {
+                        interpret(&policies, Some(local), &local.authorization_policies, &facts)
+                    }
+                };
             let verdict = authorize(&set, &resolved, peer.as_ref());
             let found = found(&verdict);
             assert_eq!(found, (kind, rule), "{context:?}");
@@ -529,11 +575,88 @@ fn engine_and_interpreter_agree_on_generated_policies_and_flows() {
         (Kind::DenyMatched, 8),
         (Kind::NoAllowMatched, 8),
         (Kind::Missing, 3),
+        (Kind::Bypassed, 3),
+        (Kind::WaypointUnknown, 1),
     ] {
         let share = seen.get(&kind).copied().unwrap_or(0) * 100 / pairs;
         assert!(share >= percent, "{kind:?}: {share} % of {seen:?}");
     }
     assert!(noted > pairs / 20, "{noted}");
+}
+
+/// Ways out: whoever is known or tunnelled to may be reached, everybody else as networks and namespaces say.
+#[test]
+fn engine_and_interpreter_agree_on_generated_ways_out() {
+    let mut resolved = template();
+    resolved.flow.direction = Direction::Outbound;
+    let mut seen: BTreeMap<Option<CloseReason>, u64> = BTreeMap::new();
+    for seed in 0..1_000 {
+        let mut random = Random(seed ^ 0xe6e5 << 32);
+        let mut set = PolicySet::default();
+        let networks = random.up_to(2, prefix);
+        set.set_pod_networks(&networks);
+        let denying: Vec<&str> = NAMESPACES.into_iter().filter(|_| random.chance(50)).collect();
+        for namespace in NAMESPACES {
+            // What was said before counts no more.
+            set.set_egress(namespace, random.one(&[UnknownEgress::Allow, UnknownEgress::Deny]));
+            let denies = denying.contains(&namespace);
+            let says = if denies { UnknownEgress::Deny } else { UnknownEgress::Allow };
+            set.set_egress(namespace, says);
+        }
+        for number in 0..20 {
+            let namespace = random.one(&NAMESPACES);
+            let target = SocketAddr::new(ip(&mut random), random.one(&PORTS));
+            let known = random.chance(30);
+            resolved.local = Arc::new(Workload::named("u", namespace, "p"));
+            let tunnel = || TunnelRoute {
+                next_hop: target,
+                authority: Authority::Address(target),
+                expected: Vec::new(),
+                target_uid: WorkloadUid::new("t"),
+                gateway: None,
+            };
+            let expected = match random.below(8) {
+                0 => {
+                    resolved.route = Route::Tunnel(tunnel());
+                    None
+                }
+                1 => {
+                    resolved.route =
+                        Route::ViaWaypoint { tunnel: tunnel(), waypoint: "a/waypoint".into() };
+                    None
+                }
+                2 => {
+                    let (dial, proxy_header, waypoint) = (target, None, None);
+                    resolved.route = Route::Deliver { target, dial, proxy_header, waypoint };
+                    Some((CloseReason::Internal, None))
+                }
+                _ => {
+                    resolved.route = Route::Passthrough { target, known };
+                    let inside = networks.iter().any(|network| network.contains(target.ip()));
+                    let rule = |name| Some(synthetic(namespace, name));
+                    match (known, inside, denying.contains(&namespace)) {
+                        (true, _, _) | (false, false, false) => None,
+                        (false, true, _) => {
+                            Some((CloseReason::UnknownDestination, rule("unknown-destination")))
+                        }
+                        (false, false, true) => {
+                            Some((CloseReason::EgressDenied, rule("unknown-egress")))
+                        }
+                    }
+                }
+            };
+            let found = match authorize_egress(&set, &resolved).decision {
+                Decision::Allow(_) => None,
+                Decision::Deny(denial) => Some((denial.reason, denial.rule)),
+            };
+            assert_eq!(found, expected, "{:?}", (seed, number));
+            *seen.entry(expected.map(|(reason, _)| reason)).or_default() += 1;
+        }
+    }
+    for (outcome, count) in &seen {
+        assert!(*count > 1_000, "{outcome:?} of {seen:?}");
+    }
+    assert_eq!(seen.len(), 4, "{seen:?}");
 }
 
 /// The same policies at a waypoint: attached to what was dialled, and with their conditions on requests judged.
@@ -558,10 +681,7 @@ fn engine_and_interpreter_agree_on_generated_policies_and_requests() {
             if random.chance(8) {
                 attached.push("b/absent".into());
             }
-            let peer = random.chance(75).then(|| {
-                let (domain, namespace) = (random.one(&TRUST_DOMAINS), random.one(&NAMESPACES));
-                SpiffeId::new(domain, namespace, random.one(&ACCOUNTS)).unwrap()
-            });
+            let peer = random.chance(75).then(|| identity(&mut random));
             let one = request_facts(&mut random);
             let facts = Facts {
                 id: peer.as_ref(),
