@@ -6,6 +6,7 @@
 //! name, so that several labs stand side by side, and goes away when the value is dropped.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test tool that talks to people")]
 
+pub mod clients;
 pub mod cni;
 pub mod lab;
 pub mod manifest;
@@ -20,6 +21,7 @@ pub mod traffic;
 pub mod trials;
 pub mod wait;
 
+pub use clients::{Held, Live};
 pub use lab::{Lab, LabConfig};
 pub use node::Node;
 pub use pod::{Pod, PodSpec};

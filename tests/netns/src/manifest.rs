@@ -30,15 +30,25 @@ pub fn node(name: &str, addresses: &[IpAddr], pod_networks: &[&str]) -> Value {
 /// The `number`th pod of a node `c` on which nothing runs: for an index with many pods.
 #[must_use]
 pub fn distant_pod(namespace: &str, number: u16) -> Value {
+    distant(namespace, ("distant", 0x9000), number)
+}
+
+/// The pod, of another service account, that is given the address of the `number`th [`distant_pod`].
+#[must_use]
+pub fn distant_heir(namespace: &str, number: u16) -> Value {
+    distant(namespace, ("heir", 0xa000), number)
+}
+
+fn distant(namespace: &str, (name, kind): (&str, u16), number: u16) -> Value {
     let [high, low] = number.to_be_bytes();
     let ip = IpAddr::from([10, 99, high, low]).to_string();
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
-            "name": format!("distant-{number}"), "namespace": namespace,
-            "uid": format!("00000000-0000-4000-9000-{number:012}"), "labels": { "app": "distant" },
+            "name": format!("{name}-{number}"), "namespace": namespace,
+            "uid": format!("00000000-0000-4000-{kind:x}-{number:012}"), "labels": { "app": name },
         },
-        "spec": { "nodeName": "c", "serviceAccountName": "distant", "containers": [{ "name": "main" }] },
+        "spec": { "nodeName": "c", "serviceAccountName": name, "containers": [{ "name": "main" }] },
         "status": {
             "phase": "Running", "podIP": ip, "podIPs": [{ "ip": ip }],
             "conditions": [{ "type": "Ready", "status": "True" }],

@@ -6,7 +6,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,10 +15,11 @@ use libtest_mimic::{Arguments, Trial};
 use mesh_netns::process::run;
 use mesh_netns::servers::{self, ports};
 use mesh_netns::wait::{PATIENCE, until};
-use mesh_netns::{Lab, LabConfig, PodSpec, Process, Sniffer, manifest};
+use mesh_netns::{Lab, LabConfig, Live, PodSpec, Process, Sniffer, manifest};
 
-/// What the mesh promises of pods on node a, as a pcap filter: TCP that is not the tunnel.
-const LEAK: &str = "net 10.77.0.0/16 and tcp and not port 15008";
+/// What the mesh promises never to show of its pods, as a pcap filter: TCP that is not the tunnel.
+const LEAK: &str = "tcp and not port 15008 and \
+    ( net 10.77.0.0/16 or net fd77:1::/64 or net fd77:2::/64 )";
 
 struct Mesh {
     lab: Lab,
@@ -52,22 +53,10 @@ impl Mesh {
         Sniffer::start_for(self.lab.wire(), "br0", self.lab.folder(), name, LEAK)
     }
 
-    /// Connections of every kind from the client to the server; they begin before this returns.
+    /// Connections of every kind from the client to the server, by both families; they begin before this returns.
     fn live(&self) -> anyhow::Result<Live> {
-        let program = self.lab.bin_dir().join("culvert-lab-peer");
-        let mut command = self.lab.pod("client").command(&program.to_string_lossy());
-        let server = self.lab.pod("server").ipv4.to_string();
-        let mut child = command
-            .args(["live", &server, &ports::HTTP.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut said = BufReader::new(child.stdout.take().context("no output")?);
-        let mut line = String::new();
-        said.read_line(&mut line)?;
-        ensure!(line.trim() == "live", "the client said {line:?}");
-        Ok(Live { child, said })
+        let server = self.lab.pod("server");
+        Live::start(&self.lab, self.lab.pod("client"), ports::HTTP, [server.ipv4, server.ipv6])
     }
 
     /// Starts a second agent on `node` and waits until the first has ended well and the second is ready.
@@ -84,24 +73,6 @@ fn ended_well(mut predecessor: Process) -> anyhow::Result<()> {
     let status = predecessor.stop(PATIENCE)?;
     ensure!(status.success(), "the predecessor ended with {status}");
     Ok(())
-}
-
-struct Live {
-    child: Child,
-    said: BufReader<std::process::ChildStdout>,
-}
-
-impl Live {
-    /// Ends the connections; an error when one was not whole.
-    fn finish(mut self) -> anyhow::Result<String> {
-        drop(self.child.stdin.take());
-        let mut line = String::new();
-        self.said.read_line(&mut line)?;
-        let output = self.child.wait_with_output()?;
-        let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "a connection was disturbed: {complaint}");
-        Ok(line.trim().to_owned())
-    }
 }
 
 /// The pauses that predecessors of `node` have logged, all of them.

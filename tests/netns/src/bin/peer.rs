@@ -17,7 +17,7 @@ struct Arguments {
 enum Verb {
     /// Serve every protocol on its port, IPv4 and IPv6.
     Serve,
-    /// Send and receive this many bytes, checking each.
+    /// Send and receive this many bytes, at once and one after the other, checking each.
     Bulk { target: SocketAddr, bytes: u64 },
     /// The client half-closes first.
     ClientHalfClose { target: SocketAddr },
@@ -42,6 +42,8 @@ enum Verb {
         /// Between two transfers, and between two new connections.
         #[arg(long, default_value_t = 0)]
         rest_ms: u64,
+        /// Where there are more of them.
+        others: Vec<IpAddr>,
     },
     /// Many quiet connections; with `--hold` until a byte arrives at standard input.
     Idle {
@@ -77,8 +79,9 @@ fn main() -> anyhow::Result<()> {
             println!("{peer} {client} {server}");
             Ok(())
         }
-        Verb::Live { server, http, rest_ms } => {
-            live::check(server, http, Duration::from_millis(rest_ms))
+        Verb::Live { server, http, rest_ms, others } => {
+            let servers = [vec![server], others].concat();
+            live::check(&servers, http, Duration::from_millis(rest_ms))
         }
         Verb::Idle { target, count, hold } => runtime()?.block_on(idle::check(target, count, hold)),
         Verb::Grpc { target, lines } => runtime()?.block_on(grpc::check(target, lines)),

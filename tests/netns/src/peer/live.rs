@@ -37,26 +37,32 @@ impl Seen {
     }
 }
 
-/// Keeps connections of every kind to the servers at `server` (HTTP on `http`) until standard input ends, then prints
+/// Keeps connections of every kind to each of `servers` (HTTP on `http`) until standard input ends, then prints
 /// `pings transfers connections requests longest-ping-µs`. `rest` goes between two transfers and between two new connections.
 ///
 /// # Errors
 /// The first connection that was refused, reset, ended early, or carried a wrong byte.
-pub fn check(server: IpAddr, http: u16, rest: Duration) -> anyhow::Result<()> {
+pub fn check(servers: &[IpAddr], http: u16, rest: Duration) -> anyhow::Result<()> {
     let seen = Arc::new(Seen::default());
-    let at = move |port: u16| SocketAddr::new(server, port);
-    let mut idle = Vec::new();
-    for number in 0..IDLE {
-        idle.push(connect(at(ports::IDLE)).with_context(|| format!("idle connection {number}"))?);
+    let (mut idle, mut threads) = (Vec::new(), Vec::new());
+    for &server in servers {
+        let at = move |port: u16| SocketAddr::new(server, port);
+        for number in 0..IDLE {
+            let opened = connect(at(ports::IDLE));
+            idle.push(opened.with_context(|| format!("idle connection {number}"))?);
+        }
+        threads.extend([
+            start("ping-pong", &seen, move |seen| ping(at(ports::IDLE), seen)),
+            start("transfer", &seen, move |seen| transfer(at(ports::BULK), rest, seen)),
+            start("half-closed", &seen, move |seen| {
+                half_closed(at(ports::SERVER_HALF_CLOSE), seen)
+            }),
+            start("new connections", &seen, move |seen| {
+                again_and_again(at(ports::WHO), rest, seen)
+            }),
+            start("HTTP keep-alive", &seen, move |seen| keep_alive(at(http), seen)),
+        ]);
     }
-    let threads = [
-        start("ping-pong", &seen, move |seen| ping(at(ports::IDLE), seen)),
-        start("transfer one", &seen, move |seen| transfer(at(ports::BULK), 1, rest, seen)),
-        start("transfer two", &seen, move |seen| transfer(at(ports::BULK), 2, rest, seen)),
-        start("half-closed", &seen, move |seen| half_closed(at(ports::SERVER_HALF_CLOSE), seen)),
-        start("new connections", &seen, move |seen| again_and_again(at(ports::WHO), rest, seen)),
-        start("HTTP keep-alive", &seen, move |seen| keep_alive(at(http), seen)),
-    ];
     println!("live");
     std::io::stdout().flush()?;
     std::io::stdin().read_to_end(&mut Vec::new())?;
@@ -93,7 +99,10 @@ fn start(
     work: impl FnOnce(&Seen) -> anyhow::Result<()> + Send + 'static,
 ) -> JoinHandle<anyhow::Result<()>> {
     let seen = Arc::clone(seen);
-    std::thread::spawn(move || work(&seen).context(name))
+    let begun = Instant::now();
+    std::thread::spawn(move || {
+        work(&seen).with_context(|| format!("{name}, {:?} after the beginning", begun.elapsed()))
+    })
 }
 
 fn connect(target: SocketAddr) -> anyhow::Result<TcpStream> {
@@ -129,12 +138,11 @@ fn ping(target: SocketAddr, seen: &Seen) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Checksummed transfers up and down, one after the other.
-fn transfer(target: SocketAddr, seed: u64, rest: Duration, seen: &Seen) -> anyhow::Result<()> {
+/// Checksummed transfers, one after the other.
+fn transfer(target: SocketAddr, rest: Duration, seen: &Seen) -> anyhow::Result<()> {
     while seen.goes_on() {
         let number = seen.transfers.fetch_add(1, Ordering::Relaxed);
-        bulk::check(target, seed ^ number << 8, TRANSFER)
-            .with_context(|| format!("transfer {number}"))?;
+        bulk::check(target, number << 8, TRANSFER).with_context(|| format!("transfer {number}"))?;
         std::thread::sleep(rest);
     }
     Ok(())

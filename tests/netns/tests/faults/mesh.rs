@@ -1,10 +1,8 @@
 //! The lab of this suite.
 
 use std::net::SocketAddr;
-use std::process::{Child, Stdio};
-use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+pub(crate) use mesh_netns::Held;
 use mesh_netns::process::{Finished, run};
 use mesh_netns::servers::{self, ports};
 use mesh_netns::wait::{PATIENCE, until};
@@ -97,46 +95,6 @@ impl Mesh {
 
     /// Opens quiet connections of a pod to one of the lab's peers.
     pub(crate) fn hold(&self, pod: &str, target: SocketAddr, count: u32) -> anyhow::Result<Held> {
-        let mut idle = self.pod(pod).command(&self.peer_program());
-        let child = idle
-            .args(["idle", &target.to_string(), &count.to_string(), "--hold"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut held = Held { child };
-        let mut line = String::new();
-        let stdout = held.child.stdout.as_mut().context("no output")?;
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
-        ensure!(line.trim() == format!("open {count}"), "the client said {line:?}");
-        Ok(held)
-    }
-}
-
-/// Quiet connections; they end with the value.
-pub(crate) struct Held {
-    child: Child,
-}
-
-impl Held {
-    /// Uses each of the connections; what became of that, and what the program said.
-    pub(crate) fn use_all(mut self) -> anyhow::Result<Result<(), String>> {
-        use std::io::{Read as _, Write as _};
-        self.child.stdin.take().context("no input")?.write_all(b"\n")?;
-        until("the held connections being used", PATIENCE + Duration::from_secs(5), || {
-            Ok(self.child.try_wait()?.map(drop))
-        })?;
-        let mut said = String::new();
-        self.child.stderr.take().context("no errors")?.read_to_string(&mut said)?;
-        Ok(if self.child.wait()?.success() { Ok(()) } else { Err(said) })
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        // One that has ended already is only waited for.
-        if let Err(error) = self.child.kill().and_then(|()| self.child.wait()) {
-            eprintln!("ending held connections: {error}");
-        }
+        Held::open(&self.lab, self.pod(pod), target, count)
     }
 }
