@@ -78,7 +78,7 @@ pub(crate) fn in_and_out_under_traffic(mesh: &mut Mesh) -> anyhow::Result<()> {
     // A connection may have been begun before the switch, and have met the guard after it: a try.
     let scope = Scope::Left(&own_end);
     let outside = [began..enrolled, unenrolling..enrolled_again];
-    let opened = seen.opened_within(mesh.pod("late"), &scope, &outside)?;
+    let opened = seen.opened_within(mesh.pod("late"), &scope, "tcp", &outside)?;
     // The held ones of before, and half of the traffic's: the other half stays on its node.
     ensure!(opened >= 40 + 4 + 4, "only {opened} connections in the clear while outside");
     let (between, inside) = seen.tunnelled(mesh)?;

@@ -2,8 +2,14 @@
 
 Arguments: label, pod IPv4, target IPv4, pod IPv6, target IPv6, IPv4 address whose link address the frames go to. Each
 packet carries LEAKED-BY-<label>-<name>! and its name is printed.
+
+With a file name and a port behind them it goes on in rounds until that file exists: each undoes what the mesh has laid
+into the pod, dials the targets' port (0: does not), and sends everything, names beginning with the round's number. What the pod's kernel
+refuses to send is printed as refused.
 """
 
+import ctypes
+import os
 import socket
 import struct
 import subprocess
@@ -11,6 +17,7 @@ import sys
 import time
 
 label, source4, target4, source6, target6, next_hop = sys.argv[1:7]
+stop, port = sys.argv[7:9] if len(sys.argv) > 7 else (None, None)
 MARKER = b""
 
 
@@ -119,8 +126,57 @@ senders = [
     ("raw", {"ipv6": lambda: ipv6(plain6())}, lambda whole: raw6.sendto(whole, (target6, 0))),
     ("raw", {"segment": plain4}, lambda whole: segment.sendto(whole, (target4, 0))),
 ]
-for way, packets, send in senders:
-    for name, build in packets.items():
-        MARKER = f"LEAKED-BY-{label}-{way}-{name}!".encode()
-        send(build())
-        print(f"{way}-{name}")
+
+
+def send_all(prefix, may_be_refused):
+    global MARKER
+    for way, packets, send in senders:
+        for name, build in packets.items():
+            name = f"{prefix}{way}-{name}"
+            MARKER = f"LEAKED-BY-{label}-{name}!".encode()
+            try:
+                send(build())
+            except OSError as error:
+                if not may_be_refused or way in ("frame", "past-queue"):
+                    raise
+                print(f"refused {name}: {error}")
+                continue
+            print(name)
+
+
+def undo():
+    # What is not there cannot be removed.
+    acts = """ip rule del pref 50; ip -6 rule del pref 50; ip route flush table 133; ip -6 route flush table 133
+        tc qdisc del dev eth0 clsact; tc qdisc del dev eth0 root; nft flush ruleset; ip link set eth0 xdp off
+        sysctl -qw net.ipv4.tcp_fwmark_accept=0 net.ipv4.fwmark_reflect=0 net.ipv6.fwmark_reflect=0"""
+    subprocess.run(["sh", "-c", acts], stderr=subprocess.DEVNULL)
+    # BPF_PROG_DETACH of the program that steers inbound connections (BPF_SK_LOOKUP).
+    libc = ctypes.CDLL(None, use_errno=True)
+    own = os.open("/proc/self/ns/net", os.O_RDONLY)
+    attributes = struct.pack("IIII", own, 0, 36, 0).ljust(128, b"\0")
+    if libc.syscall(321, 9, attributes, 128) == 0:
+        print("detached")
+    os.close(own)
+
+
+def dial():
+    for target in (target4, target6) if int(port) else ():
+        try:
+            with socket.create_connection((target, int(port)), timeout=0.3) as connection:
+                connection.sendall(b"GET /a-secret-of-the-client HTTP/1.0\r\n\r\n")
+                connection.recv(4096)
+        except OSError as error:
+            print(f"dialling {target}: {error}")
+
+
+if stop is None:
+    send_all("", False)
+number = 0
+while stop is not None and not os.path.exists(stop):
+    number += 1
+    print(f"round {number}", flush=True)
+    undo()
+    dial()
+    send_all(f"{number}-", True)
+    print(f"done {number}", flush=True)
+    time.sleep(0.05)

@@ -160,16 +160,18 @@ impl Seen {
         Ok((between.len(), self.capture("a")?.packets(&filter)?.len()))
     }
 
-    /// Every connection of `pod` that was seen in the clear was opened at one of these times; how many were on the wire.
+    /// Every connection of `pod` that was seen in the clear and matches the pcap filter `which` was opened at one of these
+    /// times; how many were on the wire.
     pub(crate) fn opened_within(
         &self,
         pod: &Pod,
         scope: &Scope<'_>,
+        which: &str,
         times: &[std::ops::Range<SystemTime>],
     ) -> anyhow::Result<usize> {
         let mut on_the_wire = 0;
         for (place, capture) in &self.captures {
-            let of_pod = format!("(host {} or host {})", pod.ipv4, pod.ipv6);
+            let of_pod = format!("(host {} or host {}) and {which}", pod.ipv4, pod.ipv6);
             let mut opened = BTreeSet::new();
             for line in capture.packets(&format!("{} and {of_pod}", scope.filter(place)))? {
                 let (time, ends) = parse(&line).with_context(|| format!("tcpdump said {line}"))?;
@@ -251,10 +253,10 @@ pub(crate) fn sees_a_plain_pod(mesh: &mut Mesh) -> anyhow::Result<()> {
         ensure!(seen.nothing_in_the_clear(&scope).is_err(), "plaintext passes for none");
         // Four connections, two of them between the nodes, all of them outside this time.
         let never = [SystemTime::UNIX_EPOCH..SystemTime::UNIX_EPOCH];
-        let opened = seen.opened_within(mesh.pod("stranger"), &scope, &never);
+        let opened = seen.opened_within(mesh.pod("stranger"), &scope, "tcp", &never);
         ensure!(opened.is_err(), "connections pass for none");
         let always = [SystemTime::UNIX_EPOCH..SystemTime::now()];
-        let opened = seen.opened_within(mesh.pod("stranger"), &scope, &always)?;
+        let opened = seen.opened_within(mesh.pod("stranger"), &scope, "tcp", &always)?;
         ensure!(opened == 2, "{opened} connections of 2 are on the wire");
     }
     Ok(())
