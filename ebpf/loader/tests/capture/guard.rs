@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mesh_ebpf::{Capture, CaptureConfig, GuardPreference, PodSettings};
@@ -356,10 +357,14 @@ fn nothing_sent_by_hand_leaves_the_pod() {
         let capture = guarded_by(&lab, guard);
         let agent = lab.enroll(&capture, PodSettings::default());
         let before = dropped(&capture);
-        for sent in &hostile {
-            sent.send(&lab.pod);
-            assert_eq!(sniffer.arrivals(&lab), 0, "{} by {:?} ({guard:?})", sent.name, sent.way);
-        }
+        let none_arrives = |when: &str| {
+            for sent in &hostile {
+                sent.send(&lab.pod);
+                let arrived = sniffer.arrivals(&lab);
+                assert_eq!(arrived, 0, "{} by {:?} ({guard:?}, {when})", sent.name, sent.way);
+            }
+        };
+        none_arrives("enrolled");
         let after = dropped(&capture);
         let since = |reason: &str| after[reason] - before[reason];
         let all: u64 = after.keys().map(|reason| since(reason)).sum();
@@ -368,6 +373,24 @@ fn nothing_sent_by_hand_leaves_the_pod() {
             assert!(since(reason) > 0, "{reason}: {after:?}");
         }
         drop(agent);
+        drop(capture);
+        none_arrives("nobody there");
+        let adopting = AtomicBool::new(true);
+        let capture = std::thread::scope(|scope| {
+            let attack = scope.spawn(|| {
+                let mut rounds = 0;
+                while adopting.load(Ordering::Relaxed) || rounds < 2 {
+                    hostile.iter().for_each(|sent| sent.send(&lab.pod));
+                    rounds += 1;
+                }
+            });
+            let capture = guarded_by(&lab, guard);
+            adopting.store(false, Ordering::Relaxed);
+            attack.join().unwrap();
+            capture
+        });
+        assert_eq!(sniffer.arrivals(&lab), 0, "while the pins were adopted ({guard:?})");
+        none_arrives("adopted");
         capture.detach_all().unwrap();
     }
 }
