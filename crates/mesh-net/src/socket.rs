@@ -62,7 +62,7 @@ impl Keepalive {
 }
 
 /// Queue of connections that are established but not accepted. Source: DESIGN; `net.core.somaxconn` is 4096.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// The mark that makes replies of an original-source connection come back to the agent over `lo`.
 ///

@@ -510,6 +510,9 @@ impl NodeWorker {
     }
 
     fn remove_pod(&mut self, ops: &mut Ops, key: PodKey, drain: Drain, reply: oneshot::Sender<()>) {
+        if !matches!(drain, Drain::Now) {
+            self.accept_the_last(ops, key);
+        }
         let Some(served) = self.pods.get_mut(&key) else {
             // Never added here, or gone: nothing is left, which is what the caller waits for.
             return answer(reply, ());
@@ -535,6 +538,17 @@ impl NodeWorker {
             self.give_up(ops, waiting, CloseReason::Drained);
         }
         self.finish_leaving(ops);
+    }
+
+    /// Takes in what was captured before capture ended and lies in the queues of a pod's listeners: for its client it is open.
+    fn accept_the_last(&mut self, ops: &mut Ops, key: PodKey) {
+        let Some(served) = self.pods.get(&key) else { return };
+        let listeners: Vec<_> = served.listeners.iter().map(|one| (one.port, one.id)).collect();
+        for (port, id) in listeners {
+            for (sock, ends) in ops.take_queued(id) {
+                self.accepted(ops, key.tag(port), sock, ends);
+            }
+        }
     }
 
     /// Cuts what outstayed its pod, and tells who waits for a pod to be gone.

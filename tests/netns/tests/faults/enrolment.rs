@@ -1,11 +1,12 @@
 //! A pod that runs comes into the mesh and leaves it again.
 
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use mesh_netns::peer::ports as peer;
+use mesh_netns::servers::ports;
 use mesh_netns::wait::PATIENCE;
-use mesh_netns::{PodSpec, Traffic, manifest};
+use mesh_netns::{Live, PodSpec, Traffic, manifest};
 
 use crate::mesh::Mesh;
 use crate::watch::{End, Scope, Watch};
@@ -83,6 +84,39 @@ pub(crate) fn in_and_out_under_traffic(mesh: &mut Mesh) -> anyhow::Result<()> {
     ensure!(opened >= 40 + 4 + 4, "only {opened} connections in the clear while outside");
     let (between, inside) = seen.tunnelled(mesh)?;
     ensure!(between > 0, "{between} and {inside} packets of tunnels");
+    mesh.lab.delete_pod("late")?;
+    mesh.lab.delete(&manifest::namespace("later", &[AMBIENT]))
+}
+
+/// A pod is taken in and let go while connections of every kind carry bytes, by both families: those from before, and those that
+/// were begun while it was captured. None of them, and none that is begun meanwhile, is disturbed.
+pub(crate) fn live_connections_never_notice(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.lab.apply(&manifest::namespace("later", &[]))?;
+    mesh.lab.run_pod("a", PodSpec::new("later", "late"))?;
+    mesh.wait_for("late")?;
+    let server = mesh.pod("server");
+    let servers = [server.ipv4, server.ipv6];
+    let live = || Live::start(&mesh.lab, mesh.pod("late"), ports::HTTP, servers);
+    // A round of the traffic is a moment in which all of them move.
+    let traffic = Traffic::start(mesh, "late", "live", &mesh.urls().join(" "))?;
+    let plain = live()?;
+    let begun = Instant::now();
+    traffic.more(8, "hello from")?;
+    mesh.lab.apply(&manifest::namespace("later", &[AMBIENT]))?;
+    enroll(mesh)?;
+    let mut moments = vec![("enrolled", begun.elapsed())];
+    traffic.more(8, "hello from")?;
+    let captured = live()?;
+    traffic.more(8, "hello from")?;
+    moments.push(("un-enrolling", begun.elapsed()));
+    let unenrolled = mesh.lab.node("a").culvert(&["pod", "unenroll", "later/late"])?;
+    ensure!(unenrolled.success(), "unenroll: {}{}", unenrolled.stdout, unenrolled.stderr);
+    moments.push(("un-enrolled", begun.elapsed()));
+    traffic.more(8, "hello from")?;
+    let captured = captured.finish().context("begun while captured");
+    let plain = plain.finish().context("begun before");
+    captured.and(plain).with_context(|| format!("{moments:?}"))?;
+    traffic.finish_whole()?;
     mesh.lab.delete_pod("late")?;
     mesh.lab.delete(&manifest::namespace("later", &[AMBIENT]))
 }

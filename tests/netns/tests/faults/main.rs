@@ -29,6 +29,7 @@ const FAULTS: &[Named<Mesh>] = &[
     ("raw_packets_of_a_pod_do_not_leave", hostile::raw_packets_do_not_leave),
     ("pod_that_undoes_its_own_network_does_not_leak", hostile::vandal_does_not_leak),
     ("attacks_find_no_gap_while_things_change", hostile::attacks_find_no_gap),
+    ("live_connections_never_notice_enrolment", enrolment::live_connections_never_notice),
     ("enrolling_and_unenrolling_under_traffic", enrolment::in_and_out_under_traffic),
     ("denying_policy_cuts_live_connections", policy::denying_cuts_live_connections),
     (
