@@ -7,11 +7,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use aya::programs::SchedClassifier;
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError, TcHandle,
     qdisc_add_clsact,
 };
+use aya::programs::{ProgramError, SchedClassifier};
 
 use crate::object::{Programs, TCX_EGRESS, TCX_INGRESS};
 use crate::sys::{LinkOrder, LinkTarget};
@@ -84,7 +84,25 @@ impl Guards {
                 .and_then(|()| sys::pin(guards.program(side).as_fd(), &path))
                 .map_err(CaptureError::kernel("pinning a guard program"))?;
         }
+        match attachment {
+            // Was attached to find out.
+            GuardAttachment::Tcx => {}
+            GuardAttachment::Clsact => guards.try_filters()?,
+        }
         Ok(guards)
+    }
+
+    /// Attaches both filters in namespaces that nobody uses: what the kernel lacks for them is found out before there is a
+    /// pod to guard.
+    fn try_filters(&self) -> Result<(), CaptureError> {
+        try_clsact()?;
+        for side in SIDES {
+            let path = self.programs.join(side.program);
+            netns::inside_new(|| add_filter(&mut SchedClassifier::from_pin(&path)?, "lo", side))
+                .map_err(CaptureError::kernel("making a namespace to try clsact"))?
+                .map_err(|source| CaptureError::Program { program: side.program, source })?;
+        }
+        Ok(())
     }
 
     pub(crate) fn attachment(&self) -> GuardAttachment {
@@ -145,17 +163,7 @@ impl Guards {
                     std::mem::forget(program.take_link(id)?);
                     return Ok(false);
                 }
-                match qdisc_add_clsact(&name) {
-                    Err(TcError::NetlinkError(error)) if is_present(&error) => {}
-                    added => added?,
-                }
-                let options = TcAttachOptions::Netlink(NlOptions {
-                    priority: PRIORITY,
-                    handle: side.handle,
-                    ..NlOptions::default()
-                });
-                let id = program.attach_with_options(&name, side.clsact, options)?;
-                std::mem::forget(program.take_link(id)?);
+                add_filter(&mut program, &name, side)?;
                 Ok(true)
             })())
         })
@@ -229,6 +237,22 @@ fn patiently<T>(mut attach: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         }
     }
     attach()
+}
+
+/// Adds a side's filter, which stays, to an interface of the namespace that the thread is in.
+fn add_filter(program: &mut SchedClassifier, name: &str, side: Side) -> Result<(), ProgramError> {
+    match qdisc_add_clsact(name) {
+        Err(TcError::NetlinkError(error)) if is_present(&error) => {}
+        added => added?,
+    }
+    let options = TcAttachOptions::Netlink(NlOptions {
+        priority: PRIORITY,
+        handle: side.handle,
+        ..NlOptions::default()
+    });
+    let id = program.attach_with_options(name, side.clsact, options)?;
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
 }
 
 fn link_path(pod: &Path, side: Side, interface: u32) -> PathBuf {
