@@ -98,11 +98,11 @@ pub(crate) fn run_suites(filter: Option<&str>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds agent and controller, and the agent's CNI plugin beside them.
+/// Builds agent, controller and command line, and the agent's CNI plugin beside them.
 fn programs() -> anyhow::Result<(Vec<PathBuf>, PathBuf)> {
     build_all()?;
     let folder = target_dir()?.join("debug");
-    let programs = ["culvert-agent", "culvert-controller"].map(|name| folder.join(name));
+    let programs = ["culvert-agent", "culvert-controller", "culvert"].map(|name| folder.join(name));
     Ok((programs.into(), folder.join("culvert-cni")))
 }
 

@@ -48,7 +48,7 @@ const SCRIPTS: &[(&str, &str)] = &[
 pub(super) struct Built {
     /// Test programs.
     pub(super) suites: Vec<PathBuf>,
-    /// Agent and controller.
+    /// Agent, controller and command line.
     pub(super) programs: Vec<PathBuf>,
     /// Our CNI plugin.
     pub(super) plugin: PathBuf,
