@@ -8,22 +8,30 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use hickory_proto::op::{Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
-use mesh_netns::lab::OUTSIDE_IP;
+use mesh_netns::lab::{OUTSIDE_IP, OUTSIDE_IP6};
 use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{PodSpec, manifest, servers};
 use serde_json::{Value, json};
 
 use crate::mesh::{Mesh, OUTSIDE_PORT, inside, sum_of};
 
-/// What the resolver outside says to everything.
-const ELSEWHERE_V4: [u8; 4] = [198, 51, 100, 7];
+/// What the resolver outside says to everything but [`OUTSIDE_NAME`] and [`NOWHERE_NAME`].
+pub(crate) const ELSEWHERE_V4: [u8; 4] = [198, 51, 100, 7];
 const ELSEWHERE_V6: [u8; 16] = [0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7];
+
+/// The resolver knows it as the host outside the mesh.
+pub(crate) const OUTSIDE_NAME: &str = "outside.dns.example";
+/// A name that does not exist, says the resolver.
+pub(crate) const NOWHERE_NAME: &str = "nowhere.dns.example";
+
+/// The nameserver of the pods' resolv.conf, and the same by the other family.
+const NAMESERVERS: [&str; 2] = [OUTSIDE_IP, OUTSIDE_IP6];
 
 /// Far longer than an answer takes.
 const LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Transport {
+pub(crate) enum Transport {
     Udp,
     Tcp,
 }
@@ -82,12 +90,23 @@ impl Resolver {
         }
         let question = query.get(12..end + 5)?;
         let kind = u16::from_be_bytes([query[end + 1], query[end + 2]]);
-        let data: &[u8] = match kind {
-            1 => &ELSEWHERE_V4,
-            28 => &ELSEWHERE_V6,
-            _ => b"\x07outside",
+        let is = |name: &str| first_label(name).is_some_and(|label| question.starts_with(&label));
+        let address = |outside: &str, elsewhere: &[u8]| match outside.parse() {
+            Ok(IpAddr::V4(ip)) if is(OUTSIDE_NAME) => ip.octets().to_vec(),
+            Ok(IpAddr::V6(ip)) if is(OUTSIDE_NAME) => ip.octets().to_vec(),
+            _other => elsewhere.to_vec(),
+        };
+        let data = match kind {
+            1 => address(OUTSIDE_IP, &ELSEWHERE_V4),
+            28 => address(OUTSIDE_IP6, &ELSEWHERE_V6),
+            _ => b"\x07outside".to_vec(),
         };
         let mut answer = query[..2].to_vec();
+        if is(NOWHERE_NAME) {
+            answer.extend([0x81, 0x83, 0, 1, 0, 0, 0, 0, 0, 0]);
+            answer.extend(question);
+            return Some(answer);
+        }
         answer.extend([0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
         answer.extend(question);
         answer.extend([0xc0, 12]);
@@ -98,9 +117,9 @@ impl Resolver {
         Some(answer)
     }
 
-    /// Queries so far whose name begins with the label `first`.
-    fn asked_about(&self, first: &str) -> Vec<Transport> {
-        let label = [&[u8::try_from(first.len()).unwrap_or(0)], first.as_bytes()].concat();
+    /// Queries so far whose name begins with the first label of `name`.
+    pub(crate) fn asked_about(&self, name: &str) -> Vec<Transport> {
+        let label = first_label(name).unwrap_or_default();
         let asked = self.asked.lock().map(|asked| asked.clone()).unwrap_or_default();
         let about = |(_, query): &&(Transport, Vec<u8>)| query[12..].starts_with(&label);
         asked.iter().filter(about).map(|(transport, _)| *transport).collect()
@@ -111,6 +130,12 @@ impl Resolver {
         let asked = self.asked.lock().map(|asked| asked.clone()).unwrap_or_default();
         asked.iter().any(|(by, bytes)| *by == transport && bytes == query)
     }
+}
+
+/// The first label of a name as it is in a message.
+fn first_label(name: &str) -> Option<Vec<u8>> {
+    let first = name.split('.').next()?;
+    Some([&[u8::try_from(first.len()).ok()?], first.as_bytes()].concat())
 }
 
 fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
@@ -141,9 +166,31 @@ fn ask(
     kind: RecordType,
     transport: Transport,
 ) -> anyhow::Result<Message> {
-    let server = SocketAddr::new(OUTSIDE_IP.parse()?, 53);
+    ask_at(mesh, pod, OUTSIDE_IP, name, kind, transport)
+}
+
+/// What a pod is told about a name by a nameserver.
+fn ask_at(
+    mesh: &Mesh,
+    pod: &str,
+    nameserver: &str,
+    name: &str,
+    kind: RecordType,
+    transport: Transport,
+) -> anyhow::Result<Message> {
+    let server = SocketAddr::new(nameserver.parse()?, 53);
     let answer = exchange(mesh, pod, server, &query(name, kind)?.to_vec()?, transport)?;
     Ok(Message::from_vec(&answer)?)
+}
+
+/// The addresses of a name, as a pod is told them over UDP.
+pub(crate) fn looked_up(
+    mesh: &Mesh,
+    pod: &str,
+    name: &str,
+    kind: RecordType,
+) -> anyhow::Result<Vec<IpAddr>> {
+    Ok(addresses(&ask(mesh, pod, name, kind, Transport::Udp)?))
 }
 
 /// What a pod is answered to some bytes.
@@ -156,7 +203,8 @@ fn exchange(
 ) -> anyhow::Result<Vec<u8>> {
     let answer = inside(mesh.lab.pod(pod).netns(), || match transport {
         Transport::Udp => {
-            let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+            let any = if server.is_ipv4() { "0.0.0.0" } else { "::" };
+            let socket = UdpSocket::bind((any, 0))?;
             socket.set_read_timeout(Some(LIMIT))?;
             socket.connect(server)?;
             socket.send(query)?;
@@ -180,11 +228,18 @@ fn addresses(message: &Message) -> Vec<IpAddr> {
     message.answers.iter().filter_map(|record| record.data.ip_addr()).collect()
 }
 
-fn service_entry(name: &str, spec: &Value) -> Value {
+pub(crate) fn service_entry(name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry",
         "metadata": { "name": name, "namespace": "mesh" }, "spec": spec,
     })
+}
+
+/// Every nameserver over every transport.
+fn ways() -> impl Iterator<Item = (&'static str, Transport)> {
+    NAMESERVERS
+        .into_iter()
+        .flat_map(|server| [Transport::Udp, Transport::Tcp].map(|transport| (server, transport)))
 }
 
 /// The objects behind the names.
@@ -248,16 +303,17 @@ impl Names {
     }
 }
 
-/// Every kind of name, both families, over UDP and TCP; the resolver outside hears of none.
+/// Every kind of name, both families, over UDP and TCP, by both families; the resolver outside hears of none.
 pub(crate) fn names_of_the_mesh(mesh: &mut Mesh) -> anyhow::Result<()> {
     let mesh = &*mesh;
     Names::with(mesh, |names| {
         let (pod4, pod6) = (mesh.lab.pod("server").ipv4, mesh.lab.pod("server").ipv6);
         let heard_before = mesh.resolver.asked_about("web").len();
-        for transport in [Transport::Udp, Transport::Tcp] {
+        for (nameserver, transport) in ways() {
             let look = |name: &str, kind| -> anyhow::Result<Vec<IpAddr>> {
-                let answer = ask(mesh, "client", name, kind, transport);
-                Ok(addresses(&answer.with_context(|| format!("{kind} {name}"))?))
+                let answer = ask_at(mesh, "client", nameserver, name, kind, transport);
+                let what = || format!("{kind} {name} from {nameserver} over {transport:?}");
+                Ok(addresses(&answer.with_context(what)?))
             };
             let exact = [
                 ("web.mesh.svc.cluster.local.", names.vips[0], names.vips[1]),
@@ -326,15 +382,22 @@ pub(crate) fn service_entry_is_reached_by_name(mesh: &mut Mesh) -> anyhow::Resul
 
 /// Names and types that are not the mesh's reach the pod's own resolver, and its answer the pod.
 pub(crate) fn other_names_are_forwarded(mesh: &mut Mesh) -> anyhow::Result<()> {
-    for (transport, first) in [(Transport::Udp, "over-udp"), (Transport::Tcp, "over-tcp")] {
+    for (nameserver, transport) in ways() {
+        let family = if nameserver == OUTSIDE_IP { "ipv4" } else { "ipv6" };
+        let first = format!("over-{transport:?}-{family}").to_lowercase();
         let name = format!("{first}.unknown.example.");
-        let a = addresses(&ask(mesh, "client", &name, RecordType::A, transport)?);
-        ensure!(a == [IpAddr::from(ELSEWHERE_V4)], "A over {transport:?}: {a:?}");
-        let aaaa = addresses(&ask(mesh, "client", &name, RecordType::AAAA, transport)?);
-        ensure!(aaaa == [IpAddr::from(ELSEWHERE_V6)], "AAAA over {transport:?}: {aaaa:?}");
-        let text = ask(mesh, "client", &name, RecordType::TXT, transport)?;
-        ensure!(text.answers.len() == 1, "TXT over {transport:?}: {text:?}");
-        let heard = mesh.resolver.asked_about(first);
+        let way = format!("from {nameserver} over {transport:?}");
+        let look = |kind| {
+            ask_at(mesh, "client", nameserver, &name, kind, transport)
+                .with_context(|| format!("{kind} {way}"))
+        };
+        let a = addresses(&look(RecordType::A)?);
+        ensure!(a == [IpAddr::from(ELSEWHERE_V4)], "A {way}: {a:?}");
+        let aaaa = addresses(&look(RecordType::AAAA)?);
+        ensure!(aaaa == [IpAddr::from(ELSEWHERE_V6)], "AAAA {way}: {aaaa:?}");
+        let text = look(RecordType::TXT)?;
+        ensure!(text.answers.len() == 1, "TXT {way}: {text:?}");
+        let heard = mesh.resolver.asked_about(&first);
         ensure!(heard == [transport; 3], "the resolver outside heard {heard:?}");
     }
     Ok(())
@@ -344,22 +407,30 @@ pub(crate) fn other_names_are_forwarded(mesh: &mut Mesh) -> anyhow::Result<()> {
 /// of the mesh, and a datagram longer than any query.
 pub(crate) fn what_is_forwarded_is_whole(mesh: &mut Mesh) -> anyhow::Result<()> {
     let mesh = &*mesh;
-    let server = SocketAddr::new(OUTSIDE_IP.parse()?, 53);
     Names::with(mesh, |_names| {
-        let mut update = query("web.mesh.svc.cluster.local.", RecordType::A)?;
-        update.metadata.op_code = OpCode::Notify;
-        let update = update.to_vec()?;
+        let mut queries = Vec::new();
+        for opcode in [OpCode::Notify, OpCode::Update] {
+            let mut query = query("web.mesh.svc.cluster.local.", RecordType::A)?;
+            query.metadata.op_code = opcode;
+            let query = query.to_vec()?;
+            for transport in [Transport::Udp, Transport::Tcp] {
+                queries.push((format!("{opcode:?}"), query.clone(), transport));
+            }
+        }
         let mut long = query("long.unknown.example.", RecordType::A)?.to_vec()?;
         long.resize(5000, 0x5a);
-        for (what, query, transport) in [
-            ("another opcode", &update, Transport::Udp),
-            ("another opcode", &update, Transport::Tcp),
-            ("a long datagram", &long, Transport::Udp),
-        ] {
-            let answer = exchange(mesh, "client", server, query, transport)
-                .with_context(|| format!("{what} over {transport:?}"))?;
-            ensure!(answer.ends_with(&ELSEWHERE_V4), "{what} over {transport:?}: {answer:?}");
-            ensure!(mesh.resolver.heard(transport, query), "{what} over {transport:?} was changed");
+        queries.push(("a long datagram".to_owned(), long, Transport::Udp));
+        for nameserver in NAMESERVERS {
+            let server = SocketAddr::new(nameserver.parse()?, 53);
+            for (what, query, transport) in &mut queries {
+                // Nobody has sent these bytes before.
+                query[0] ^= u8::from(server.is_ipv6());
+                let way = format!("{what} to {server} over {transport:?}");
+                let answer = exchange(mesh, "client", server, query, *transport)
+                    .with_context(|| way.clone())?;
+                ensure!(answer.ends_with(&ELSEWHERE_V4), "{way}: {answer:?}");
+                ensure!(mesh.resolver.heard(*transport, query), "{way} was changed");
+            }
         }
         Ok(())
     })

@@ -7,6 +7,7 @@ mod annotations;
 mod authority;
 mod capture;
 mod churn;
+mod destinations;
 mod dns;
 mod identity;
 mod manifests;
@@ -72,6 +73,12 @@ const STEPS: &[Named<Mesh>] = &[
     ("dns::resolver_that_is_not_there", dns::resolver_that_is_not_there),
     ("dns::names_of_pods", dns::names_of_pods),
     ("dns::answers_are_kept_no_longer_than_their_ttl", dns::answers_are_kept_for_their_ttl),
+    ("destinations::by_their_names", destinations::by_their_names),
+    ("destinations::ranges", destinations::ranges),
+    ("destinations::workload_entries", destinations::workload_entries),
+    ("destinations::of_one_namespace", destinations::of_one_namespace),
+    ("destinations::on_the_hosts_network", destinations::on_the_hosts_network),
+    ("destinations::endpoints_of_a_service", destinations::endpoints_of_a_service),
     ("manifests::refused_object_leaves_the_last_good_one", manifests::refused_object),
     ("manifests::unreadable_policy_refuses_whom_it_selects", manifests::unreadable_policy),
     ("manifests::last_good_policy_over_a_restart", manifests::last_good_policy_over_a_restart),

@@ -39,7 +39,7 @@ impl Mesh {
             lab.apply(&manifest::namespace(namespace, &[AMBIENT]))?;
         }
         lab.apply(&manifest::namespace("plain", &[]))?;
-        serve_outside(lab.outside())?;
+        serve(lab.outside(), OUTSIDE_PORT, "outside")?;
         let resolver = crate::dns::Resolver::start(lab.outside())?;
         lab.run_pod("a", PodSpec::new("mesh", "client"))?;
         lab.run_pod("a", PodSpec::new("far", "visitor"))?;
@@ -170,18 +170,18 @@ pub(crate) fn inside<T: Send>(
     })
 }
 
-/// A small web server on the host outside the mesh, for as long as this program runs.
-fn serve_outside(namespace: &str) -> anyhow::Result<()> {
-    let listener = inside(namespace, || Ok(TcpListener::bind(("::", OUTSIDE_PORT))?))?;
+/// A small web server in a namespace that is no pod's, for as long as this program runs.
+pub(crate) fn serve(namespace: &str, port: u16, name: &'static str) -> anyhow::Result<()> {
+    let listener = inside(namespace, || Ok(TcpListener::bind(("::", port))?))?;
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let answered = (|mut stream: std::net::TcpStream| {
                 stream.set_read_timeout(Some(PATIENCE))?;
                 let _request = stream.read(&mut [0; 4096])?;
-                stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nhello from outside\n")
+                write!(stream, "HTTP/1.0 200 OK\r\n\r\nhello from {name}\n")
             })(stream);
             if let Err(error) = answered {
-                eprintln!("outside: {error}");
+                eprintln!("{name}: {error}");
             }
         }
     });
