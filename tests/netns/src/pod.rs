@@ -88,7 +88,8 @@ pub struct Pod {
     pub ipv4: IpAddr,
     /// Its IPv6 address.
     pub ipv6: IpAddr,
-    pub(crate) attachment: Attachment,
+    /// What its node's CNI chain was told of it.
+    pub attachment: Attachment,
     pub(crate) namespace: Namespace,
     pub(crate) folder: PathBuf,
 }

@@ -6,7 +6,8 @@ use anyhow::{Context as _, ensure};
 use mesh_netns::process::run;
 use mesh_netns::servers::ports;
 use mesh_netns::wait::{PATIENCE, until};
-use mesh_netns::{PodSpec, Traffic, manifest};
+use mesh_netns::{Pod, PodSpec, Traffic, manifest, net};
+use serde_json::{Value, json};
 
 use crate::mesh::Mesh;
 use crate::watch::{Scope, Watch};
@@ -84,6 +85,70 @@ pub(crate) fn pod_does_not_start_without_one(mesh: &mut Mesh) -> anyhow::Result<
     traffic.finish()?;
     watch.finish()?.nothing_in_the_clear(&Scope::All)?;
     mesh.lab.delete_pod("early")
+}
+
+/// What a runtime asks beside ADD and DEL, of the agent that runs and of one that does not: CHECK of a pod that is as it was
+/// left, STATUS, and GC, which takes sandboxes that are gone and none that lives.
+pub(crate) fn runtime_checks_and_collects(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let call = |mesh: &Mesh, verb: &str, pod: &Pod, valid: Option<&[&Pod]>| {
+        let mut chain = mesh.lab.node("a").chain.clone();
+        chain.conflist["cniVersion"] = json!("1.1.0");
+        let mut plugin = chain.conflist["plugins"][1].clone();
+        if let Some(valid) = valid {
+            let valid = valid
+                .iter()
+                .map(|pod| json!({ "containerID": pod.attachment.container_id, "ifname": "eth0" }));
+            plugin["cni.dev/valid-attachments"] = valid.collect();
+        }
+        let left = json!({
+            "cniVersion": "1.1.0",
+            "interfaces": [{ "name": "eth0", "sandbox": pod.attachment.netns }],
+            "ips": [{ "interface": 0, "address": format!("{}/24", pod.ipv4) }],
+        });
+        chain.call(verb, &plugin, &left, &pod.attachment)
+    };
+    let fails = |outcome: anyhow::Result<Value>, code: u32, what: &str| -> anyhow::Result<()> {
+        let said = match outcome {
+            Ok(said) => anyhow::bail!("{what} succeeds: {said}"),
+            Err(error) => format!("{error:#}"),
+        };
+        let named = [format!("\"code\":{code},"), format!("\"code\": {code},")];
+        ensure!(named.iter().any(|code| said.contains(code)), "{what}: {said}");
+        Ok(())
+    };
+    let client = mesh.pod("client");
+    call(mesh, "STATUS", client, None)?;
+    call(mesh, "CHECK", client, None)?;
+    call(mesh, "CHECK", mesh.pod("stranger"), None).context("of a pod outside the mesh")?;
+    let elsewhere = call(mesh, "CHECK", mesh.pod("server"), None);
+    fails(elsewhere, 101, "CHECK of a pod that this agent never saw")?;
+
+    let enrolled = |mesh: &Mesh| mesh.lab.node("a").culvert(&["pod", "list"])?.output();
+    // The agent looks for itself every second, but not three times in a row before the runtime.
+    for name in ["gone-1", "gone-2", "gone-3"] {
+        let pod = mesh.lab.run_pod("a", PodSpec::new("mesh", name))?;
+        net::remove(pod.netns())?;
+        let valid = [mesh.pod("client"), mesh.pod("mate")];
+        call(mesh, "GC", mesh.pod("client"), Some(&valid))?;
+        let left = enrolled(mesh)?;
+        ensure!(!left.contains(name), "{name} was not collected: {left}");
+        mesh.lab.delete_pod(name)?;
+    }
+    // A list that leaves out pods which live, as that of another network does.
+    call(mesh, "GC", mesh.pod("client"), Some(&[]))?;
+    let left = enrolled(mesh)?;
+    ensure!(left.contains("client") && left.contains("mate"), "pods that live are gone: {left}");
+    call(mesh, "CHECK", mesh.pod("client"), None).context("after the collection")?;
+    fails(call(mesh, "GC", mesh.pod("client"), None), 7, "GC without a list")?;
+
+    mesh.lab.node_mut("a").kill_agent();
+    fails(call(mesh, "STATUS", mesh.pod("client"), None), 51, "STATUS without an agent")?;
+    fails(call(mesh, "CHECK", mesh.pod("client"), None), 11, "CHECK without an agent")?;
+    fails(call(mesh, "GC", mesh.pod("client"), Some(&[])), 11, "GC without an agent")?;
+    mesh.restart_agent("a")?;
+    call(mesh, "STATUS", mesh.pod("client"), None)?;
+    call(mesh, "CHECK", mesh.pod("client"), None).context("after the agent came back")?;
+    mesh.wait_for("client")
 }
 
 /// The controller is away: traffic goes on, also new connections, and none in the clear.

@@ -23,6 +23,7 @@ const FAULTS: &[Named<Mesh>] = &[
     ("dead_agent_refuses_and_nothing_leaks", agent::dead_refuses_and_nothing_leaks),
     ("restarts_under_traffic_never_leak", agent::restarts_under_traffic_never_leak),
     ("pod_does_not_start_without_an_agent", agent::pod_does_not_start_without_one),
+    ("container_runtime_checks_and_collects", agent::runtime_checks_and_collects),
     ("controller_away_changes_nothing", agent::controller_away_changes_nothing),
     ("keys_outlive_an_agent_while_the_controller_is_away", agent::keys_outlive_an_agent),
     ("pod_cannot_take_the_agents_ports", agent::pod_cannot_take_its_ports),
