@@ -131,6 +131,7 @@ pub fn bridge_conflist(state: &str, subnet4: &str, subnet6: &str, chained: Optio
         "bridge": "cni0",
         "isGateway": true,
         "hairpinMode": true,
+        "dns": { "nameservers": [crate::lab::OUTSIDE_IP] },
         "ipam": {
             "type": "host-local",
             "dataDir": state,
