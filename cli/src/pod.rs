@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_enroll::names::pod_uid;
+use mesh_enroll::request::patience_ms;
 use mesh_enroll::{
     ContainerId, Enroll, EnrollReply, EnrollRequest, EnrolledPod, FrameError, NetnsPath, PodName,
     PodRef, PodSelector, call,
@@ -21,7 +22,7 @@ use crate::show::{self, Columns};
 pub(crate) fn run(command: &PodCommand, reach: &Reach, output: Output) -> Result<Ending, Failure> {
     let (request, done) = match command {
         PodCommand::Enroll(args) => {
-            let enroll = enrolment(args)?;
+            let enroll = enrolment(args, reach)?;
             let done = format!("{} is in the mesh", enroll.pod.name);
             (EnrollRequest::Enroll(enroll), done)
         }
@@ -71,7 +72,7 @@ pub(crate) fn pods_table(pods: &[EnrolledPod]) -> String {
     columns.render()
 }
 
-fn enrolment(args: &EnrollArgs) -> Result<Enroll, Failure> {
+fn enrolment(args: &EnrollArgs, reach: &Reach) -> Result<Enroll, Failure> {
     let container_id = args.container_id.as_deref().unwrap_or(&args.uid);
     let request = Enroll {
         pod: PodRef::new(&args.uid, &args.namespace, &args.name, &args.service_account)
@@ -82,6 +83,7 @@ fn enrolment(args: &EnrollArgs) -> Result<Enroll, Failure> {
         container_id: ContainerId::new(container_id).map_err(|error| usage(&error))?,
         nameservers: args.nameservers.iter().copied().collect(),
         live: args.live,
+        patience_ms: patience_ms(Duration::from_secs(reach.timeout_seconds)),
     };
     Ok(request)
 }
@@ -140,6 +142,7 @@ fn ask(request: &EnrollRequest, reach: &Reach) -> Result<EnrollReply, Failure> {
             remedy: "use culvert and the agent of one version".to_owned(),
         },
         FrameError::Truncated => no_answer(socket, error.to_string()),
+        FrameError::Late => no_answer(socket, format!("none in {} s", reach.timeout_seconds)),
         FrameError::Io(source) => no_answer(socket, source.to_string()),
     })
 }

@@ -132,7 +132,7 @@ impl Desk {
             })
             .get("/pods", move |_request| {
                 let desk = pods.clone();
-                async move { Reply::json(&desk.enroller.list()) }
+                async move { Reply::json(&desk.enroller.list_all()) }
             })
             .get("/stats", move |_request| {
                 let desk = stats.clone();
@@ -184,7 +184,8 @@ impl Desk {
             )
             .take(MAX_DENYING)
             .collect();
-        let EnrollReply::Pods { pods } = (EnrollReply::Pods { pods: self.enroller.list() }) else {
+        let EnrollReply::Pods { pods } = (EnrollReply::Pods { pods: self.enroller.list_all() })
+        else {
             return serde_json::Value::Null;
         };
         json!({
@@ -251,12 +252,13 @@ impl Desk {
         ] {
             metrics::gauge!(metric::RESOURCES.name, "type" => kind).set(number(count));
         }
-        let pods = self.enroller.list();
+        let pods = self.enroller.list_all();
         for phase in [
             mesh_enroll::PodPhase::Enrolled,
             mesh_enroll::PodPhase::Pending,
             mesh_enroll::PodPhase::Draining,
             mesh_enroll::PodPhase::Excluded,
+            mesh_enroll::PodPhase::Closed,
         ] {
             let count = pods.iter().filter(|pod| pod.phase == phase).count();
             metrics::gauge!(metric::PODS.name, "phase" => phase.as_str()).set(number(count));

@@ -38,7 +38,7 @@ use crate::control::world::World;
 use crate::dataplane::{DataPlane, DataPlaneConfig, Drain, FlowSink, Shared, Snapshot};
 use crate::dns::DnsDesk;
 use crate::dns::lookup::PodResolver;
-use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments};
+use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments, Remains};
 use crate::enrolment::desk::EnrolmentDesk;
 use crate::enrolment::enroller::{Enroller, EnrollerConfig};
 use crate::enrolment::namespace;
@@ -189,7 +189,8 @@ pub async fn run(settings: Settings, logging: Logging, metrics: Metrics) -> anyh
         )
         .context("reading the list of enrolled pods")?,
     );
-    let enrolment = Enrolment::new(Arc::clone(&enroller), wanted_pods);
+    let enrolment =
+        Enrolment::new(Arc::clone(&enroller), wanted_pods).with_picture(Arc::clone(&picture));
     if let Some(running) = &mut running {
         let known = picture.snapshot();
         // Everything that is taken over is judged again at once: against no roots or no policies all of it would be cut.
@@ -442,6 +443,14 @@ impl PodAttachments for KernelOnly {
 
     fn detach(&self, _uid: &PodUid, _cookie: u64, _drain: Drain) -> Result<(), AttachError> {
         Ok(())
+    }
+
+    fn close(&self, _uid: &PodUid, _cookie: u64) -> Result<(), AttachError> {
+        Ok(())
+    }
+
+    fn remains(&self, _cookie: u64) -> Result<Remains, AttachError> {
+        Ok(Remains::Nothing)
     }
 
     fn lingers(&self, _uid: &PodUid) -> bool {

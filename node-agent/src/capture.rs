@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 
 use crate::dataplane::{DataPlane, Drain, HandedPod, KernelCapture, PodSockets};
 use crate::dns::DnsDesk;
-use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments};
+use crate::enrolment::attachment::{AttachError, AttachedPod, PodAttachments, Remains};
 use crate::enrolment::squatter;
 
 // The kernel's side and the crates that do not know it have one word for the same thing.
@@ -230,6 +230,24 @@ impl PodAttachments for Attachments {
         }
         self.unstage(uid);
         Ok(())
+    }
+
+    fn close(&self, uid: &PodUid, cookie: u64) -> Result<(), AttachError> {
+        self.data_plane.direct().pod_leaves(cookie, Drain::Now);
+        self.dns.remove(uid);
+        self.runtime.block_on(self.data_plane.remove_pod(uid, Drain::Now));
+        self.unstage(uid);
+        Ok(())
+    }
+
+    fn remains(&self, cookie: u64) -> Result<Remains, AttachError> {
+        if let Some(found) = self.gate.capture.find(NetnsCookie(cookie)).map_err(kernel_refused)? {
+            let attached = found.steered || !found.guarded.is_empty();
+            return Ok(if attached { Remains::OfLiving } else { Remains::OfUnknown });
+        }
+        let foreign = self.gate.capture.foreign_pods().map_err(kernel_refused)?;
+        let captured = foreign.contains(&NetnsCookie(cookie));
+        Ok(if captured { Remains::OfUnknown } else { Remains::Nothing })
     }
 
     fn lingers(&self, uid: &PodUid) -> bool {

@@ -1,6 +1,7 @@
 //! Enrolment: how a pod enters the mesh and leaves it.
 
 pub(crate) mod attachment;
+pub(crate) mod closed;
 pub(crate) mod desk;
 pub(crate) mod discover;
 pub(crate) mod enroller;

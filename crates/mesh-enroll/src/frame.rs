@@ -28,7 +28,10 @@ pub enum FrameError {
     /// JSON that is no message of this protocol.
     #[error("message is not valid")]
     Malformed(#[source] serde_json::Error),
-    /// The stream failed or timed out.
+    /// No answer before the deadline that was set on the stream.
+    #[error("no answer in time")]
+    Late,
+    /// The stream failed.
     #[error("cannot talk to the other end")]
     Io(#[source] io::Error),
 }
@@ -39,7 +42,7 @@ impl FrameError {
     pub const fn is_protocol(&self) -> bool {
         match self {
             Self::TooLong { .. } | Self::Malformed(_) => true,
-            Self::Truncated | Self::Io(_) => false,
+            Self::Truncated | Self::Late | Self::Io(_) => false,
         }
     }
 }
@@ -101,10 +104,11 @@ pub fn read_frame(stream: &mut impl Read) -> Result<Vec<u8>, FrameError> {
 }
 
 fn read_error(error: io::Error) -> FrameError {
-    if error.kind() == io::ErrorKind::UnexpectedEof {
-        FrameError::Truncated
-    } else {
-        FrameError::Io(error)
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => FrameError::Truncated,
+        // What a deadline looks like depends on the platform.
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => FrameError::Late,
+        _ => FrameError::Io(error),
     }
 }
 
@@ -152,7 +156,7 @@ pub fn write_reply(stream: &mut impl Write, reply: &EnrollReply) -> Result<(), F
 /// Asks and waits for the answer, on a stream just connected to the agent.
 ///
 /// # Errors
-/// Those of [`write_request`] and [`read_reply`]; a deadline set on the stream shows as [`FrameError::Io`].
+/// Those of [`write_request`] and [`read_reply`]; a deadline set on the stream shows as [`FrameError::Late`].
 pub fn call(
     stream: &mut (impl Read + Write),
     request: &EnrollRequest,

@@ -58,6 +58,8 @@ pub enum PodPhase {
     Enrolled,
     /// Being let go; its last connections finish.
     Draining,
+    /// A sandbox that was replaced or removed and in which something may live: captured, and refused everything.
+    Closed,
 }
 
 impl PodPhase {
@@ -69,6 +71,7 @@ impl PodPhase {
             Self::Pending => "pending",
             Self::Enrolled => "enrolled",
             Self::Draining => "draining",
+            Self::Closed => "closed",
         }
     }
 }

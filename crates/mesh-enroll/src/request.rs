@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use mesh_model::{PodUid, canonical_ip};
 use serde::{Deserialize, Serialize};
@@ -116,6 +117,19 @@ pub struct Enroll {
     /// True when the pod runs already and an operator asks: its connections stay as they are, and the agent does not
     /// wait for the controller's word on it.
     pub live: bool,
+    /// How long the asker waits for the answer, milliseconds, when that is less than [`USUAL_PATIENCE`]; the agent answers
+    /// before that, with what it knows by then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience_ms: Option<u64>,
+}
+
+/// Who waits that long need not say so: the agent makes nobody wait longer than half of it.
+pub const USUAL_PATIENCE: Duration = Duration::from_secs(20);
+
+/// What to put into [`Enroll::patience_ms`] of an asker that waits for `patience`.
+#[must_use]
+pub fn patience_ms(patience: Duration) -> Option<u64> {
+    (patience < USUAL_PATIENCE).then(|| u64::try_from(patience.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Most addresses of one pod. Kubernetes has two; secondary networks add a few.
@@ -150,6 +164,8 @@ struct RawEnroll {
     nameservers: Vec<IpAddr>,
     #[serde(default)]
     live: bool,
+    #[serde(default)]
+    patience_ms: Option<u64>,
 }
 
 impl TryFrom<RawEnroll> for Enroll {
@@ -163,6 +179,7 @@ impl TryFrom<RawEnroll> for Enroll {
             container_id: raw.container_id,
             nameservers: nameservers(raw.nameservers)?,
             live: raw.live,
+            patience_ms: raw.patience_ms,
         })
     }
 }

@@ -80,6 +80,15 @@ fn add_asks_for_the_pods_addresses_and_passes_the_result_on_unchanged() {
     assert_eq!(ips, ["10.0.0.2", "fd00::2"]);
     assert_eq!(enroll.nameservers.len(), 1);
     assert!(!enroll.live);
+    assert_eq!(
+        enroll.patience_ms, None,
+        "the usual patience is not told: agents of before do not know the word"
+    );
+    let mut hasty = config();
+    hasty["timeoutSeconds"] = json!(3);
+    let hasty = self::question("ADD", &hasty);
+    let EnrollRequest::Enroll(told) = &hasty.request else { panic!("{hasty:?}") };
+    assert_eq!(told.patience_ms, Some(3000));
     let printed = conclude(question.ending, Ok(EnrollReply::Ok)).unwrap();
     assert_eq!(printed, Some(previous()));
 }
@@ -215,8 +224,7 @@ fn answers_become_the_runtimes_codes() {
     };
     let excluded = || Ok(EnrollReply::Excluded { reason: "namespace".to_owned() });
     let pods = || Ok(EnrollReply::Pods { pods: Vec::new() });
-    let timed_out =
-        || Err(AskError::NoAnswer(FrameError::Io(io::Error::from(io::ErrorKind::WouldBlock))));
+    let timed_out = || Err(AskError::NoAnswer(FrameError::Late));
     let added = || Ending::Added(json!({}));
     check(added(), Ok(EnrollReply::Ok), None);
     check(added(), excluded(), None);

@@ -19,6 +19,7 @@ fn enroll() -> Enroll {
         container_id: ContainerId::new("c0ffee").unwrap(),
         nameservers: BTreeSet::from(["127.0.0.53".parse().unwrap()]),
         live: false,
+        patience_ms: Some(3000),
     }
 }
 

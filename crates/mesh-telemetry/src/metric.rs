@@ -97,7 +97,7 @@ metrics! {
     TUNNELS_CLOSED = "culvert_tunnels_closed_total", Counter, "tunnels ended, by reason";
     /// Labels: `role`, `result` (ok, or a close reason).
     HANDSHAKES = "culvert_tls_handshakes_total", Counter, "TLS handshakes of tunnels, by result";
-    /// Labels: `phase` (enrolled, pending, draining, excluded).
+    /// Labels: `phase` (enrolled, pending, draining, excluded, closed).
     PODS = "culvert_pods", Gauge, "pods of this node known to the agent";
     /// No labels.
     INTERFACES_UNGUARDED = "culvert_interfaces_unguarded", Gauge, "interfaces that pods got after enrolment and that no guard can stand on";

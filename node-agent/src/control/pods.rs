@@ -7,7 +7,7 @@ use mesh_enroll::PodName;
 use mesh_model::IpPrefix;
 use mesh_wire::{PodConfig, PodMode, TrafficFilter};
 
-use crate::enrolment::enroller::WantedPod;
+use crate::enrolment::enroller::{SaidAddresses, WantedPod};
 
 /// The controller's wishes, by pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,7 +71,8 @@ pub(crate) fn wanted(
     };
     let service_account = config.service_account.to_string();
     let uid = config.pod_uid.to_string();
-    Ok((name, WantedPod { captured, uid, service_account, settings }))
+    let said = SaidAddresses::default();
+    Ok((name, WantedPod { captured, uid, service_account, settings, said }))
 }
 
 /// The names of a filter's fields, for errors: ports included and excluded, CIDRs included and excluded.

@@ -87,7 +87,7 @@ fn report(enroller: &Enroller, blocked: &BTreeMap<PodName, String>) -> ReportPod
                 ips: pod.ips.iter().map(ToString::to_string).collect(),
             }),
             PodPhase::Pending => uncaptured.push(not_captured(name, &pod.detail)),
-            PodPhase::Excluded | PodPhase::Draining => {}
+            PodPhase::Excluded | PodPhase::Draining | PodPhase::Closed => {}
         }
     }
     ReportPodsRequest { pods, uncaptured }

@@ -37,6 +37,10 @@ pub(crate) trait PodAttachments: Send + Sync {
     /// Switches capture off; established connections may go on as `drain` says, and forever refused are new ones over the
     /// mesh. Detaching what is not attached succeeds, and a second call replaces the drain of the first.
     fn detach(&self, uid: &PodUid, cookie: u64, drain: Drain) -> Result<(), AttachError>;
+    /// Closes all sockets in a pod, whose capture stays: everything that is new is refused, what was open ends.
+    fn close(&self, uid: &PodUid, cookie: u64) -> Result<(), AttachError>;
+    /// What the kernel has of a namespace.
+    fn remains(&self, cookie: u64) -> Result<Remains, AttachError>;
     /// Whether connections of a detached pod still go on.
     fn lingers(&self, uid: &PodUid) -> bool;
     /// The cookies of the namespaces that the kernel captures: ours, left behind, or captured by another version.
@@ -45,6 +49,17 @@ pub(crate) trait PodAttachments: Send + Sync {
     fn whole(&self) -> Result<BTreeSet<u64>, AttachError>;
     /// Whether one of them is.
     fn is_whole(&self, cookie: u64) -> Result<bool, AttachError>;
+}
+
+/// What the kernel has of a namespace that may be gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Remains {
+    /// It is not captured.
+    Nothing,
+    /// It is captured; whether it exists cannot be told by that.
+    OfUnknown,
+    /// It is captured, and what is attached to it is still attached: it exists.
+    OfLiving,
 }
 
 /// A pod could not be attached or detached.

@@ -136,6 +136,7 @@ fn found(
             container_id: ContainerId::new(&first.container).ok()?,
             nameservers: BTreeSet::new(),
             live: true,
+            patience_ms: None,
         };
         Some((name.clone(), Ok((request, wanted))))
     };

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,6 +20,7 @@ use mesh_net::Netns;
 use mesh_telemetry::metric;
 
 use super::attachment::PodAttachments;
+use super::closed::has_process;
 use super::error::EnrollError;
 use super::namespace::{self, PodNamespace};
 use super::phases::{Entry, Phases};
@@ -51,6 +53,31 @@ pub(crate) struct WantedPod {
     pub(crate) service_account: String,
     /// What is captured of it.
     pub(crate) settings: PodSettings,
+    /// What is said of its addresses, where it was asked for.
+    pub(crate) said: SaidAddresses,
+}
+
+/// What the controller says of addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SaidAddresses {
+    /// The pod's; none: nothing is said.
+    pub(crate) own: BTreeSet<IpAddr>,
+    /// Those of the request that are another's.
+    pub(crate) of_others: BTreeMap<IpAddr, PodName>,
+}
+
+impl WantedPod {
+    /// Whether it is about the pod with this uid and sandbox. Where one of them does not know the uid the name decides:
+    /// manifests need not have one, and runtimes that give none have the sandbox's id stand in.
+    pub(crate) fn is_about(&self, uid: &PodUid, container_id: &ContainerId) -> bool {
+        let asked = uid.as_str();
+        self.uid.is_empty() || self.uid == asked || asked == container_id.as_str()
+    }
+
+    /// Whether it is about the pod of a record of the same name.
+    pub(super) fn is_about_record(&self, record: &Record) -> bool {
+        self.is_about(&record.pod.uid, &record.container_id)
+    }
 }
 
 /// The pods of this node. All methods block on the kernel and the disk, one at a time.
@@ -58,6 +85,8 @@ pub(crate) struct Enroller {
     config: EnrollerConfig,
     pub(super) phases: Phases,
     pods: Mutex<BTreeMap<PodUid, Entry>>,
+    /// See [`close`](Self::close).
+    pub(super) closed: Mutex<Vec<Entry>>,
     /// Counts the writes of the list.
     revision: AtomicU64,
 }
@@ -97,6 +126,8 @@ impl Enroller {
         };
         let same_boot = file.as_ref().is_some_and(|file| file.boot_id == config.boot_id);
         let mut pods = BTreeMap::new();
+        let closed = file.iter().filter(|_| same_boot).flat_map(|file| file.closed.iter().cloned());
+        let closed = Mutex::new(closed.map(Entry::new).collect());
         for (uid, mut record) in file.map(RecordFile::by_uid).unwrap_or_default() {
             if !same_boot {
                 // Cookies and settings were those of namespaces that a reboot has taken away.
@@ -106,7 +137,7 @@ impl Enroller {
             pods.insert(uid, Entry::new(record));
         }
         let phases = Phases { attachments, host_cookie: config.host_cookie };
-        Ok(Self { config, phases, pods: Mutex::new(pods), revision: AtomicU64::new(0) })
+        Ok(Self { config, phases, pods: Mutex::new(pods), closed, revision: AtomicU64::new(0) })
     }
 
     /// Takes a pod in. Doing it again for the same sandbox repairs what is missing and changes nothing else.
@@ -122,17 +153,25 @@ impl Enroller {
     pub(crate) fn exclude(&self, request: &Enroll, reason: &str) -> EnrollReply {
         let mut pods = self.lock();
         let uid = &request.pod.uid;
-        let stale = pods.get(uid).is_some_and(|entry| {
-            entry.record.container_id != request.container_id || entry.record.netns != request.netns
-        });
-        if stale && let Err(error) = self.remove(&mut pods, uid) {
-            return error.refusal().into();
-        }
         let cookie = match Netns::open(Path::new(request.netns.as_str())) {
             Ok(netns) => netns.cookie(),
             // Nothing can be remembered of it, and nothing is to be done to it.
             Err(_gone) => return EnrollReply::Excluded { reason: reason.to_owned() },
         };
+        // What is captured leaves the mesh when the controller's word on it is applied, not by this.
+        match pods.get_mut(uid) {
+            Some(entry) if entry.record.cookie == cookie => {
+                entry.record.container_id.clone_from(&request.container_id);
+                entry.record.netns.clone_from(&request.netns);
+            }
+            Some(_another) if request.live => {}
+            Some(_another) => {
+                if let Err(error) = self.close(&mut pods, uid) {
+                    return error.refusal().into();
+                }
+            }
+            None => {}
+        }
         if !pods.contains_key(uid) && pods.len() < MAX_PODS && cookie != self.phases.host_cookie {
             let mut record = Record::new(request, cookie, request.ips.clone());
             record.phase = PodPhase::Excluded;
@@ -144,13 +183,27 @@ impl Enroller {
         EnrollReply::Excluded { reason: reason.to_owned() }
     }
 
-    /// Lets a pod go. `gone`: its sandbox is being removed, nothing in it needs restoring; otherwise an operator asks, and
-    /// the pod stays out until one takes it in again.
+    /// Lets a pod go. `gone`: its sandbox is being removed, nothing in it needs restoring, and while a process lives in it
+    /// everything is refused there; otherwise an operator asks, and the pod stays out until one takes it in again.
     pub(crate) fn unenroll(&self, selector: &PodSelector, gone: bool, now: Instant) -> EnrollReply {
         let mut pods = self.lock();
-        for uid in selected(&pods, selector) {
+        let selected = selected(&pods, selector);
+        if let (PodSelector::Name(name), false, [_, _, ..]) = (selector, gone, &*selected) {
+            let uids = selected.iter().map(|uid| uid.as_str().to_owned()).collect();
+            return EnrollError::Ambiguous { name: name.clone(), uids }.refusal().into();
+        }
+        if (gone || selected.is_empty())
+            && let Err(error) = self.release_closed(selector, gone)
+        {
+            return error.refusal().into();
+        }
+        for uid in selected {
             let done = if gone {
-                self.remove(&mut pods, &uid)
+                // Some runtimes take the network away before they end the processes.
+                match pods.get(&uid) {
+                    Some(entry) if has_process(&entry.record) => self.close(&mut pods, &uid),
+                    Some(_) | None => self.remove(&mut pods, &uid),
+                }
             } else {
                 let Some(entry) = pods.get_mut(&uid) else { continue };
                 entry.record.held_out = true;
@@ -176,7 +229,7 @@ impl Enroller {
         };
         match entry.record.phase {
             PodPhase::Excluded => EnrollReply::Excluded { reason: entry.detail.clone() },
-            PodPhase::Pending | PodPhase::Draining => not_as_expected(format!(
+            PodPhase::Pending | PodPhase::Draining | PodPhase::Closed => not_as_expected(format!(
                 "the pod is {}: {}",
                 entry.record.phase.as_str(),
                 entry.detail
@@ -209,10 +262,11 @@ impl Enroller {
             .collect();
         let mut outcome = EnrollReply::Ok;
         for uid in gone {
-            if let Err(error) = self.remove(&mut pods, &uid) {
+            if let Err(error) = self.close(&mut pods, &uid) {
                 outcome = error.refusal().into();
             }
         }
+        self.sweep_closed(Instant::now());
         self.write_or_warn(&pods);
         outcome
     }
@@ -223,11 +277,15 @@ impl Enroller {
         wanted: &BTreeMap<PodName, WantedPod>,
     ) -> BTreeMap<PodName, WantedPod> {
         let pods = self.lock();
-        let known: BTreeSet<&PodName> = pods.values().map(|entry| &entry.record.pod.name).collect();
+        let mut known: BTreeMap<&PodName, Vec<&Record>> = BTreeMap::new();
+        for entry in pods.values() {
+            known.entry(&entry.record.pod.name).or_default().push(&entry.record);
+        }
         let is_missing = |(name, pod): &(&PodName, &WantedPod)| {
             pod.captured
                 && !pod.uid.is_empty()
-                && !known.contains(*name)
+                // Another of this name may be known, which has not ended yet.
+                && !known.get(name).is_some_and(|known| known.iter().any(|one| pod.is_about_record(one)))
                 && !self.config.excluded.contains(name.namespace())
         };
         let missing = wanted.iter().filter(is_missing);
@@ -248,7 +306,9 @@ impl Enroller {
     pub(crate) fn remove_all(&self) -> Vec<String> {
         let mut pods = self.lock();
         let mut left = Vec::new();
-        for (uid, entry) in std::mem::take(&mut *pods) {
+        let closed = std::mem::take(&mut *self.closed());
+        let closed = closed.into_iter().map(|entry| (entry.record.pod.uid.clone(), entry));
+        for (uid, entry) in std::mem::take(&mut *pods).into_iter().chain(closed) {
             let undone = left.len();
             let detached = self.phases.attachments.detach(&uid, entry.record.cookie, Drain::Now);
             if let Err(error) = detached {
@@ -270,7 +330,11 @@ impl Enroller {
                 }
             }
             if left.len() > undone {
-                pods.insert(uid, entry);
+                if entry.record.phase == PodPhase::Closed {
+                    self.closed().push(entry);
+                } else {
+                    pods.insert(uid, entry);
+                }
             }
         }
         self.write_or_warn(&pods);
@@ -302,21 +366,40 @@ impl Enroller {
             let owner = entry.record.pod.name.to_string();
             return Err(EnrollError::Taken { owner });
         }
-        let known = pods.get(uid).map(|entry| &entry.record);
-        if known.is_some_and(|known| {
-            known.cookie != cookie || known.container_id != request.container_id
-        }) {
-            self.remove(pods, uid)?;
+        if let Some(known) = pods.get(uid).map(|entry| &entry.record)
+            && known.cookie != cookie
+        {
+            let captured = match known.phase {
+                PodPhase::Pending | PodPhase::Enrolled | PodPhase::Closed => true,
+                PodPhase::Excluded | PodPhase::Draining => false,
+            };
+            // A runtime makes a pod's sandbox anew whether or not the old one has ended; an operator may have mistaken the pod.
+            if captured && request.live && self.exists(known)? {
+                let (uid, netns) = (uid.clone(), known.netns.clone());
+                return Err(EnrollError::StillLives { uid, netns });
+            }
+        }
+        judge_addresses(pods, request, &namespace, &wanted.said)?;
+        if pods.get(uid).is_some_and(|known| known.record.cookie != cookie) {
+            self.close(pods, uid)?;
         }
         if pods.len() >= MAX_PODS && !pods.contains_key(uid) {
             return Err(EnrollError::TooManyPods);
         }
+        if let Some(mut entry) = self.reopened(cookie) {
+            entry.record.pod = request.pod.clone();
+            pods.insert(uid.clone(), entry);
+        }
         let fresh = Entry::new(Record::new(request, cookie, namespace.addresses.clone()));
         let before = pods.get(uid).map(|entry| entry.record.clone());
+        let captured_before = self.phases.is_captured(cookie);
         let entry = pods.entry(uid.clone()).or_insert(fresh);
         if entry.record.phase != PodPhase::Enrolled {
             entry.record.phase = PodPhase::Pending;
         }
+        // The sandbox may have another name by now; nothing of its capture depends on that.
+        entry.record.container_id.clone_from(&request.container_id);
+        entry.record.netns.clone_from(&request.netns);
         entry.record.ips = namespace.addresses.clone();
         entry.record.nameservers.clone_from(&request.nameservers);
         entry.record.live |= request.live;
@@ -328,7 +411,7 @@ impl Enroller {
         if let Err(error) = outcome {
             // The runtime asks again; an operator too. A record of what never was would only be in the way.
             match before {
-                Some(record) if record.phase != PodPhase::Pending => {
+                Some(record) if captured_before || record.phase != PodPhase::Pending => {
                     if let Some(entry) = pods.get_mut(uid) {
                         entry.record = record;
                     }
@@ -354,7 +437,7 @@ impl Enroller {
         entry.record.originals = namespace.originals(&entry.record.originals)?;
         self.write(pods)?;
         let Some(entry) = pods.get_mut(uid) else { return Ok(()) };
-        let captured_before = entry.record.phase == PodPhase::Enrolled;
+        let captured_before = self.phases.is_captured(entry.record.cookie);
         self.phases.capture(entry)?;
         let written = self.write(pods);
         // A pod that was captured stays so, whatever its record says: never open for want of a disk.
@@ -395,7 +478,8 @@ impl Enroller {
     fn write(&self, pods: &BTreeMap<PodUid, Entry>) -> Result<(), EnrollError> {
         self.revision.fetch_add(1, Ordering::Relaxed);
         let records = pods.values().map(|entry| entry.record.clone());
-        let bytes = RecordFile::new(&self.config.boot_id, records)
+        let closed: Vec<Record> = self.closed().iter().map(|entry| entry.record.clone()).collect();
+        let bytes = RecordFile::new(&self.config.boot_id, records, closed.into_iter())
             .encode()
             .map_err(|error| EnrollError::Write(error.into()))?;
         state_file::replace(&self.config.file, &bytes).map_err(EnrollError::Write)
@@ -416,13 +500,41 @@ impl Enroller {
 
 fn selected(pods: &BTreeMap<PodUid, Entry>, selector: &PodSelector) -> Vec<PodUid> {
     pods.iter()
-        .filter(|(uid, entry)| match selector {
-            PodSelector::Container(id) => entry.record.container_id == *id,
-            PodSelector::Uid(wanted) => *uid == wanted,
-            PodSelector::Name(name) => entry.record.pod.name == *name,
-        })
+        .filter(|(_, entry)| entry.record.is_selected(selector))
         .map(|(uid, _)| uid.clone())
         .collect()
+}
+
+/// Refuses a namespace that is another pod's by what the controller says of addresses.
+///
+/// Of a sandbox that a runtime makes anew the controller knows the old addresses only, so that is no reason to refuse it.
+fn judge_addresses(
+    pods: &BTreeMap<PodUid, Entry>,
+    request: &Enroll,
+    namespace: &PodNamespace,
+    said: &SaidAddresses,
+) -> Result<(), EnrollError> {
+    if request.live && !said.own.is_subset(&namespace.addresses) {
+        return Err(EnrollError::OtherAddresses {
+            uid: request.pod.uid.clone(),
+            said: said.own.clone(),
+            present: namespace.addresses.clone(),
+        });
+    }
+    for (ip, owner) in &said.of_others {
+        let holder = pods.values().find(|entry| {
+            entry.record.pod.name == *owner
+                && entry.record.phase != PodPhase::Excluded
+                && entry.record.cookie != namespace.netns.cookie()
+                && entry.record.ips.contains(ip)
+                && !entry.has_vanished()
+        });
+        if let Some(holder) = holder {
+            let (ip, owner, netns) = (*ip, owner.clone(), holder.record.netns.clone());
+            return Err(EnrollError::AddressTaken { ip, owner, netns });
+        }
+    }
+    Ok(())
 }
 
 fn not_as_expected(reason: String) -> EnrollReply {

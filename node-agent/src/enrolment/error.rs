@@ -1,8 +1,11 @@
 //! Why a pod was not taken in or let go, and how the asker is told.
 
+use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 
-use mesh_enroll::Refusal;
+use mesh_enroll::{NetnsPath, PodName, Refusal};
+use mesh_model::PodUid;
 
 use super::attachment::AttachError;
 use super::enroller::MAX_PODS;
@@ -23,6 +26,44 @@ pub(crate) enum EnrollError {
     Taken {
         /// That pod.
         owner: String,
+    },
+    /// The pod is captured elsewhere.
+    #[error("uid {uid} is enrolled in netns {netns}, which still lives")]
+    StillLives {
+        /// The pod.
+        uid: PodUid,
+        /// Where.
+        netns: NetnsPath,
+    },
+    /// The namespace is another pod's, by its addresses.
+    #[error(
+        "the controller says that uid {uid} has {said:?}; the network namespace has {present:?}"
+    )]
+    OtherAddresses {
+        /// The pod.
+        uid: PodUid,
+        /// The controller's word.
+        said: BTreeSet<IpAddr>,
+        /// What is there.
+        present: BTreeSet<IpAddr>,
+    },
+    /// An address is another captured pod's.
+    #[error("{ip} is the address of {owner}, which is enrolled in netns {netns}")]
+    AddressTaken {
+        /// The address.
+        ip: IpAddr,
+        /// Whose it is.
+        owner: PodName,
+        /// Where that is.
+        netns: NetnsPath,
+    },
+    /// A name that several pods have.
+    #[error("several pods are called {name}: {}", .uids.join(", "))]
+    Ambiguous {
+        /// The name.
+        name: PodName,
+        /// Their uids.
+        uids: Vec<String>,
     },
     /// The list is full.
     #[error("{MAX_PODS} pods are known already")]
@@ -53,6 +94,15 @@ impl EnrollError {
             },
             Self::Attach(error) => (error.remedy, error.retryable),
             Self::Taken { .. } => ("unenroll that pod first", false),
+            Self::StillLives { .. } => (
+                "end what runs there and remove the network namespace, or let it go in the clear: culvert pod unenroll --uid UID",
+                false,
+            ),
+            Self::OtherAddresses { .. } => {
+                ("name the pod's own network namespace, or mend what the controller reads", false)
+            }
+            Self::AddressTaken { .. } => ("remove that pod's sandbox first", true),
+            Self::Ambiguous { .. } => ("name the uid: culvert pod unenroll --uid UID", false),
             Self::TooManyPods => ("unenroll pods that are gone: culvert pod list", true),
             Self::Write(_) => ("see that the agent's state folder is writable and has space", true),
         };

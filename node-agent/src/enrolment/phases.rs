@@ -8,7 +8,7 @@
 //!                          │ last flow ended    ▲  retry                 │ unenroll, configure (mode NONE)
 //!                      Draining ◄───────────────┴────────────────────────┘
 //! ```
-//! Every phase is left for nothing when the sandbox goes.
+//! Every phase is left when the sandbox goes: for nothing, or for Closed while something may live in it (`closed`).
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use mesh_ebpf::PodSettings;
 use mesh_enroll::PodPhase;
 use mesh_net::Netns;
 
-use super::attachment::{AttachedPod, PodAttachments};
+use super::attachment::{AttachedPod, PodAttachments, Remains};
 use super::error::EnrollError;
 use super::namespace::{self, NamespaceError, PodNamespace};
 use super::record::Record;
@@ -59,7 +59,8 @@ impl Phases {
         let namespace = self.reopen(entry)?;
         entry.record.originals = namespace.originals(&entry.record.originals)?;
         entry.record.ips = namespace.addresses.clone();
-        let captured_before = entry.record.phase == PodPhase::Enrolled;
+        // Not by its phase: a pod whose repair failed waits for the next try, and is captured meanwhile.
+        let captured_before = self.is_captured(entry.record.cookie);
         let attached = namespace.prepare().map_err(EnrollError::from).and_then(|()| {
             let netns = Arc::new(namespace.netns);
             entry.netns = Some(Arc::clone(&netns));
@@ -85,6 +86,11 @@ impl Phases {
         entry.due = None;
         entry.failures = 0;
         Ok(())
+    }
+
+    /// Whether the kernel captures a namespace; so it is held to when that cannot be told.
+    pub(super) fn is_captured(&self, cookie: u64) -> bool {
+        !matches!(self.attachments.remains(cookie), Ok(Remains::Nothing))
     }
 
     /// Takes back what a failed [`capture`](Self::capture) did, as far as it goes.
@@ -118,7 +124,7 @@ impl Phases {
         now: Instant,
     ) -> Result<bool, EnrollError> {
         match entry.record.phase {
-            PodPhase::Excluded | PodPhase::Draining => return Ok(false),
+            PodPhase::Excluded | PodPhase::Draining | PodPhase::Closed => return Ok(false),
             PodPhase::Pending | PodPhase::Enrolled => {}
         }
         self.attachments.detach(&entry.record.pod.uid, entry.record.cookie, Drain::WhenOver)?;
@@ -179,24 +185,6 @@ impl Phases {
         }
     }
 
-    /// Whether the namespace a record speaks of exists. An operator's pod may have got a new one at the same path; a
-    /// runtime's has not, since a new sandbox would have been announced.
-    pub(super) fn still_there(&self, entry: &mut Entry) -> bool {
-        let Ok(netns) = Netns::open(Path::new(entry.record.netns.as_str())) else { return false };
-        if netns.cookie() == entry.record.cookie {
-            entry.netns = Some(Arc::new(netns));
-            return true;
-        }
-        if !entry.record.live {
-            return false;
-        }
-        self.detach_gone(entry);
-        entry.record.cookie = netns.cookie();
-        entry.record.originals.clear();
-        entry.netns = Some(Arc::new(netns));
-        true
-    }
-
     /// What is not as enrolment left it; `whole` is what the kernel says of its capture.
     pub(super) fn defect(&self, entry: &Entry, whole: bool) -> Result<Option<String>, EnrollError> {
         let path = Path::new(entry.record.netns.as_str());
@@ -243,7 +231,7 @@ impl Entry {
         self.due = Some(now + self.next_pause());
     }
 
-    fn next_pause(&mut self) -> Duration {
+    pub(super) fn next_pause(&mut self) -> Duration {
         let pause = FIRST_RETRY.saturating_mul(1 << self.failures.min(10)).min(MAX_RETRY);
         self.failures = self.failures.saturating_add(1);
         pause

@@ -1,12 +1,17 @@
 //! What keeps the list of pods true: over restarts, with the controller's wishes, with what happens in the pods.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use mesh_enroll::{PodName, PodPhase};
 use mesh_model::PodUid;
+use mesh_net::Netns;
 
+use super::attachment::Remains;
 use super::enroller::{Enroller, WantedPod};
+use super::error::EnrollError;
 use super::phases::Entry;
 use super::search;
 use crate::dataplane::Drain;
@@ -33,16 +38,24 @@ impl Enroller {
         for uid in pods.keys().cloned().collect::<Vec<_>>() {
             let Some(mut entry) = pods.remove(&uid) else { continue };
             let wanted = wanted.get(&entry.record.pod.name);
-            if let Some(wanted) = wanted {
+            if let Some(wanted) = wanted.filter(|wanted| wanted.is_about_record(&entry.record)) {
                 entry.settings = wanted.settings.clone();
             }
-            if !self.phases.still_there(&mut entry) {
-                adopted.gone += 1;
-                self.phases.detach_gone(&entry);
-                continue;
+            match self.find_again(&mut entry) {
+                Ok(true) => {}
+                Ok(false) => {
+                    adopted.gone += 1;
+                    continue;
+                }
+                Err(error) => {
+                    // It stays captured, and is looked at again.
+                    tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "a pod that is gone cannot be forgotten yet");
+                    pods.insert(uid, entry);
+                    continue;
+                }
             }
             match entry.record.phase {
-                PodPhase::Excluded => {}
+                PodPhase::Excluded | PodPhase::Closed => {}
                 PodPhase::Draining => self.phases.resume_draining(&mut entry, now),
                 PodPhase::Pending | PodPhase::Enrolled => match self.phases.capture(&mut entry) {
                     Ok(()) => adopted.enrolled += 1,
@@ -54,9 +67,34 @@ impl Enroller {
             }
             pods.insert(uid, entry);
         }
+        self.sweep_closed(now);
         adopted.orphans = self.sweep_orphans(&pods);
         self.write_or_warn(&pods);
         adopted
+    }
+
+    /// Whether the namespace of a record is where it was. An operator's pod may have got a new one at the same path; a
+    /// runtime's has not, since a new sandbox would have been announced. The old one stays captured while it lives.
+    fn find_again(&self, entry: &mut Entry) -> Result<bool, EnrollError> {
+        let netns = Netns::open(Path::new(entry.record.netns.as_str())).ok();
+        if netns.as_ref().is_none_or(|netns| netns.cookie() != entry.record.cookie) {
+            match entry.record.phase {
+                PodPhase::Excluded | PodPhase::Draining => self.phases.detach_gone(entry),
+                PodPhase::Pending | PodPhase::Enrolled | PodPhase::Closed => {
+                    self.keep_closed(entry.record.clone())?;
+                }
+            }
+        }
+        let Some(netns) = netns else { return Ok(false) };
+        if netns.cookie() != entry.record.cookie {
+            if !entry.record.live {
+                return Ok(false);
+            }
+            entry.record.cookie = netns.cookie();
+            entry.record.originals.clear();
+        }
+        entry.netns = Some(Arc::new(netns));
+        Ok(true)
     }
 
     /// Applies what the controller wants now: pods enter and leave the mesh, settings change.
@@ -66,6 +104,10 @@ impl Enroller {
         for uid in pods.keys().cloned().collect::<Vec<_>>() {
             let Some(entry) = pods.get_mut(&uid) else { continue };
             let Some(wanted) = wanted.get(&entry.record.pod.name) else { continue };
+            // A word about the next pod of this name lets nobody go that lives.
+            if !wanted.is_about_record(&entry.record) {
+                continue;
+            }
             match entry.record.phase {
                 PodPhase::Enrolled if !wanted.captured => {
                     tracing::info!(pod = %entry.record.pod.name, "the pod leaves the mesh");
@@ -104,7 +146,8 @@ impl Enroller {
                 PodPhase::Excluded
                 | PodPhase::Draining
                 | PodPhase::Pending
-                | PodPhase::Enrolled => {}
+                | PodPhase::Enrolled
+                | PodPhase::Closed => {}
             }
         }
         if changed {
@@ -123,7 +166,7 @@ impl Enroller {
             if entry.has_vanished() {
                 tracing::info!(pod = %entry.record.pod.name, "the pod's network namespace is gone");
                 changed = true;
-                if let Err(error) = self.remove(&mut pods, &uid) {
+                if let Err(error) = self.close(&mut pods, &uid) {
                     tracing::warn!(error = %error_chain(&error), "a gone pod cannot be forgotten yet");
                 }
                 continue;
@@ -145,9 +188,10 @@ impl Enroller {
                 PodPhase::Draining => {
                     changed |= self.phases.finish_draining(entry, now);
                 }
-                PodPhase::Excluded | PodPhase::Enrolled => entry.due = None,
+                PodPhase::Excluded | PodPhase::Enrolled | PodPhase::Closed => entry.due = None,
             }
         }
+        changed |= self.sweep_closed(now);
         if changed {
             self.write_or_warn(&pods);
         }
@@ -198,7 +242,10 @@ impl Enroller {
                 return 0;
             }
         };
-        let known: BTreeSet<u64> = pods.values().map(|entry| entry.record.cookie).collect();
+        let closed = self.closed();
+        let known: BTreeSet<u64> =
+            pods.values().chain(closed.iter()).map(|entry| entry.record.cookie).collect();
+        drop(closed);
         let unknown: BTreeSet<u64> = captured.difference(&known).copied().collect();
         if unknown.is_empty() {
             return 0;
@@ -206,7 +253,11 @@ impl Enroller {
         let alive = search::cookies_on_this_machine();
         let mut orphans = 0;
         for cookie in unknown {
-            if alive.contains(&cookie) {
+            let attached = self.phases.attachments.remains(cookie);
+            // By a process or a name, or by what is attached to it: a socket keeps a namespace, too.
+            if alive.contains(&cookie)
+                || !matches!(attached, Ok(Remains::Nothing | Remains::OfUnknown))
+            {
                 orphans += 1;
                 tracing::error!(
                     cookie,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use mesh_enroll::{ContainerId, Enroll, EnrolledPod, NetnsPath, PodPhase, PodRef};
+use mesh_enroll::{ContainerId, Enroll, EnrolledPod, NetnsPath, PodPhase, PodRef, PodSelector};
 use mesh_model::PodUid;
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +52,15 @@ impl Record {
         }
     }
 
+    /// Whether `selector` names it.
+    pub(crate) fn is_selected(&self, selector: &PodSelector) -> bool {
+        match selector {
+            PodSelector::Container(id) => self.container_id == *id,
+            PodSelector::Uid(uid) => self.pod.uid == *uid,
+            PodSelector::Name(name) => self.pod.name == *name,
+        }
+    }
+
     /// As shown to people.
     pub(crate) fn listed(&self, detail: &str) -> EnrolledPod {
         EnrolledPod {
@@ -74,6 +83,9 @@ pub(crate) struct RecordFile {
     pub(crate) boot_id: String,
     /// The pods, by uid.
     pub(crate) pods: Vec<Record>,
+    /// Earlier sandboxes that are captured still.
+    #[serde(default)]
+    pub(crate) closed: Vec<Record>,
 }
 
 /// Layout written and read.
@@ -92,8 +104,13 @@ pub(crate) enum UnusableRecords {
 
 impl RecordFile {
     /// What to write.
-    pub(crate) fn new(boot_id: &str, pods: impl Iterator<Item = Record>) -> Self {
-        Self { version: VERSION, boot_id: boot_id.to_owned(), pods: pods.collect() }
+    pub(crate) fn new(
+        boot_id: &str,
+        pods: impl Iterator<Item = Record>,
+        closed: impl Iterator<Item = Record>,
+    ) -> Self {
+        let (pods, closed) = (pods.collect(), closed.collect());
+        Self { version: VERSION, boot_id: boot_id.to_owned(), pods, closed }
     }
 
     /// The file's bytes.

@@ -25,6 +25,13 @@ pub(crate) fn cookies_on_this_machine() -> BTreeSet<u64> {
         .collect()
 }
 
+/// Whether a process is in the namespace with this inode. One of the same inode that is not the same must be told apart before.
+pub(super) fn has_process(inode: u64) -> bool {
+    processes().any(|process| {
+        std::fs::metadata(process.join("ns/net")).is_ok_and(|found| found.ino() == inode)
+    })
+}
+
 /// The folder of every process.
 pub(super) fn processes() -> impl Iterator<Item = PathBuf> {
     entries(Path::new("/proc")).into_iter().filter(|path| {

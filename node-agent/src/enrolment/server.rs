@@ -17,9 +17,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::enroller::{Enroller, WantedPod};
+use super::enroller::{Enroller, SaidAddresses, WantedPod};
 use crate::control::pods::WantedPods;
 use crate::error::error_chain;
+use crate::picture::Picture;
 
 /// Enrolment as the rest of the agent sees it.
 #[derive(Clone, Debug)]
@@ -28,6 +29,8 @@ pub(crate) struct Enrolment {
     wanted: watch::Receiver<Arc<WantedPods>>,
     changed: watch::Sender<u64>,
     word_patience: Duration,
+    /// Where the controller's word on addresses is; none in tests.
+    picture: Option<Arc<Picture>>,
     blocked: watch::Sender<Arc<BTreeMap<PodName, String>>>,
 }
 
@@ -38,6 +41,8 @@ const READ_PATIENCE: Duration = Duration::from_secs(5);
 /// How long `ADD` waits for the controller's word on a pod: a pod is announced when it is bound to the node, which is
 /// before its sandbox is made, so that the word is usually there.
 const WORD_PATIENCE: Duration = Duration::from_secs(8);
+/// How much of an asker's patience may go by in waiting for the controller's word.
+const SHARE_OF_PATIENCE: f32 = 0.6;
 /// Between looks at what vanished, what is to be tried again and what has drained.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 /// Between looks at settings that a pod with privileges may have changed.
@@ -52,7 +57,14 @@ impl Enrolment {
             changed: watch::Sender::new(0),
             blocked: watch::Sender::new(Arc::default()),
             word_patience: WORD_PATIENCE,
+            picture: None,
         }
+    }
+
+    /// The same, comparing addresses with what the controller says of them.
+    pub(crate) fn with_picture(mut self, picture: Arc<Picture>) -> Self {
+        self.picture = Some(picture);
+        self
     }
 
     /// Running pods that cannot be taken in, each with the reason.
@@ -196,7 +208,7 @@ impl Enrolment {
             EnrollRequest::Check { pod } => blocking(move || enroller.check(&pod)).await,
             EnrollRequest::Gc { valid } => blocking(move || enroller.collect(&valid)).await,
             EnrollRequest::List => {
-                blocking(move || EnrollReply::Pods { pods: enroller.list() }).await
+                blocking(move || EnrollReply::Pods { pods: enroller.list_all() }).await
             }
             EnrollRequest::Status => Some(self.status()),
         };
@@ -216,12 +228,11 @@ impl Enrolment {
     }
 
     async fn enroll(&self, request: Enroll) -> EnrollReply {
-        let Some(wanted) = self.word_on(&request).await else {
-            let name = &request.pod.name;
-            let reason = format!("the controller has not said whether {name} is in the mesh");
-            let remedy = "see that the controller runs and knows the pod: culvert status";
-            return retry(&reason, remedy);
+        let mut wanted = match self.word_on(&request).await {
+            Ok(wanted) => wanted,
+            Err(unknown) => return unknown.into(),
         };
+        wanted.said = self.said_of(&request);
         let enroller = Arc::clone(&self.enroller);
         let live = request.live;
         let reply = blocking(move || {
@@ -243,18 +254,66 @@ impl Enrolment {
 
     /// Waits until the controller has said something about a pod, and not about another of the same name before it.
     ///
-    /// A word about another is not taken, unless it says that the pod is captured: in doubt it is.
-    async fn word_on(&self, request: &Enroll) -> Option<WantedPod> {
-        let name = &request.pod.name;
+    /// A word about another is not taken, unless it says that the pod is captured and a runtime asks: in doubt it is. An
+    /// operator is told whom the controller means.
+    async fn word_on(&self, request: &Enroll) -> Result<WantedPod, Refusal> {
+        let (name, uid) = (&request.pod.name, &request.pod.uid);
+        let about = |wanted: &WantedPod| wanted.is_about(uid, &request.container_id);
         let mut wanted = self.wanted.clone();
-        let known = wanted
-            .wait_for(|list| list.pods.get(name).is_some_and(|wanted| is_about(wanted, request)));
-        match tokio::time::timeout(self.word_patience, known).await {
-            Ok(list) => list.ok()?.pods.get(name).cloned(),
-            Err(_late) => {
-                let list = Arc::clone(&self.wanted.borrow());
-                list.pods.get(name).filter(|wanted| wanted.captured).cloned()
+        let known = wanted.wait_for(|list| list.pods.get(name).is_some_and(about));
+        let patience = self.word_patience.min(answer_before(request));
+        if let Ok(Ok(list)) = tokio::time::timeout(patience, known).await
+            && let Some(wanted) = list.pods.get(name)
+        {
+            return Ok(wanted.clone());
+        }
+        let list = Arc::clone(&self.wanted.borrow());
+        match list.pods.get(name) {
+            Some(wanted) if about(wanted) || (wanted.captured && !request.live) => {
+                Ok(wanted.clone())
             }
+            Some(other) if request.live => Err(refused(
+                &format!(
+                    "the controller does not know uid {uid}: its {name} has uid {}",
+                    other.uid
+                ),
+                &format!("enrol it with --uid {}, or mend what the controller reads", other.uid),
+            )),
+            Some(other) => Err(later(
+                &format!(
+                    "the controller has not said whether {name} with uid {uid} is in the mesh, only of uid {}",
+                    other.uid
+                ),
+                "see that the controller runs and knows the pod: culvert status",
+            )),
+            None if list.known => Err(later(
+                &format!(
+                    "the controller knows no pod {name} with uid {uid} on this node, and has not said that it is in the mesh"
+                ),
+                "see that the controller runs and that what it reads has the pod, with this node's name: culvert status",
+            )),
+            None => Err(later(
+                &format!("the controller has not said whether {name} is in the mesh"),
+                "see that the controller runs and that the agent can reach it: culvert status",
+            )),
+        }
+    }
+
+    /// What the controller says of the addresses that matter to a request.
+    fn said_of(&self, request: &Enroll) -> SaidAddresses {
+        let Some(picture) = &self.picture else { return SaidAddresses::default() };
+        let snapshot = picture.snapshot();
+        let name = &request.pod.name;
+        let workload = snapshot.index.workload_by_name(name.namespace(), name.name());
+        let Some(workload) = workload else { return SaidAddresses::default() };
+        let others = request.ips.iter().filter_map(|ip| {
+            let owner = snapshot.index.workload_by_ip(&workload.network, *ip)?;
+            let owner = PodName::new(&owner.namespace, &owner.name).ok()?;
+            (owner != *name).then_some((*ip, owner))
+        });
+        SaidAddresses {
+            own: workload.addresses.iter().copied().collect(),
+            of_others: others.collect(),
         }
     }
 
@@ -263,11 +322,12 @@ impl Enrolment {
     }
 }
 
-/// Whether the controller's word is about the pod of `request`. Where one of them does not know the uid the name decides:
-/// manifests need not have one, and runtimes that give none have the sandbox's id stand in.
-fn is_about(wanted: &WantedPod, request: &Enroll) -> bool {
-    let asked = request.pod.uid.as_str();
-    wanted.uid.is_empty() || wanted.uid == asked || asked == request.container_id.as_str()
+/// How long the asker may be kept waiting for the controller's word: capturing the pod takes its time after that.
+fn answer_before(request: &Enroll) -> Duration {
+    match request.patience_ms {
+        Some(patience) => Duration::from_millis(patience).mul_f32(SHARE_OF_PATIENCE),
+        None => Duration::MAX,
+    }
 }
 
 /// What is asked, as a label.
@@ -336,8 +396,12 @@ fn refused(reason: &str, remedy: &str) -> Refusal {
     Refusal { reason: reason.to_owned(), remedy: remedy.to_owned(), retryable: false }
 }
 
+fn later(reason: &str, remedy: &str) -> Refusal {
+    Refusal { reason: reason.to_owned(), remedy: remedy.to_owned(), retryable: true }
+}
+
 fn retry(reason: &str, remedy: &str) -> EnrollReply {
-    Refusal { reason: reason.to_owned(), remedy: remedy.to_owned(), retryable: true }.into()
+    later(reason, remedy).into()
 }
 
 #[cfg(test)]

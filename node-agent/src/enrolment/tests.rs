@@ -1,6 +1,7 @@
 //! Enrolment in real network namespaces, with the sockets and programs replaced by a list. Needs root.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -13,8 +14,8 @@ use mesh_enroll::{
 use mesh_model::PodUid;
 use mesh_net::Netns;
 
-use super::attachment::{AttachError, AttachedPod, PodAttachments};
-use super::enroller::{Enroller, EnrollerConfig, WantedPod};
+use super::attachment::{AttachError, AttachedPod, PodAttachments, Remains};
+use super::enroller::{Enroller, EnrollerConfig, SaidAddresses, WantedPod};
 use super::namespace;
 use super::reconcile::Adopted;
 use crate::dataplane::Drain;
@@ -30,6 +31,12 @@ pub(crate) struct FakeAttachments {
     doomed: Mutex<Option<PathBuf>>,
     lingering: Mutex<bool>,
     drains: Mutex<Vec<Drain>>,
+    /// Pods whose namespace exists without a name or a process.
+    living: Mutex<BTreeSet<u64>>,
+    /// Namespaces in which the agent's sockets were closed while capture stayed.
+    closed: Mutex<Vec<u64>>,
+    /// What was captured at any time, and is no more.
+    released: Mutex<Vec<u64>>,
     /// How often all captured pods were asked for.
     walks: Mutex<usize>,
 }
@@ -63,9 +70,24 @@ impl PodAttachments for FakeAttachments {
     }
 
     fn detach(&self, _uid: &PodUid, cookie: u64, drain: Drain) -> Result<(), AttachError> {
-        self.pods.lock().unwrap().remove(&cookie);
+        if self.pods.lock().unwrap().remove(&cookie).is_some() {
+            self.released.lock().unwrap().push(cookie);
+        }
         self.drains.lock().unwrap().push(drain);
         Ok(())
+    }
+
+    fn close(&self, _uid: &PodUid, cookie: u64) -> Result<(), AttachError> {
+        self.closed.lock().unwrap().push(cookie);
+        Ok(())
+    }
+
+    fn remains(&self, cookie: u64) -> Result<Remains, AttachError> {
+        if !self.pods.lock().unwrap().contains_key(&cookie) {
+            return Ok(Remains::Nothing);
+        }
+        let lives = self.living.lock().unwrap().contains(&cookie);
+        Ok(if lives { Remains::OfLiving } else { Remains::OfUnknown })
     }
 
     fn lingers(&self, _uid: &PodUid) -> bool {
@@ -198,6 +220,7 @@ pub(crate) fn request(name: &str, container: &str, netns: &TestNetns, ips: &[&st
         container_id: ContainerId::new(container).unwrap(),
         nameservers: BTreeSet::new(),
         live: false,
+        patience_ms: None,
     }
 }
 
@@ -207,6 +230,7 @@ pub(crate) fn wanted() -> WantedPod {
         captured: true,
         service_account: "cart".to_owned(),
         settings: PodSettings::default(),
+        said: SaidAddresses::default(),
     }
 }
 
@@ -369,19 +393,213 @@ fn ipv6_only_pods_are_enrolled() {
 }
 
 #[test]
-fn a_new_sandbox_of_a_pod_replaces_the_old_one_and_a_late_delete_misses_it() {
+fn a_new_sandbox_of_a_pod_leaves_the_old_one_captured_until_it_is_deleted() {
     let (node, old, new) =
         (Node::new(), TestNetns::with_addresses("old"), TestNetns::with_addresses("new"));
     let enroller = node.start();
     assert_eq!(enroller.enroll(&request("cart", "c1", &old, &IPS), &wanted()), EnrollReply::Ok);
     assert_eq!(enroller.enroll(&request("cart", "c2", &new, &IPS), &wanted()), EnrollReply::Ok);
-    assert!(!node.kernel.captures(&old) && node.kernel.captures(&new));
+    assert!(node.kernel.captures(&old) && node.kernel.captures(&new), "the old one may live on");
+    assert_eq!(*node.kernel.closed.lock().unwrap(), [old.cookie()]);
+    let listed: Vec<PodPhase> = enroller.list_all().iter().map(|pod| pod.phase).collect();
+    assert_eq!(listed, [PodPhase::Enrolled, PodPhase::Closed]);
+    enroller.tick(Instant::now());
+    // Neither does a restart let it go.
+    drop(enroller);
+    let enroller = node.start();
+    let adopted = enroller.adopt(&wanted_list(true), Instant::now());
+    assert_eq!(adopted, Adopted { enrolled: 1, pending: 0, gone: 0, orphans: 0 });
+    assert!(node.kernel.captures(&old) && node.kernel.released.lock().unwrap().is_empty());
     let late = PodSelector::Container(ContainerId::new("c1").unwrap());
     assert_eq!(enroller.unenroll(&late, true, Instant::now()), EnrollReply::Ok);
-    assert!(node.kernel.captures(&new));
+    assert!(!node.kernel.captures(&old) && node.kernel.captures(&new));
     let proper = PodSelector::Container(ContainerId::new("c2").unwrap());
     assert_eq!(enroller.unenroll(&proper, true, Instant::now()), EnrollReply::Ok);
     assert!(!node.kernel.captures(&new) && enroller.list().is_empty());
+}
+
+/// Whoever names a pod's uid with another namespace lets nothing out: an operator is refused, while the old one lives.
+#[test]
+fn a_uid_that_is_captured_elsewhere_is_refused() {
+    let (node, old, other) =
+        (Node::new(), TestNetns::with_addresses("first"), TestNetns::with_addresses("other"));
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&request("cart", "c1", &old, &IPS), &wanted()), EnrollReply::Ok);
+    let before = old.traces();
+    let mut elsewhere = request("cart", "c1", &other, &IPS);
+    elsewhere.live = true;
+    for container in ["c1", "c2"] {
+        elsewhere.container_id = ContainerId::new(container).unwrap();
+        let refused = refusal(enroller.enroll(&elsewhere, &wanted()));
+        let expected = format!(
+            "uid uid-cart is enrolled in netns {}, which still lives",
+            old.path().display()
+        );
+        assert_eq!(refused.reason, expected);
+        assert!(!refused.retryable && refused.remedy.contains("culvert pod unenroll --uid"));
+    }
+    assert!(node.kernel.captures(&old) && !node.kernel.captures(&other));
+    assert_eq!(old.traces(), before);
+    assert!(node.kernel.drains.lock().unwrap().is_empty(), "its connections go on");
+    // It is not gone because its name is: something may live in it.
+    let cookie = old.cookie();
+    node.kernel.living.lock().unwrap().insert(cookie);
+    drop(old);
+    assert!(refusal(enroller.enroll(&elsewhere, &wanted())).reason.contains("still lives"));
+    node.kernel.living.lock().unwrap().clear();
+    assert_eq!(enroller.enroll(&elsewhere, &wanted()), EnrollReply::Ok);
+    enroller.tick(Instant::now());
+    assert!(
+        node.kernel.captures(&other) && !node.kernel.pods.lock().unwrap().contains_key(&cookie)
+    );
+}
+
+/// The same sandbox under another name: nothing of the capture is touched, and the old name has no hold on it.
+#[test]
+fn another_container_id_of_the_same_namespace_is_taken_in_place() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("rename"));
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    let enrolled = netns.traces();
+    assert_eq!(enroller.enroll(&request("cart", "c2", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    assert!(node.kernel.released.lock().unwrap().is_empty());
+    assert!(node.kernel.drains.lock().unwrap().is_empty());
+    assert!(node.kernel.closed.lock().unwrap().is_empty());
+    assert_eq!(netns.traces(), enrolled);
+    let [before, now] =
+        ["c1", "c2"].map(|id| PodSelector::Container(ContainerId::new(id).unwrap()));
+    assert_eq!(enroller.unenroll(&before, true, Instant::now()), EnrollReply::Ok);
+    assert!(node.kernel.captures(&netns));
+    // Nor is it let go when the controller's word is about to let it go: that has its own way.
+    assert!(matches!(
+        enroller.exclude(&request("cart", "c3", &netns, &IPS), "no"),
+        EnrollReply::Excluded { .. }
+    ));
+    assert!(node.kernel.captures(&netns));
+    assert_eq!(enroller.unenroll(&now, true, Instant::now()), EnrollReply::Ok);
+    assert!(node.kernel.captures(&netns), "its name is c3 by now");
+}
+
+/// Some runtimes take a pod's network away before they end its processes; others never say that it is gone.
+#[test]
+fn a_namespace_in_which_a_process_lives_stays_captured() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("alive"));
+    let enroller = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    let asleep = || {
+        let mut sleep = Command::new("ip");
+        let mut child = sleep.args(["netns", "exec", &netns.0, "sleep", "60"]).spawn().unwrap();
+        let namespace = std::fs::metadata(netns.path()).unwrap();
+        let of_child = format!("/proc/{}/ns/net", child.id());
+        while !std::fs::metadata(&of_child).is_ok_and(|found| found.ino() == namespace.ino()) {
+            assert!(child.try_wait().unwrap().is_none());
+            std::thread::yield_now();
+        }
+        child
+    };
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    let mut process = asleep();
+    let container = PodSelector::Container(request.container_id.clone());
+    assert_eq!(enroller.unenroll(&container, true, Instant::now()), EnrollReply::Ok);
+    assert!(node.kernel.captures(&netns) && enroller.list().is_empty());
+    assert_eq!(*node.kernel.closed.lock().unwrap(), [netns.cookie()]);
+    // Back in the mesh without a gap, with what its settings were before it ever was.
+    assert_eq!(enroller.enroll(&request, &wanted()), EnrollReply::Ok);
+    assert!(node.kernel.released.lock().unwrap().is_empty());
+    assert_eq!(enroller.list_all().len(), 1);
+    // Its name goes; the process does not.
+    let cookie = netns.cookie();
+    let captured = || node.kernel.pods.lock().unwrap().contains_key(&cookie);
+    drop(netns);
+    let now = Instant::now();
+    enroller.tick(now);
+    assert!(captured() && enroller.list().is_empty());
+    assert_eq!(enroller.collect(&BTreeSet::new()), EnrollReply::Ok);
+    drop(enroller);
+    let enroller = node.start();
+    assert_eq!(enroller.adopt(&wanted_list(true), now).orphans, 0);
+    assert!(captured());
+    process.kill().unwrap();
+    process.wait().unwrap();
+    enroller.tick(now + Duration::from_secs(60));
+    assert!(!captured() && enroller.list_all().is_empty());
+}
+
+/// A second failure finds the pod waiting for its next try: it is captured all the same.
+#[test]
+fn a_repair_that_fails_again_and_again_opens_nothing() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("twice"));
+    let first = node.start();
+    let request = request("cart", "c1", &netns, &IPS);
+    assert_eq!(first.enroll(&request, &wanted()), EnrollReply::Ok);
+    drop(first);
+    node.kernel.fail(true);
+    let second = node.start();
+    let now = Instant::now();
+    assert_eq!(second.adopt(&BTreeMap::new(), now).pending, 1);
+    second.tick(now + Duration::from_secs(60));
+    assert!(node.kernel.captures(&netns), "by a tick");
+    assert!(refusal(second.enroll(&request, &wanted())).reason.contains("on purpose"));
+    assert!(node.kernel.captures(&netns), "by a request");
+    assert_eq!(phase(&second), Some(PodPhase::Pending));
+    assert!(node.kernel.released.lock().unwrap().is_empty());
+}
+
+#[test]
+fn addresses_are_compared_with_what_the_controller_says() {
+    let (node, netns, mate) =
+        (Node::new(), TestNetns::with_addresses("said"), TestNetns::with_addresses("mate"));
+    let enroller = node.start();
+    let mut said = wanted();
+    said.said.own = BTreeSet::from(["10.9.0.77".parse().unwrap()]);
+    let mut by_hand = request("cart", "c1", &netns, &[]);
+    by_hand.live = true;
+    let refused = refusal(enroller.enroll(&by_hand, &said));
+    for part in ["uid uid-cart has", "10.9.0.77", "10.9.0.2"] {
+        assert!(refused.reason.contains(part), "{}", refused.reason);
+    }
+    // A runtime's new sandbox has other addresses than the controller knows yet.
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &IPS), &said), EnrollReply::Ok);
+    // But not those of a pod that is captured and lives.
+    let mut stolen = wanted();
+    let owner = PodName::new("shop", "cart").unwrap();
+    stolen.said.of_others = BTreeMap::from([("10.9.0.2".parse().unwrap(), owner)]);
+    let thief = request("thief", "c2", &mate, &IPS);
+    let refused = refusal(enroller.enroll(&thief, &stolen));
+    let expected = "10.9.0.2 is the address of shop/cart, which is enrolled in netns ";
+    assert!(refused.retryable && refused.reason.starts_with(expected), "{}", refused.reason);
+    drop(netns);
+    assert_eq!(enroller.enroll(&thief, &stolen), EnrollReply::Ok);
+}
+
+/// Two pods of one name: what is said of the one is not done to the other.
+#[test]
+fn pods_of_one_name_are_told_apart_by_their_uids() {
+    let (node, old, new) =
+        (Node::new(), TestNetns::with_addresses("name1"), TestNetns::with_addresses("name2"));
+    let enroller = node.start();
+    let now = Instant::now();
+    let (ending, mut coming) =
+        (request("cart", "c1", &old, &IPS), request("cart", "c2", &new, &IPS));
+    coming.pod = PodRef::new("uid-next", "shop", "cart", "").unwrap();
+    assert_eq!(enroller.enroll(&ending, &wanted()), EnrollReply::Ok);
+    let word = |captured: bool| {
+        let wanted = WantedPod { uid: "uid-next".to_owned(), captured, ..wanted() };
+        BTreeMap::from([(PodName::new("shop", "cart").unwrap(), wanted)])
+    };
+    enroller.configure(&word(false), now);
+    assert!(node.kernel.captures(&old), "the word is about the next pod of its name");
+    assert_eq!(enroller.missing(&word(true)).len(), 1, "which nobody has told of");
+    assert_eq!(enroller.enroll(&coming, &wanted()), EnrollReply::Ok);
+    assert!(enroller.missing(&word(true)).is_empty());
+    let by_name = PodSelector::Name(coming.pod.name.clone());
+    let refused = refusal(enroller.unenroll(&by_name, false, now));
+    assert_eq!(refused.reason, "several pods are called shop/cart: uid-cart, uid-next");
+    assert!(refused.remedy.contains("--uid"), "{}", refused.remedy);
+    assert!(node.kernel.captures(&old) && node.kernel.captures(&new));
+    let by_uid = PodSelector::Uid(ending.pod.uid.clone());
+    assert_eq!(enroller.unenroll(&by_uid, false, now), EnrollReply::Ok);
+    assert!(!node.kernel.captures(&old) && node.kernel.captures(&new));
 }
 
 #[test]

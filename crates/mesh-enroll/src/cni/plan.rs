@@ -13,7 +13,7 @@ use super::error::{CniError, Code};
 use super::previous;
 use crate::frame::FrameError;
 use crate::reply::{EnrollReply, Refusal};
-use crate::request::{Enroll, EnrollRequest, PodSelector};
+use crate::request::{Enroll, EnrollRequest, PodSelector, patience_ms};
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -109,6 +109,7 @@ fn plan_add(environment: &Environment, config: Config) -> Result<Plan, CniError>
         container_id,
         nameservers: previous.nameservers,
         live: false,
+        patience_ms: patience_ms(config.timeout),
     };
     Ok(ask(config, EnrollRequest::Enroll(enroll), Ending::Added(result)))
 }

@@ -39,6 +39,42 @@ async fn a_word_about_a_predecessor_is_not_taken() {
     assert!(matches!(asking.await.unwrap(), EnrollReply::Excluded { .. }));
 }
 
+/// An operator who names a uid that the controller does not mean is told so, and whom it means.
+#[tokio::test]
+async fn an_operator_is_told_whom_the_controller_means() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("meant"));
+    let mut request = request("cart", "c1", &netns, &IPS);
+    request.live = true;
+    let controller = watch::Sender::new(word("uid-of-another", true));
+    let mut enrolment = Enrolment::new(Arc::new(node.start()), controller.subscribe());
+    enrolment.word_patience = Duration::from_millis(300);
+    let refused = refusal(enrolment.enroll(request.clone()).await);
+    let expected =
+        "the controller does not know uid uid-cart: its shop/cart has uid uid-of-another";
+    assert_eq!(refused.reason, expected);
+    assert!(refused.remedy.contains("--uid uid-of-another"), "{}", refused.remedy);
+    controller.send_replace(Arc::new(WantedPods { known: true, pods: BTreeMap::new() }));
+    let refused = refusal(enrolment.enroll(request).await);
+    let expected = "the controller knows no pod shop/cart with uid uid-cart on this node";
+    assert!(refused.reason.starts_with(expected), "{}", refused.reason);
+    assert!(!node.kernel.captures(&netns));
+}
+
+/// Who does not wait long hears the reason all the same.
+#[tokio::test]
+async fn the_answer_comes_before_the_askers_patience_ends() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("hasty"));
+    let mut request = request("cart", "c1", &netns, &IPS);
+    let controller = watch::Sender::new(Arc::new(WantedPods::default()));
+    let enrolment = Enrolment::new(Arc::new(node.start()), controller.subscribe());
+    request.patience_ms = Some(1500);
+    let began = Instant::now();
+    let refused = refusal(enrolment.enroll(request).await);
+    let took = began.elapsed();
+    assert!(took < Duration::from_millis(1500), "after {took:?}");
+    assert!(refused.reason.contains("has not said"), "{}", refused.reason);
+}
+
 #[tokio::test]
 async fn where_a_uid_is_unknown_the_name_decides() {
     let (node, netns) = (Node::new(), TestNetns::with_addresses("noword"));

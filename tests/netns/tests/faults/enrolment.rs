@@ -120,3 +120,70 @@ pub(crate) fn live_connections_never_notice(mesh: &mut Mesh) -> anyhow::Result<(
     mesh.lab.delete_pod("late")?;
     mesh.lab.delete(&manifest::namespace("later", &[AMBIENT]))
 }
+
+/// Enrolling a captured pod's uid with another namespace, or its namespace under another sandbox's name, never lets the
+/// pod out: the one is refused to an operator and leaves the old namespace closed for a runtime, the other touches nothing.
+pub(crate) fn another_netns_lets_none_go(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.lab.run_pod("a", PodSpec::new("plain", "spare"))?;
+    let [target, target6] = mesh.targets("server", peer::IDLE);
+    let uid = mesh.pod("client").uid.clone();
+    let path = |pod: &str| format!("/run/netns/{}", mesh.pod(pod).netns());
+    let (own, spare) = (path("client"), path("spare"));
+    let listed = |mesh: &Mesh| -> anyhow::Result<Vec<serde_json::Value>> {
+        let list = mesh.lab.node("a").culvert(&["pod", "list", "-o", "json"])?;
+        let pods: Vec<serde_json::Value> = serde_json::from_str(&list.output()?)?;
+        Ok(pods.into_iter().filter(|pod| pod["pod"]["uid"] == uid.as_str()).collect())
+    };
+    let first = listed(mesh)?[0]["container_id"].as_str().context("no sandbox")?.to_owned();
+    let enroll = |mesh: &Mesh, netns: &str, container: &str, live: bool| {
+        let mut arguments = vec!["pod", "enroll", "--namespace", "mesh", "--name", "client"];
+        arguments.extend(["--service-account", "client", "--uid", &uid, "--netns", netns]);
+        arguments.extend(["--container-id", container]);
+        arguments.extend(live.then_some("--live"));
+        mesh.lab.node("a").culvert(&arguments)
+    };
+    let watch = Watch::start(&mesh.lab, "elsewhere")?;
+    let traffic = Traffic::start(mesh, "client", "elsewhere", &mesh.urls().join(" "))?;
+    traffic.more(4, "hello from")?;
+    let held = [mesh.hold("client", target, 20)?, mesh.hold("client", target6, 20)?];
+
+    let refused = enroll(mesh, &spare, &first, true)?;
+    let expected = format!("uid {uid} is enrolled in netns {own}, which still lives");
+    ensure!(!refused.success() && refused.stderr.contains(&expected), "{}", refused.stderr);
+    let renamed = enroll(mesh, &own, "another-name", true)?;
+    ensure!(renamed.success(), "another sandbox's name: {}", renamed.stderr);
+    traffic.more(8, "hello from")?;
+    traffic.finish_whole()?;
+    for held in held {
+        let used = held.use_all()?;
+        ensure!(used.is_ok(), "connections were lost: {used:?}");
+    }
+
+    // As a runtime says that the pod has a new sandbox.
+    let traffic = Traffic::start(mesh, "client", "left-behind", &mesh.urls().join(" "))?;
+    traffic.more(4, "hello from")?;
+    enroll(mesh, &spare, "new-sandbox", false)?.output()?;
+    traffic.more(8, "curl: ")?;
+    let phases = |mesh: &Mesh| -> anyhow::Result<Vec<String>> {
+        Ok(listed(mesh)?.iter().map(|pod| pod["phase"].to_string()).collect())
+    };
+    let found = phases(mesh)?;
+    ensure!(found == ["\"enrolled\"", "\"closed\""], "{found:?}");
+    mesh.lab.node_mut("a").kill_agent();
+    mesh.restart_agent("a")?;
+    traffic.more(8, "curl: ")?;
+    traffic.finish()?;
+    let closed = mesh.curl("client")?;
+    ensure!(!closed.success(), "the old sandbox reaches {}", closed.stdout);
+    ensure!(phases(mesh)? == found, "a restart lost a sandbox: {:?}", listed(mesh)?);
+
+    // And back again: the namespace was captured all the time.
+    enroll(mesh, &own, &first, false)?.output()?;
+    mesh.wait_for("client")?;
+    watch.finish()?.nothing_in_the_clear(&Scope::All)?;
+    let let_go =
+        mesh.lab.node("a").culvert(&["pod", "unenroll", "--container-id", "new-sandbox"])?;
+    ensure!(let_go.success(), "{}", let_go.stderr);
+    ensure!(listed(mesh)?.len() == 1, "{:?}", listed(mesh)?);
+    mesh.lab.delete_pod("spare")
+}

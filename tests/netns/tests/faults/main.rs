@@ -32,6 +32,7 @@ const FAULTS: &[Named<Mesh>] = &[
     ("attacks_find_no_gap_while_things_change", hostile::attacks_find_no_gap),
     ("live_connections_never_notice_enrolment", enrolment::live_connections_never_notice),
     ("enrolling_and_unenrolling_under_traffic", enrolment::in_and_out_under_traffic),
+    ("a_captured_namespace_is_not_let_go_by_another", enrolment::another_netns_lets_none_go),
     ("denying_policy_cuts_live_connections", policy::denying_cuts_live_connections),
     (
         "denying_cuts_connections_without_a_tunnel",

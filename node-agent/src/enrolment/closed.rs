@@ -1,0 +1,181 @@
+//! Sandboxes that were replaced or removed, and in which something may live: captured still, and refused everything.
+//!
+//! That a path is gone, or that somebody names another namespace for a pod, says nothing of the processes in the old one.
+//! So the kernel goes on capturing it, with no socket of the agent in it, until it is gone for certain.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Instant;
+
+use mesh_enroll::{EnrolledPod, PodPhase, PodSelector};
+use mesh_model::PodUid;
+use mesh_net::Netns;
+
+use super::attachment::Remains;
+use super::enroller::{Enroller, MAX_PODS};
+use super::error::EnrollError;
+use super::namespace;
+use super::phases::Entry;
+use super::record::Record;
+use super::search;
+use crate::dataplane::Drain;
+use crate::error::error_chain;
+
+/// Said of them in lists.
+const DETAIL: &str =
+    "its sandbox was replaced or removed and may live on: everything is refused there";
+
+impl Enroller {
+    /// Forgets a pod. When its namespace was captured it stays so, refused everything, until it is gone.
+    pub(super) fn close(
+        &self,
+        pods: &mut BTreeMap<PodUid, Entry>,
+        uid: &PodUid,
+    ) -> Result<(), EnrollError> {
+        let Some(entry) = pods.get(uid) else { return Ok(()) };
+        match entry.record.phase {
+            PodPhase::Excluded | PodPhase::Draining => self.remove(pods, uid),
+            PodPhase::Pending | PodPhase::Enrolled | PodPhase::Closed => {
+                self.keep_closed(entry.record.clone())?;
+                pods.remove(uid);
+                Ok(())
+            }
+        }
+    }
+
+    /// Closes the agent's sockets in the namespace of a record, and remembers it for as long as the kernel captures it.
+    pub(super) fn keep_closed(&self, mut record: Record) -> Result<(), EnrollError> {
+        let (uid, cookie) = (record.pod.uid.clone(), record.cookie);
+        match self.phases.attachments.remains(cookie)? {
+            Remains::Nothing => self.phases.attachments.detach(&uid, cookie, Drain::Now)?,
+            Remains::OfUnknown | Remains::OfLiving => {
+                let mut closed = self.closed();
+                closed.retain(|other| other.record.cookie != cookie);
+                if closed.len() >= MAX_PODS {
+                    return Err(EnrollError::TooManyPods);
+                }
+                self.phases.attachments.close(&uid, cookie)?;
+                record.phase = PodPhase::Closed;
+                let mut entry = Entry::new(record);
+                DETAIL.clone_into(&mut entry.detail);
+                closed.push(entry);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a namespace back that is to be a pod's again; captured as it is.
+    pub(super) fn reopened(&self, cookie: u64) -> Option<Entry> {
+        let mut closed = self.closed();
+        let index = closed.iter().position(|entry| entry.record.cookie == cookie)?;
+        let mut entry = closed.swap_remove(index);
+        entry.record.phase = PodPhase::Enrolled;
+        entry.detail.clear();
+        entry.due = None;
+        Some(entry)
+    }
+
+    /// Lets those go of which nothing is left; whether there was one. Looks at a machine's processes when one is due.
+    pub(super) fn sweep_closed(&self, now: Instant) -> bool {
+        let mut closed = self.closed();
+        if closed.iter().all(|entry| entry.due.is_some_and(|due| due > now)) {
+            return false;
+        }
+        let alive = search::cookies_on_this_machine();
+        let before = closed.len();
+        closed.retain_mut(|entry| {
+            let cookie = entry.record.cookie;
+            let lives = alive.contains(&cookie)
+                || match self.phases.attachments.remains(cookie) {
+                    Ok(Remains::Nothing | Remains::OfUnknown) => false,
+                    Ok(Remains::OfLiving) => true,
+                    Err(error) => {
+                        tracing::warn!(error = %error_chain(&error), "a captured namespace cannot be looked at");
+                        true
+                    }
+                };
+            if lives || !self.forget(entry) {
+                entry.due = Some(now + entry.next_pause());
+                return true;
+            }
+            tracing::info!(pod = %entry.record.pod.name, netns = %entry.record.netns, "a closed sandbox is gone");
+            false
+        });
+        closed.len() != before
+    }
+
+    /// Takes the kernel's hand from what is gone; whether that was done. By no uid: the pod may have another sandbox, whose sockets are its.
+    fn forget(&self, entry: &Entry) -> bool {
+        let nobody = PodUid::new("");
+        match self.phases.attachments.detach(&nobody, entry.record.cookie, Drain::Now) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "a gone pod leaves traces");
+                false
+            }
+        }
+    }
+
+    /// Lets those go that `selector` names. `gone`: their sandboxes are being removed, and one in which a process lives
+    /// stays; otherwise an operator asks, and they are restored.
+    pub(super) fn release_closed(
+        &self,
+        selector: &PodSelector,
+        gone: bool,
+    ) -> Result<(), EnrollError> {
+        let mut closed = self.closed();
+        let mut outcome = Ok(());
+        closed.retain(|entry| {
+            if !entry.record.is_selected(selector) || (gone && has_process(&entry.record)) {
+                return true;
+            }
+            let nobody = PodUid::new("");
+            let detached = self.phases.attachments.detach(&nobody, entry.record.cookie, Drain::Now);
+            let done = detached.map_err(EnrollError::from).and_then(|()| {
+                match Netns::open(Path::new(entry.record.netns.as_str())) {
+                    Ok(netns) if !gone && netns.cookie() == entry.record.cookie => {
+                        Ok(namespace::restore(&netns, &entry.record.originals)?)
+                    }
+                    Ok(_) | Err(_) => Ok(()),
+                }
+            });
+            let failed = done.is_err();
+            if failed {
+                outcome = done;
+            }
+            failed
+        });
+        outcome
+    }
+
+    /// Every pod that is known, and behind them every closed sandbox.
+    pub(crate) fn list_all(&self) -> Vec<EnrolledPod> {
+        let mut listed = self.list();
+        listed.extend(self.closed().iter().map(|entry| entry.record.listed(&entry.detail)));
+        listed
+    }
+
+    /// Locked after the pods, never before.
+    pub(super) fn closed(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the namespace of a record exists: by its path, by a process, or by what the kernel has attached to it.
+    pub(super) fn exists(&self, record: &Record) -> Result<bool, EnrollError> {
+        let by_path = Netns::open(Path::new(record.netns.as_str()));
+        if by_path.is_ok_and(|netns| netns.cookie() == record.cookie) {
+            return Ok(true);
+        }
+        Ok(self.phases.attachments.remains(record.cookie)? == Remains::OfLiving
+            || search::cookies_on_this_machine().contains(&record.cookie))
+    }
+}
+
+/// Whether a process is in the namespace of a record, as far as this process sees them.
+pub(super) fn has_process(record: &Record) -> bool {
+    match Netns::open(Path::new(record.netns.as_str())) {
+        Ok(netns) if netns.cookie() == record.cookie => search::has_process(netns.inode()),
+        Ok(_) | Err(_) => search::cookies_on_this_machine().contains(&record.cookie),
+    }
+}
