@@ -1,8 +1,9 @@
 //! `culvert pod`: takes pods in and lets them go, over the agent's enrolment socket.
 
+use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use mesh_enroll::names::pod_uid;
 use mesh_enroll::request::patience_ms;
@@ -127,7 +128,16 @@ fn usage(error: &dyn std::error::Error) -> Failure {
 fn ask(request: &EnrollRequest, reach: &Reach) -> Result<EnrollReply, Failure> {
     let socket: PathBuf = reach.run_dir.join("agent.sock");
     let patience = Some(Duration::from_secs(reach.timeout_seconds));
-    let mut stream = UnixStream::connect(&socket)
+    // An agent that was started a moment ago is not ready yet; the others only ask what is.
+    let connect_for = match request {
+        EnrollRequest::Enroll(_) => AGENT_START.min(Duration::from_secs(reach.timeout_seconds)),
+        EnrollRequest::Unenroll { .. }
+        | EnrollRequest::Check { .. }
+        | EnrollRequest::Status
+        | EnrollRequest::Gc { .. }
+        | EnrollRequest::List => Duration::ZERO,
+    };
+    let mut stream = connect(&socket, connect_for)
         .and_then(|stream| {
             stream.set_read_timeout(patience)?;
             stream.set_write_timeout(patience)?;
@@ -146,6 +156,37 @@ fn ask(request: &EnrollRequest, reach: &Reach) -> Result<EnrollReply, Failure> {
         FrameError::Io(source) => no_answer(socket, source.to_string()),
     })
 }
+
+/// Connects, again and again for as long as `patience` lasts, and says so.
+fn connect(socket: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let deadline = Instant::now() + patience;
+    let mut told = false;
+    loop {
+        let error = match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => error,
+        };
+        let may_come =
+            matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+        if !may_come || Instant::now() + CONNECT_PAUSE > deadline {
+            return Err(error);
+        }
+        if !told {
+            let seconds = patience.as_secs();
+            show::remark(&format!(
+                "waiting up to {seconds} s for the agent at {}\n",
+                socket.display()
+            ));
+            told = true;
+        }
+        std::thread::sleep(CONNECT_PAUSE);
+    }
+}
+
+/// How long an agent may take from its start until it takes requests: it joins the mesh before.
+const AGENT_START: Duration = Duration::from_secs(15);
+/// Between two tries to connect.
+const CONNECT_PAUSE: Duration = Duration::from_millis(100);
 
 fn no_answer(socket: PathBuf, problem: String) -> Failure {
     Failure::NoAnswer { who: Daemon::Agent.name(), socket, problem }

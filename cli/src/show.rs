@@ -15,6 +15,14 @@ pub(crate) fn text(text: &str) -> Result<(), Failure> {
     raw(plain(text).as_bytes())
 }
 
+/// Says something beside the answer, on standard error.
+pub(crate) fn remark(text: &str) {
+    match io::stderr().write_all(plain(text).as_bytes()) {
+        // Nobody reads it; the answer does not depend on it.
+        Ok(()) | Err(_) => {}
+    }
+}
+
 /// Writes bytes as they are.
 ///
 /// # Errors

@@ -169,7 +169,15 @@ pub(crate) fn run(args: &StatusArgs, reach: &Reach, output: Output) -> Result<En
         }
         Daemon::Controller => {
             let status: ControllerStatus = client.read(&body)?;
-            (render_controller(&status), status.is_clean())
+            let mut text = String::new();
+            if args.daemon.is_none() {
+                // Nobody named the controller: it stands in for an agent.
+                let agent = reach.run_dir.join("admin.sock");
+                let unreached = format!("cannot be reached: nothing at {}", agent.display());
+                text.push_str(&list(&[("agent", unreached)]));
+            }
+            text.push_str(&render_controller(&status));
+            (text, status.is_clean())
         }
     };
     match output {

@@ -202,6 +202,11 @@ fn status_of_both_daemons() {
     let only = Daemon::start();
     only.serve_http("controller.sock", &[("/status", 200, controller.to_string())]);
     let (stdout, _) = ends(&culvert(&only, &["status"]), 1);
+    let no_agent = only.folder().join("admin.sock");
+    let no_agent = format!("agent:      cannot be reached: nothing at {}\n", no_agent.display());
+    assert!(stdout.starts_with(&no_agent), "{stdout}");
+    let (named, _) = ends(&culvert(&only, &["status", "controller"]), 1);
+    assert!(!named.contains("agent: "), "{named}");
     for part in [
         "objects:    5 in use, 1 refused\n",
         "refused: Service shop/web at a.yaml:3, spec.ports: not a port\n",
@@ -425,6 +430,42 @@ fn pods_are_enrolled_listed_and_let_go() {
     assert_eq!(stderr, "culvert: the interface is no veth\n  remedy: use a bridge\n");
     let (stdout, _) = ends(&culvert(&daemon, &enroll), 1);
     assert_eq!(stdout, "stays outside the mesh: not labelled\n");
+}
+
+/// `culvert-agent &`, then `culvert pod enroll`, as the README has it.
+#[test]
+fn enrolling_waits_for_an_agent_that_has_just_been_started() {
+    let daemon = Daemon::start();
+    let enroll = [
+        "pod",
+        "enroll",
+        "--netns",
+        "/run/netns/a",
+        "--namespace",
+        "shop",
+        "--name",
+        "cart-1",
+        "--uid",
+        "u-1",
+        "--timeout",
+        "10",
+    ];
+    let output = std::thread::scope(|scope| {
+        let running = scope.spawn(|| culvert(&daemon, &enroll));
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let _asked = daemon.serve_enrolment(vec![EnrollReply::Ok]);
+        running.join().unwrap()
+    });
+    let (stdout, stderr) = ends(&output, 0);
+    assert_eq!(stdout, "shop/cart-1 is in the mesh\n");
+    let socket = daemon.folder().join("agent.sock");
+    assert_eq!(stderr, format!("waiting up to 10 s for the agent at {}\n", socket.display()));
+    // In the end it says what it would have said at once.
+    let nobody = Daemon::start();
+    let mut hasty = enroll;
+    hasty[hasty.len() - 1] = "1";
+    let (_, stderr) = ends(&culvert(&nobody, &hasty), 3);
+    assert!(stderr.contains("\nculvert: cannot reach the agent at "), "{stderr}");
 }
 
 #[test]
