@@ -1,6 +1,7 @@
-//! A node's kernel, its pods, a policy that changes, an agent that comes and goes, and faults, from a
-//! seed. After every step: no verdict in force that the policy of now does not grant, and no
-//! connection of a denied pair lives longer than a second.
+//! A node's kernel, its pods, a policy that changes, pods that join and leave, an agent that comes and
+//! goes and hands over, a queue of events that overflows, and faults, from a seed. After every step: no
+//! verdict in force that the policy of now does not grant, and no connection of a denied pair lives
+//! longer than a second.
 #![expect(clippy::cast_possible_truncation, reason = "numbers of pods and connections, all small")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +46,28 @@ struct Kernel {
     open: BTreeSet<(Pair, Flow)>,
     /// What the agent has not read yet.
     events: Vec<Input>,
+    /// Events that found no room.
+    lost: u64,
+}
+
+impl Kernel {
+    fn tell(&mut self, event: Input, is_full: bool) {
+        if is_full {
+            self.lost += 1;
+        } else {
+            self.events.push(event);
+        }
+    }
+}
+
+/// How a pod stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Membership {
+    Captured,
+    /// Captured no more; its connections go on.
+    Leaving,
+    /// Captured no more, and all of its connections are over or cut.
+    Outside,
 }
 
 /// What is true: who is enrolled, who has which address, what the policy says.
@@ -53,6 +76,7 @@ struct World {
     /// The pod at each address; a successor is another pod.
     at: Vec<Pod>,
     next_pod: u64,
+    membership: Vec<Membership>,
     /// When the pair was denied or its pod replaced, for the second it may take.
     denied_since: BTreeMap<Pair, Duration>,
 }
@@ -64,7 +88,23 @@ impl World {
             return Judgement::Deny;
         };
         let key = (client as u64, server as u64);
-        self.judgements.get(&key).copied().unwrap_or(Judgement::Deny)
+        let by_policy = self.judgements.get(&key).copied().unwrap_or(Judgement::Deny);
+        let membership = [self.membership[client], self.membership[server]];
+        if by_policy == Judgement::Deny || membership.contains(&Membership::Outside) {
+            Judgement::Deny
+        } else if membership.contains(&Membership::Leaving) {
+            Judgement::Hold
+        } else {
+            by_policy
+        }
+    }
+
+    /// The kernel's own look: both are captured, and have the addresses.
+    fn are_captured(&self, pair: &Pair) -> bool {
+        [pair.client, pair.server].iter().all(|pod| {
+            let place = self.at.iter().position(|at| at == pod);
+            place.is_some_and(|place| self.membership[place] == Membership::Captured)
+        })
     }
 
     fn pair(&self, client: u64, server: u64) -> Pair {
@@ -78,13 +118,23 @@ impl World {
     }
 }
 
+fn new_ledger() -> Ledger {
+    Ledger::new(Bounds { verdicts: 4, ..Bounds::default() })
+}
+
 struct Node {
     dice: Dice,
     now: Duration,
     world: World,
     kernel: Kernel,
     agent: Option<Ledger>,
+    /// The agent stands still for a successor: what it knew of open connections.
+    frozen: Option<(Ledger, Vec<(Pair, Flow)>)>,
+    /// Events that had found no room when the agent looked last.
+    lost_known: u64,
     faulty: bool,
+    /// The queue has no room.
+    full: bool,
     next_port: u16,
     /// Since when the agent has been there and nothing was refused.
     well_since: Duration,
@@ -96,6 +146,7 @@ impl Node {
             judgements: BTreeMap::new(),
             at: (0..PODS).map(Pod).collect(),
             next_pod: PODS,
+            membership: vec![Membership::Captured; PODS as usize],
             denied_since: BTreeMap::new(),
         };
         Self {
@@ -103,8 +154,11 @@ impl Node {
             now: Duration::from_secs(100),
             world,
             kernel: Kernel::default(),
-            agent: Some(Ledger::new(Bounds { verdicts: 4, ..Bounds::default() })),
+            agent: Some(new_ledger()),
+            frozen: None,
+            lost_known: 0,
             faulty: false,
+            full: false,
             next_port: 1024,
             well_since: Duration::ZERO,
         }
@@ -127,9 +181,74 @@ impl Node {
                 }
                 Command::Cut(pair, flow) => {
                     if self.kernel.open.remove(&(pair, flow)) {
-                        self.kernel.events.push(Input::Closed(pair, flow));
+                        self.kernel.tell(Input::Closed(pair, flow), self.full);
                     }
                 }
+            }
+        }
+    }
+
+    /// Something has changed: what the kernel tells is heard first.
+    fn changed(&mut self) {
+        if self.agent.is_none() {
+            return;
+        }
+        self.read_events();
+        self.tell(Input::Changed);
+    }
+
+    fn find_untold(&mut self) {
+        let Some(ledger) = &self.agent else { return };
+        let known: BTreeSet<(Pair, Flow)> =
+            ledger.open().map(|(pair, flow)| (*pair, flow)).collect();
+        for (pair, flow) in self.kernel.open.clone() {
+            if !known.contains(&(pair, flow)) {
+                self.tell(Input::Opened(pair, flow));
+            }
+        }
+    }
+
+    /// The kernel's table has nothing of them any more.
+    fn compare(&mut self) {
+        let Some(ledger) = &self.agent else { return };
+        let known: Vec<(Pair, Flow)> = ledger.open().map(|(pair, flow)| (*pair, flow)).collect();
+        for (pair, flow) in known {
+            if !self.kernel.open.contains(&(pair, flow)) {
+                self.tell(Input::Closed(pair, flow));
+            }
+        }
+    }
+
+    /// A pod joins, leaves, or has left: what it had open is over by then, or is cut.
+    fn move_pod(&mut self, place: usize) {
+        self.world.membership[place] = match self.world.membership[place] {
+            Membership::Captured => Membership::Leaving,
+            Membership::Leaving if self.dice.one_in(2) => Membership::Outside,
+            Membership::Leaving | Membership::Outside => Membership::Captured,
+        };
+        self.changed();
+    }
+
+    /// The agent stops for a successor, which takes its place or fails.
+    fn hand_over(&mut self) {
+        match self.frozen.take() {
+            None => {
+                self.read_events();
+                self.frozen = self.agent.take().map(|ledger| {
+                    let open = ledger.open().map(|(pair, flow)| (*pair, flow)).collect();
+                    (ledger, open)
+                });
+            }
+            Some((predecessor, _)) if self.dice.one_in(3) => {
+                self.agent = Some(predecessor);
+                self.changed();
+            }
+            Some((_, written)) => {
+                self.agent = Some(new_ledger());
+                for (pair, flow) in written {
+                    self.tell(Input::Opened(pair, flow));
+                }
+                self.settle();
             }
         }
     }
@@ -137,7 +256,7 @@ impl Node {
     fn step(&mut self) {
         let (client, server) = (self.dice.below(PODS), self.dice.below(PODS));
         let pair = self.world.pair(client, server);
-        match self.dice.below(10) {
+        match self.dice.below(13) {
             0 | 1 => {
                 let judgement = match self.dice.below(4) {
                     0 => Judgement::Deny,
@@ -145,7 +264,7 @@ impl Node {
                     _ => Judgement::Grant,
                 };
                 self.world.judgements.insert((client, server), judgement);
-                self.tell(Input::Changed);
+                self.changed();
                 if self.dice.one_in(2) {
                     self.connect(pair);
                 }
@@ -154,7 +273,8 @@ impl Node {
             2 => {
                 self.world.at[client as usize] = Pod(self.world.next_pod);
                 self.world.next_pod += 1;
-                self.tell(Input::Changed);
+                self.world.membership[client as usize] = Membership::Captured;
+                self.changed();
             }
             3 | 4 => self.connect(pair),
             5 => self.connect(self.world.pair(server, client)),
@@ -162,11 +282,15 @@ impl Node {
                 let nth = self.dice.below(self.kernel.open.len().max(1) as u64) as usize;
                 if let Some((pair, flow)) = self.kernel.open.iter().nth(nth).copied() {
                     self.kernel.open.remove(&(pair, flow));
-                    self.kernel.events.push(Input::Closed(pair, flow));
+                    self.kernel.tell(Input::Closed(pair, flow), self.full);
                 }
             }
+            10 => self.move_pod(client as usize),
+            11 => self.hand_over(),
+            12 if self.dice.one_in(2) => self.full = !self.full,
+            12 => self.compare(),
             7 => self.read_events(),
-            8 if self.dice.one_in(3) => self.restart(),
+            8 if self.dice.one_in(3) && self.frozen.is_none() => self.restart(),
             8 => self.faulty = !self.faulty && self.dice.one_in(2),
             _ => self.now += STEP * 5,
         }
@@ -189,11 +313,13 @@ impl Node {
     fn connect(&mut self, pair: Pair) {
         // One that the agent took before there was a verdict is offered late.
         let late = self.dice.one_in(4);
-        if !late && self.kernel.verdicts.contains(&pair) && self.now < self.kernel.lease {
+        let captured = self.world.are_captured(&pair);
+        let in_force = self.kernel.verdicts.contains(&pair) && self.now < self.kernel.lease;
+        if !late && captured && in_force {
             let flow = Flow(SocketAddr::new(pair.client_address, self.next_port));
             self.next_port += 1;
             self.kernel.open.insert((pair, flow));
-            self.kernel.events.push(Input::Opened(pair, flow));
+            self.kernel.tell(Input::Opened(pair, flow), self.full);
         } else if self.agent.is_some() && self.world.judge(&pair) != Judgement::Deny {
             self.tell(Input::Offered(pair));
         }
@@ -209,20 +335,27 @@ impl Node {
                 self.tell(event);
             }
         }
+        if self.kernel.lost != self.lost_known {
+            self.lost_known = self.kernel.lost;
+            self.find_untold();
+        }
     }
 
     fn restart(&mut self) {
         if self.agent.take().is_some() {
             return;
         }
-        self.agent = Some(Ledger::new(Bounds { verdicts: 4, ..Bounds::default() }));
-        // Verdicts and connections are there before anything else is heard.
+        self.agent = Some(new_ledger());
         self.kernel.events.clear();
+        self.settle();
+    }
+
+    /// Verdicts and connections are judged before anything else is heard.
+    fn settle(&mut self) {
+        self.lost_known = self.kernel.lost;
+        self.find_untold();
         for pair in self.kernel.verdicts.clone() {
             self.tell(Input::Adopted(pair));
-        }
-        for (pair, flow) in self.kernel.open.clone() {
-            self.tell(Input::Opened(pair, flow));
         }
     }
 
