@@ -202,7 +202,7 @@ pub enum AppSource<'a> {
     Apart {
         /// The client's address.
         client: IpAddr,
-        /// Where among those ports to begin.
+        /// Another for each connection: which of those ports are tried.
         number: u64,
     },
     /// From the pod's own address.
@@ -256,11 +256,11 @@ pub fn connect_to_app(
             Err(io::ErrorKind::AddrInUse.into())
         }
         AppSource::Apart { client, number } if client != target.ip() => {
-            for number in (number..).take(SOURCE_PORT_ATTEMPTS as usize) {
+            for port in ports_apart(number) {
                 let socket = prepare(target, label, Far::App)?;
                 become_client(&socket, client)?;
                 socket.set_reuse_address(true)?;
-                let bound = socket.bind(&SocketAddr::new(client, port_apart(number)).into());
+                let bound = socket.bind(&SocketAddr::new(client, port).into());
                 match bound.and_then(|()| start_connect(socket, target)) {
                     Err(error) if is_taken(&error) => {}
                     done => return done,
@@ -286,13 +286,34 @@ fn prepare(target: SocketAddr, label: &dyn SocketLabel, far: Far) -> io::Result<
 }
 
 /// Behind the ports that Linux chooses by itself (`ip_local_port_range`, 32768 to 60999 unless set).
-const PORTS_APART: std::ops::RangeInclusive<u16> = 61_000..=65_535;
+const PORTS_BEHIND: std::ops::RangeInclusive<u16> = 61_000..=65_535;
+/// Among those ports, of which Linux gives a connection an odd one only when all even ones are in use to its destination
+/// (`__inet_hash_connect`).
+const PORTS_BETWEEN: std::ops::RangeInclusive<u16> = 32_768..=60_999;
 
-/// The `number`th of [`PORTS_APART`], round and round.
-fn port_apart(number: u64) -> u16 {
-    let count = u64::from(PORTS_APART.end() - PORTS_APART.start()) + 1;
-    // Below the count, so it fits.
-    PORTS_APART.start() + u16::try_from(number % count).unwrap_or(0)
+/// Ports to try for a connection: some of [`PORTS_BEHIND`], then odd ones of [`PORTS_BETWEEN`].
+///
+/// They are scattered, not in a row: connections that last leave rows of taken ports behind them.
+fn ports_apart(number: u64) -> impl Iterator<Item = u16> {
+    let within = move |ports: &std::ops::RangeInclusive<u16>, attempt: u32| {
+        let count = u64::from(ports.end() - ports.start()) + 1;
+        // Below the count, so it fits.
+        let offset = scattered(number, attempt).checked_rem(count).unwrap_or(0);
+        ports.start() + u16::try_from(offset).unwrap_or(0)
+    };
+    let behind = (0..SOURCE_PORT_ATTEMPTS).map(move |attempt| within(&PORTS_BEHIND, attempt));
+    let between = (SOURCE_PORT_ATTEMPTS..2 * SOURCE_PORT_ATTEMPTS)
+        .map(move |attempt| within(&PORTS_BETWEEN, attempt) | 1);
+    behind.chain(between)
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+fn scattered(number: u64, attempt: u32) -> u64 {
+    let seed = number.wrapping_mul(u64::from(2 * SOURCE_PORT_ATTEMPTS)) ^ u64::from(attempt);
+    let mut z = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 /// Another socket has the port, or this very four-tuple.

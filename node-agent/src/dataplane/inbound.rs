@@ -390,7 +390,7 @@ impl NodeWorker {
         }
         if self.direct.is_active() && self.serves(client) {
             match connect(AppSource::Apart { client, number: flow.id.0 }) {
-                // All of those ports are taken: rather a small chance of one that a direct connection gets.
+                // Some 15,000 of this client are open: rather a small chance of a port that a direct connection gets.
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
                 done => return done,
             }

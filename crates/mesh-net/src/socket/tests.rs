@@ -189,3 +189,16 @@ fn what_nobody_closes_is_reset_and_what_is_closed_ends() {
         }
     }
 }
+
+/// Long rows of ports are taken, as connections leave them that were opened one after another and last.
+#[test]
+fn a_port_apart_is_found_beside_rows_of_taken_ones() {
+    let taken = |port: u16| (61_000..65_000).contains(&port);
+    for number in 0..10_000 {
+        let tried: Vec<u16> = ports_apart(number).collect();
+        assert!(tried.iter().any(|port| !taken(*port)), "{number}: all of {tried:?} are taken");
+        for port in tried {
+            assert!(port >= 61_000 || (port >= 32_768 && port % 2 == 1), "the kernel gives {port}");
+        }
+    }
+}
