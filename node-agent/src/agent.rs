@@ -453,7 +453,9 @@ impl PodAttachments for KernelOnly {
         Ok(Remains::Nothing)
     }
 
-    fn lingers(&self, _uid: &PodUid) -> bool {
+    fn left(&self, _pod: &AttachedPod) {}
+
+    fn lingers(&self, _uid: &PodUid, _cookie: u64) -> bool {
         false
     }
 

@@ -166,16 +166,7 @@ impl PodAttachments for Attachments {
             addresses: ordered(pod),
             settings: pod.settings.clone(),
         };
-        let sockets = PodSockets {
-            uid: uid.clone(),
-            namespace: pod.pod.name.namespace().into(),
-            name: pod.pod.name.name().into(),
-            service_account: pod.pod.service_account.as_str().into(),
-            netns: Arc::clone(&pod.netns),
-            cookie: pod.netns.cookie(),
-            addresses: ordered(pod),
-            capture_inbound: pod.settings.capture_inbound,
-        };
+        let sockets = pod_sockets(pod);
         if self.sockets(uid).is_none() {
             refuse_squatters(pod)?;
         }
@@ -250,8 +241,13 @@ impl PodAttachments for Attachments {
         Ok(if captured { Remains::OfUnknown } else { Remains::Nothing })
     }
 
-    fn lingers(&self, uid: &PodUid) -> bool {
-        self.data_plane.open_flows(uid) > 0
+    fn left(&self, pod: &AttachedPod) {
+        // With no settings it takes no part, and its connections have somebody to belong to.
+        self.data_plane.direct().pod_captured(pod_sockets(pod), None);
+    }
+
+    fn lingers(&self, uid: &PodUid, cookie: u64) -> bool {
+        self.data_plane.open_flows(uid) > 0 || self.data_plane.direct().lingers(cookie)
     }
 
     fn captured(&self) -> Result<BTreeSet<u64>, AttachError> {
@@ -291,6 +287,19 @@ fn refuse_squatters(pod: &AttachedPod) -> Result<(), AttachError> {
             retryable: true,
             source: error.into(),
         }),
+    }
+}
+
+fn pod_sockets(pod: &AttachedPod) -> PodSockets {
+    PodSockets {
+        uid: pod.pod.uid.clone(),
+        namespace: pod.pod.name.namespace().into(),
+        name: pod.pod.name.name().into(),
+        service_account: pod.pod.service_account.as_str().into(),
+        netns: Arc::clone(&pod.netns),
+        cookie: pod.netns.cookie(),
+        addresses: ordered(pod),
+        capture_inbound: pod.settings.capture_inbound,
     }
 }
 

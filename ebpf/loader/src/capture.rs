@@ -299,6 +299,17 @@ impl Capture {
         direct::ends(&self.maps)
     }
 
+    /// The open sockets of a pod that have a peer, as (own address, peer's): of a pod that is captured no more the
+    /// programs tell nothing.
+    ///
+    /// # Errors
+    /// When the kernel does not list them.
+    pub fn sockets_of(
+        namespace: BorrowedFd<'_>,
+    ) -> Result<Vec<(SocketAddr, SocketAddr)>, CaptureError> {
+        direct::sockets(namespace)
+    }
+
     /// Ends a direct connection: the guards let nothing of it pass any more, and its sockets in
     /// these namespaces are destroyed; their owners see `ECONNABORTED`.
     pub fn cut_direct(

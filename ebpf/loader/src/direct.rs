@@ -11,7 +11,7 @@ use mesh_ebpf_abi::{
 
 use crate::capture::NetnsCookie;
 use crate::maps::Maps;
-use crate::{CaptureError, destroy, netns};
+use crate::{CaptureError, destroy, established, netns};
 
 /// Two pods of the node that may talk without the agent, at one port of the second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -129,6 +129,22 @@ pub(crate) fn ends(maps: &Maps) -> Result<Vec<(DirectFlow, DirectEnd)>, CaptureE
             } else {
                 None
             }
+        })
+        .collect())
+}
+
+/// The open sockets of the namespace that have a peer, as (own, peer); what only waits for stray segments is not open.
+pub(crate) fn sockets(
+    namespace: BorrowedFd<'_>,
+) -> Result<Vec<(SocketAddr, SocketAddr)>, CaptureError> {
+    let connections = netns::inside(namespace, established::list)
+        .and_then(|listed| listed)
+        .map_err(CaptureError::kernel("listing the sockets of a pod"))?;
+    let open = connections.into_iter().filter(|connection| !connection.in_time_wait);
+    Ok(open
+        .map(|connection| {
+            let DirectFlow { client: own, target: peer } = flow(&connection.flow);
+            (own, peer)
         })
         .collect())
 }

@@ -212,6 +212,16 @@ impl DirectPath {
         }
     }
 
+    /// Whether direct connections of the pod go on; where that cannot be told, they do. Blocks, not for long.
+    pub(crate) fn lingers(&self, cookie: u64) -> bool {
+        if self.handle.get().is_none() {
+            return false;
+        }
+        let (reply, count) = mpsc::channel();
+        self.send(Message::Count { cookie, reply });
+        count.recv_timeout(PATIENCE).map_or(true, |count| count > 0)
+    }
+
     /// Stands still and writes everything down. Blocks, not for long.
     pub(super) fn freeze(&self) -> Option<Value> {
         self.handle.get()?;

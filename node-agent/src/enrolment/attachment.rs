@@ -41,8 +41,10 @@ pub(crate) trait PodAttachments: Send + Sync {
     fn close(&self, uid: &PodUid, cookie: u64) -> Result<(), AttachError>;
     /// What the kernel has of a namespace.
     fn remains(&self, cookie: u64) -> Result<Remains, AttachError>;
+    /// A pod that an earlier process began to let go: its connections may go on here.
+    fn left(&self, pod: &AttachedPod);
     /// Whether connections of a detached pod still go on.
-    fn lingers(&self, uid: &PodUid) -> bool;
+    fn lingers(&self, uid: &PodUid, cookie: u64) -> bool;
     /// The cookies of the namespaces that the kernel captures: ours, left behind, or captured by another version.
     fn captured(&self) -> Result<BTreeSet<u64>, AttachError>;
     /// Those of them whose capture is as [`attach`](Self::attach) left it.

@@ -10,7 +10,9 @@
 //! ```
 //! Every phase is left when the sandbox goes: for nothing, or for Closed while something may live in it (`closed`).
 
+use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -64,14 +66,7 @@ impl Phases {
         let attached = namespace.prepare().map_err(EnrollError::from).and_then(|()| {
             let netns = Arc::new(namespace.netns);
             entry.netns = Some(Arc::clone(&netns));
-            let pod = AttachedPod {
-                pod: entry.record.pod.clone(),
-                path: namespace.path.clone(),
-                netns,
-                addresses: namespace.addresses.clone(),
-                nameservers: entry.record.nameservers.clone(),
-                settings: entry.settings.clone(),
-            };
+            let pod = attached(entry, namespace.path.clone(), netns, namespace.addresses.clone());
             self.attachments.attach(&pod).map_err(EnrollError::from)
         });
         if let Err(error) = attached {
@@ -136,6 +131,14 @@ impl Phases {
 
     /// Goes on with a drain that another process began: its last connections may have been handed over.
     pub(super) fn resume_draining(&self, entry: &mut Entry, now: Instant) {
+        match self.reopen(entry) {
+            Ok(PodNamespace { path, netns, addresses }) => {
+                self.attachments.left(&attached(entry, path, Arc::new(netns), addresses))
+            }
+            Err(error) => {
+                tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "direct connections of a pod that leaves are not known");
+            }
+        }
         let uid = &entry.record.pod.uid;
         if let Err(error) = self.attachments.detach(uid, entry.record.cookie, Drain::WhenOver) {
             tracing::warn!(pod = %entry.record.pod.name, error = %error_chain(&error), "a pod cannot be let go yet");
@@ -146,7 +149,7 @@ impl Phases {
     /// Restores the namespace of a pod that has drained. It stays known, so that it can come back. Whether it has: its
     /// connections need the routes for as long as they go on.
     pub(super) fn finish_draining(&self, entry: &mut Entry, now: Instant) -> bool {
-        if self.attachments.lingers(&entry.record.pod.uid) {
+        if self.attachments.lingers(&entry.record.pod.uid, entry.record.cookie) {
             entry.due = Some(now + DRAIN_LOOK);
             return false;
         }
@@ -244,5 +247,21 @@ impl Entry {
             Err(error) => error.kind() == io::ErrorKind::NotFound,
             Ok(found) => self.netns.as_ref().is_some_and(|netns| netns.inode() != found.ino()),
         }
+    }
+}
+
+fn attached(
+    entry: &Entry,
+    path: PathBuf,
+    netns: Arc<Netns>,
+    addresses: BTreeSet<IpAddr>,
+) -> AttachedPod {
+    AttachedPod {
+        pod: entry.record.pod.clone(),
+        path,
+        netns,
+        addresses,
+        nameservers: entry.record.nameservers.clone(),
+        settings: entry.settings.clone(),
     }
 }

@@ -37,6 +37,8 @@ pub(crate) struct FakeAttachments {
     closed: Mutex<Vec<u64>>,
     /// What was captured at any time, and is no more.
     released: Mutex<Vec<u64>>,
+    /// Pods that were told as let go by an earlier process.
+    left: Mutex<Vec<PodUid>>,
     /// How often all captured pods were asked for.
     walks: Mutex<usize>,
 }
@@ -90,7 +92,11 @@ impl PodAttachments for FakeAttachments {
         Ok(if lives { Remains::OfLiving } else { Remains::OfUnknown })
     }
 
-    fn lingers(&self, _uid: &PodUid) -> bool {
+    fn left(&self, pod: &AttachedPod) {
+        self.left.lock().unwrap().push(pod.pod.uid.clone());
+    }
+
+    fn lingers(&self, _uid: &PodUid, _cookie: u64) -> bool {
         *self.lingering.lock().unwrap()
     }
 
@@ -721,6 +727,7 @@ fn a_pod_that_leaves_is_restored_when_its_last_connection_has_ended() {
     assert_eq!(enroller.adopt(&wanted_list(false), now), Adopted::default());
     enroller.tick(now + Duration::from_secs(60));
     assert_eq!(*node.kernel.drains.lock().unwrap(), [Drain::WhenOver, Drain::WhenOver]);
+    assert_eq!(node.kernel.left.lock().unwrap().len(), 1, "the next process is not told of it");
     assert_eq!(phase(&enroller), Some(PodPhase::Draining));
     *node.kernel.lingering.lock().unwrap() = false;
     enroller.tick(now + Duration::from_secs(120));

@@ -1,6 +1,6 @@
 //! The direct connections that are open, and what both reporters say of them when they end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,6 +47,11 @@ impl Connection {
             DirectEnd::Server => self.server = Some(close),
         }
         self.client.is_some() && self.server.is_some()
+    }
+
+    /// One end is known to have closed.
+    pub(super) const fn has_closed(&self) -> bool {
+        self.first.is_some()
     }
 
     fn bytes(&self) -> FlowBytes {
@@ -177,12 +182,24 @@ impl Connections {
         Some(connection.pair)
     }
 
-    /// Notes what the kernel's table has; connections of which it had nothing twice have ended without being told of.
-    pub(super) fn compare(&mut self, ends: &[(DirectFlow, DirectEnd)]) -> Vec<DirectFlow> {
-        let known: std::collections::BTreeSet<DirectFlow> =
-            ends.iter().map(|(flow, _)| *flow).collect();
+    /// How many have an end in the pod.
+    pub(super) fn count_of(&self, pod: Pod) -> usize {
+        let is_its = |one: &&Connection| one.pair.client == pod || one.pair.server == pod;
+        self.open.values().filter(is_its).count()
+    }
+
+    /// Notes what the kernel has of those that are `meant`; connections of which it had nothing twice have ended without
+    /// being told of.
+    pub(super) fn compare(
+        &mut self,
+        known: &BTreeSet<DirectFlow>,
+        meant: impl Fn(&Pair) -> bool,
+    ) -> Vec<DirectFlow> {
         let mut gone = Vec::new();
         for (flow, connection) in &mut self.open {
+            if !meant(&connection.pair) {
+                continue;
+            }
             connection.missed = if known.contains(flow) { 0 } else { connection.missed + 1 };
             if connection.missed >= 2 {
                 gone.push(*flow);
@@ -383,6 +400,10 @@ mod tests {
         let sink = Heard::default();
         let mut first = Connections::default();
         first.opened(flow(), connection(), false, &sink);
+        assert_eq!(
+            (first.count_of(Pod(1)), first.count_of(Pod(2)), first.count_of(Pod(3))),
+            (1, 1, 0)
+        );
         first.get_mut(&flow()).unwrap().closed(DirectEnd::Server, close(70, true));
         let written = serde_json::to_string(&first.written()).unwrap();
         let written: Vec<WrittenConnection> = serde_json::from_str(&written).unwrap();
@@ -418,9 +439,11 @@ mod tests {
         let sink = Heard::default();
         let mut connections = Connections::default();
         connections.opened(flow(), connection(), false, &sink);
-        assert_eq!(connections.compare(&[]), []);
-        assert_eq!(connections.compare(&[(flow(), DirectEnd::Server)]), []);
-        assert_eq!(connections.compare(&[]), []);
-        assert_eq!(connections.compare(&[]), [flow()]);
+        let (none, there) = (BTreeSet::new(), BTreeSet::from([flow()]));
+        assert_eq!(connections.compare(&none, |_| true), []);
+        assert_eq!(connections.compare(&there, |_| true), []);
+        assert_eq!(connections.compare(&none, |_| true), []);
+        assert_eq!(connections.compare(&none, |_| false), []);
+        assert_eq!(connections.compare(&none, |_| true), [flow()]);
     }
 }

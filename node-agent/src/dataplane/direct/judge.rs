@@ -84,6 +84,19 @@ impl LocalPods {
         self.by_cookie.values().filter_map(|pod| pod.leaves_at).min()
     }
 
+    /// The pods that are captured no more and whose connections go on.
+    pub(super) fn leaving(&self) -> impl Iterator<Item = (Pod, &LocalPod)> {
+        let leaving = self.by_cookie.iter().filter(|(_, pod)| pod.leaves_at.is_some());
+        leaving.map(|(cookie, pod)| (Pod(*cookie), pod))
+    }
+
+    /// Whether one of the pair's pods is captured no more.
+    pub(super) fn has_left(&self, pair: &Pair) -> bool {
+        [pair.client, pair.server]
+            .into_iter()
+            .any(|pod| self.get(pod).is_none_or(|pod| pod.leaves_at.is_some()))
+    }
+
     pub(super) fn get(&self, pod: Pod) -> Option<&LocalPod> {
         self.by_cookie.get(&pod.0)
     }

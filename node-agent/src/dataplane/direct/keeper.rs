@@ -43,6 +43,11 @@ pub(super) enum Message {
         drain: Drain,
         done: Sender<()>,
     },
+    /// How many direct connections of the pod are open.
+    Count {
+        cookie: u64,
+        reply: Sender<usize>,
+    },
     Freeze(Sender<Written>),
     GoOn,
     End(Sender<()>),
@@ -81,8 +86,10 @@ const EVENTS: usize = 4096;
 const ROUND: Duration = Duration::from_secs(10);
 /// Between two comparisons of connections with the kernel's table.
 const COMPARE: Duration = Duration::from_secs(30);
-/// How long a cut connection may take to be told of.
-const CUT_PATIENCE: Duration = Duration::from_millis(500);
+/// Between two looks at the sockets of pods that are captured no more.
+const LOOK_AT_LEAVING: Duration = Duration::from_secs(1);
+/// How long the last word of a connection may take, once it is cut or closed at its only end that is told of.
+const LAST_WORD_PATIENCE: Duration = Duration::from_millis(500);
 
 pub(super) struct Keeper {
     capture: Arc<Capture>,
@@ -98,13 +105,17 @@ pub(super) struct Keeper {
     answers: Answers,
     /// A pod that is being let go, in whose namespace connections are cut.
     leaving: Option<(u64, Arc<Netns>)>,
-    /// Cut connections of which the end is waited for.
-    cuts: VecDeque<(Instant, DirectFlow)>,
+    /// Connections that are cut, or closed at one end while the other end's pod is not told of any more: their last word is
+    /// waited for.
+    ending: VecDeque<(Instant, DirectFlow)>,
     renew_at: Instant,
     round_at: Instant,
     compare_at: Instant,
+    look_at_leaving: Instant,
     watch_until: Instant,
     event_at: Instant,
+    /// Events that the kernel had no room for, when it was asked last.
+    lost: u64,
 }
 
 /// Answers on one picture.
@@ -175,12 +186,14 @@ impl Keeper {
             connections: Connections::default(),
             answers: Answers::default(),
             leaving: None,
-            cuts: VecDeque::new(),
+            ending: VecDeque::new(),
             renew_at: now,
             round_at: now,
             compare_at: now,
+            look_at_leaving: now,
             watch_until: now,
             event_at: now,
+            lost: 0,
         }
     }
 
@@ -220,6 +233,9 @@ impl Keeper {
         }
         if let Some(due) = self.ledger.next_try() {
             pause = pause.min(due.saturating_sub(monotonic_now()));
+        }
+        if !self.connections.is_empty() && self.pods.leaving().next().is_some() {
+            pause = pause.min(self.look_at_leaving.saturating_duration_since(now));
         }
         if let Some(at) = self.pods.next_leave() {
             pause = pause.min(at.saturating_duration_since(now));
@@ -266,6 +282,13 @@ impl Keeper {
                     }
                 }
                 answer(&done, ());
+            }
+            Message::Count { cookie, reply } => {
+                if self.phase == Phase::Running {
+                    self.read_events();
+                    answer(&reply, self.connections.count_of(Pod(cookie)));
+                }
+                // Before all is known, and while a successor decides, nobody can say: no answer.
             }
             Message::Freeze(reply) => {
                 if self.phase == Phase::Running {
@@ -327,9 +350,12 @@ impl Keeper {
             self.read_events();
         }
         self.tell(Input::Tick);
-        self.end_cuts(now);
+        self.end_overdue(now);
         if now >= self.compare_at && !self.connections.is_empty() {
             self.compare(now);
+        }
+        if now >= self.look_at_leaving && !self.connections.is_empty() {
+            self.look_at_leaving(now);
         }
         self.renew(now);
         self.state.verdicts.store(self.ledger.verdicts(), Ordering::Relaxed);
@@ -339,6 +365,7 @@ impl Keeper {
     /// Judges every pair again.
     fn changed(&mut self) {
         self.round_at = Instant::now() + ROUND;
+        self.find_untold();
         self.tell(Input::Changed);
     }
 
@@ -423,7 +450,7 @@ impl Keeper {
         {
             let pair = connection.pair;
             if connection.cut.is_some() {
-                self.cuts.push_back((Instant::now() + CUT_PATIENCE, flow));
+                self.ending.push_back((Instant::now() + LAST_WORD_PATIENCE, flow));
             }
             self.connections.opened(flow, connection, true, &*self.shared.flows);
             self.tell(Input::Opened(pair, Flow(flow.client)));
@@ -438,6 +465,13 @@ impl Keeper {
                     }
                 }
             }
+            Err(error) => {
+                tracing::error!(error = %error_chain(&error), "direct connections of an earlier agent are not known")
+            }
+        }
+        // Those whose client's pod is captured no more are known at their server alone.
+        match self.capture.direct_ends() {
+            Ok(ends) => self.find(ends),
             Err(error) => {
                 tracing::error!(error = %error_chain(&error), "direct connections of an earlier agent are not known")
             }
@@ -503,6 +537,7 @@ impl Keeper {
     // ---- what the kernel says ---------------------------------------------------------------------------------------
 
     fn read_events(&mut self) {
+        let mut was_crowded = false;
         loop {
             let events = match self.capture.direct_events(EVENTS) {
                 Ok(events) => events,
@@ -517,9 +552,13 @@ impl Keeper {
             for event in events {
                 self.happened(event);
             }
+            was_crowded |= was_full;
             if !was_full {
-                return;
+                break;
             }
+        }
+        if was_crowded {
+            self.find_untold();
         }
     }
 
@@ -598,6 +637,8 @@ impl Keeper {
         let Some(connection) = self.connections.get_mut(flow) else { return };
         if connection.closed(end, close) {
             self.ended(flow, at);
+        } else if self.pods.has_left(&connection.pair) {
+            self.ending.push_back((Instant::now() + LAST_WORD_PATIENCE, *flow));
         }
     }
 
@@ -630,29 +671,67 @@ impl Keeper {
             connection.cut = Some((reason, judged.rule.clone()));
             self.state.cut.fetch_add(1, Ordering::Relaxed);
             self.event_at = Instant::now();
-            self.cuts.push_back((Instant::now() + CUT_PATIENCE, flow));
+            self.ending.push_back((Instant::now() + LAST_WORD_PATIENCE, flow));
             tracing::debug!(?flow, %reason, because = %judged.because, "a direct connection is cut");
         }
         Ok(())
     }
 
-    /// Records cut connections of which the kernel says nothing: a pod that is captured no more is not told of.
-    fn end_cuts(&mut self, now: Instant) {
-        while let Some((_, flow)) = self.cuts.front().filter(|(due, _)| *due <= now).copied() {
-            self.cuts.pop_front();
-            let is_cut = self.connections.get_mut(&flow).is_some_and(|one| one.cut.is_some());
-            if is_cut {
+    /// Records connections whose last word does not come: a pod that is captured no more is not told of.
+    fn end_overdue(&mut self, now: Instant) {
+        while let Some((_, flow)) = self.ending.front().filter(|(due, _)| *due <= now).copied() {
+            self.ending.pop_front();
+            let is_over = |one: &mut Connection| one.cut.is_some() || one.has_closed();
+            if self.connections.get_mut(&flow).is_some_and(is_over) {
                 self.ended(&flow, monotonic_now());
             }
         }
     }
 
-    /// Connections whose end was not told are ended: the queue was full, or a pod left.
+    /// Connections whose beginning found no room in the queue are looked up in the kernel's table: what is not known is not
+    /// cut when it is denied.
+    fn find_untold(&mut self) {
+        let lost = match self.capture.counters() {
+            Ok(counters) => counters.get(EVENTS_LOST).copied().unwrap_or(0),
+            Err(error) => {
+                tracing::warn!(error = %error_chain(&error), "whether direct connections were not told of is not known");
+                return;
+            }
+        };
+        if lost == self.lost {
+            return;
+        }
+        self.read_events();
+        match self.capture.direct_ends() {
+            Ok(ends) => {
+                self.lost = lost;
+                self.find(ends);
+            }
+            Err(error) => {
+                tracing::warn!(error = %error_chain(&error), "direct connections that were not told of are not known");
+            }
+        }
+    }
+
+    /// Takes up connections of the kernel's table that are not known, by who owns their addresses.
+    fn find(&mut self, ends: Vec<(DirectFlow, DirectEnd)>) {
+        for (flow, _end) in ends {
+            if !self.connections.contains(&flow) {
+                let owner = |ip| self.pods.owner(ip).unwrap_or(NOBODY);
+                let pair = pair(&flow, owner(flow.client.ip()), owner(flow.target.ip()));
+                self.found(flow, pair, monotonic_now(), true);
+            }
+        }
+    }
+
+    /// Connections whose end was not told are ended: the queue was full.
     fn compare(&mut self, now: Instant) {
         self.compare_at = now + COMPARE;
         match self.capture.direct_ends() {
             Ok(ends) => {
-                for flow in self.connections.compare(&ends) {
+                let known = ends.into_iter().map(|(flow, _)| flow).collect();
+                let Self { connections, pods, .. } = self;
+                for flow in connections.compare(&known, |pair| !pods.has_left(pair)) {
                     self.ended(&flow, monotonic_now());
                 }
             }
@@ -661,7 +740,41 @@ impl Keeper {
             }
         }
     }
+
+    /// Of pods that are captured no more the kernel tells nothing: what they have open is read from their own tables.
+    fn look_at_leaving(&mut self, now: Instant) {
+        self.look_at_leaving = now + LOOK_AT_LEAVING;
+        let Self { connections, pods, .. } = self;
+        let mut gone = Vec::new();
+        for (pod, leaving) in pods.leaving() {
+            if connections.count_of(pod) == 0 {
+                continue;
+            }
+            match Capture::sockets_of(leaving.sockets.netns.as_fd()) {
+                Ok(sockets) => {
+                    let both_ways = |(own, peer)| {
+                        [
+                            DirectFlow { client: own, target: peer },
+                            DirectFlow { client: peer, target: own },
+                        ]
+                    };
+                    let known = sockets.into_iter().flat_map(both_ways).collect();
+                    let is_its = |pair: &Pair| pair.client == pod || pair.server == pod;
+                    gone.extend(connections.compare(&known, is_its));
+                }
+                Err(error) => {
+                    tracing::warn!(error = %error_chain(&error), pod = %leaving.sockets.uid, "what a pod that left has open is not known");
+                }
+            }
+        }
+        for flow in gone {
+            self.ended(&flow, monotonic_now());
+        }
+    }
 }
+
+/// The kernel's counter of events for which the queue had no room.
+const EVENTS_LOST: &str = "direct_events_lost";
 
 /// The pod of an address that is nobody's: never captured, so that all of its connections are cut.
 const NOBODY: Pod = Pod(0);

@@ -576,6 +576,59 @@ pub(crate) fn unenrolled_pod_takes_no_part(mesh: &mut Mesh) -> anyhow::Result<()
     })
 }
 
+/// Pods leave the mesh by their label: what they have open directly goes on for as long as it lasts, also over a change of
+/// agents, and is over for the agent when it is over.
+pub(crate) fn pods_that_leave_keep_direct_connections(mesh: &mut Mesh) -> anyhow::Result<()> {
+    with_direct(mesh, |mesh| {
+        let bin_dir = mesh.lab.bin_dir().to_owned();
+        mesh.lab.apply(&manifest::namespace("later", &[AMBIENT]))?;
+        mesh.lab.run_pod("a", PodSpec::new("later", "late"))?;
+        let server = mesh.lab.run_pod("a", PodSpec::new("later", "latest"))?;
+        let _serving = servers::peer(server, &bin_dir)?;
+        // One end stays in the mesh, and none does.
+        let one = mesh.targets("mate", peer::IDLE)[0];
+        let both = mesh.targets("latest", peer::IDLE)[0];
+        let mut held = Vec::new();
+        for target in [one, both, one, both, one, both] {
+            held.push(hold_direct(mesh, "late", target, 3)?);
+        }
+        mesh.lab.apply(&manifest::namespace("later", &[]))?;
+        let count = || dialled(mesh);
+        until("the pods having left", PATIENCE, || {
+            let before = count()?;
+            let tried = try_once(mesh, "late", both).is_ok() && try_once(mesh, "late", one).is_ok();
+            Ok((tried && count()? == before).then_some(()))
+        })?;
+        still_open(mesh, one, both, 9)?;
+        switch(mesh, "direct")?;
+        still_open(mesh, one, both, 9).context("after the hand-over")?;
+        let shown = || mesh.lab.node("a").culvert(&["connections"])?.output();
+        let listed = |shown: &str| shown.lines().filter(|line| line.contains("later/")).count();
+        ensure!(listed(&shown()?) > 0, "the next agent does not know of them");
+        for held in held {
+            let used = held.use_all()?;
+            ensure!(used.is_ok(), "a connection was lost: {used:?}");
+        }
+        until("nothing being open", PATIENCE, || Ok((listed(&shown()?) == 0).then_some(())))?;
+        for pod in ["late", "latest"] {
+            mesh.lab.delete_pod(pod)?;
+        }
+        mesh.lab.delete(&manifest::namespace("later", &[]))
+    })
+}
+
+/// For longer than an agent takes to let a pod go of which it knows nothing, each target has `count` connections.
+fn still_open(mesh: &Mesh, one: SocketAddr, both: SocketAddr, count: usize) -> anyhow::Result<()> {
+    let began = Instant::now();
+    until("five seconds", PATIENCE, || {
+        for target in [one, both] {
+            let open = straight(mesh, "late", target)?;
+            ensure!(open == count, "{open} of {count} connections to {target} are open");
+        }
+        Ok((began.elapsed() > Duration::from_secs(5)).then_some(()))
+    })
+}
+
 /// Agents change places under direct connections: none is lost, each is told once, counters never go back.
 pub(crate) fn hand_over_keeps_direct_connections(mesh: &mut Mesh) -> anyhow::Result<()> {
     with_direct(mesh, |mesh| {
