@@ -165,5 +165,6 @@ fn pod_dump(pod: &PodSettings) -> Value {
         "probePorts": pod.probe_ports,
         "dnsCapture": pod.capture.dns_capture,
         "bypassInbound": pod.capture.bypass_inbound,
+        "tunnelSameNode": pod.tunnel_same_node,
     })
 }

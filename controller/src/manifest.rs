@@ -22,7 +22,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-pub use self::capture::CaptureSettings;
+pub use self::capture::{CaptureSettings, SameNode};
 pub use self::core::{Namespace, Node, ServiceAccount};
 pub use self::document::{Document, Format, InvalidDocument, Segment, documents, line_of};
 pub use self::gateway::{Gateway, ReferenceGrant};

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::objects::Key;
 use super::workloads::{View, entry_uid, pod_uid};
 use crate::manifest::metadata::Metadata;
-use crate::manifest::{CaptureSettings, Pod, WorkloadEntry};
+use crate::manifest::{CaptureSettings, Pod, SameNode, WorkloadEntry};
 
 /// Whether a pod is to be captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -41,6 +41,8 @@ pub struct PodSettings {
     pub probe_ports: BTreeSet<u16>,
     /// What is captured of it.
     pub capture: CaptureSettings,
+    /// Whether its connections with pods of its node are never direct.
+    pub tunnel_same_node: bool,
 }
 
 /// True when a pod is selected: by its own label, else by its namespace's. `none` on the pod wins.
@@ -90,6 +92,7 @@ pub(super) fn of_pod(view: View<'_>, key: &Key, pod: &Pod, ambient: bool) -> Opt
         service_account: pod.service_account.clone(),
         mode: mode(ambient),
         probe_ports: pod.probe_ports.clone(),
+        tunnel_same_node: tunnels_same_node(view, &pod.meta, &pod.capture),
         capture: pod.capture.clone(),
     })
 }
@@ -115,8 +118,15 @@ pub(super) fn of_entry(
         service_account: entry.endpoint.service_account.clone(),
         mode: mode(ambient),
         probe_ports: BTreeSet::new(),
+        tunnel_same_node: tunnels_same_node(view, &entry.meta, &entry.capture),
         capture: entry.capture.clone(),
     })
+}
+
+/// By the object's own word, else by its namespace's.
+fn tunnels_same_node(view: View<'_>, meta: &Metadata, own: &CaptureSettings) -> bool {
+    let of_namespace = || view.objects.namespaces.get(&meta.namespace)?.same_node;
+    own.same_node.or_else(of_namespace) == Some(SameNode::Tunnel)
 }
 
 const fn mode(ambient: bool) -> PodMode {

@@ -191,6 +191,33 @@ fn the_default_exclusions_are_everybodys() {
 }
 
 #[test]
+fn a_pods_word_about_its_node_counts_more_than_its_namespaces() {
+    for (of_namespace, of_pod, tunnels) in [
+        ("", "", false),
+        ("culvert.dev/same-node: tunnel", "", true),
+        ("culvert.dev/same-node: tunnel", "culvert.dev/same-node: direct", false),
+        ("culvert.dev/same-node: direct", "culvert.dev/same-node: tunnel", true),
+        ("", "culvert.dev/same-node: tunnel", true),
+    ] {
+        let pod = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: p, namespace: a, annotations: {{{of_pod}}}}}\nspec: {{nodeName: n}}\n"
+        );
+        let namespace = |labels: &str| {
+            format!(
+                "apiVersion: v1\nkind: Namespace\nmetadata: {{name: a, labels: {{{labels}}}}}\n"
+            )
+        };
+        let found = |index: &Index| index.pods().next().unwrap().tunnel_same_node;
+        let index = index_of(&format!("{pod}---\n{}", namespace(of_namespace)));
+        assert_eq!(found(&index), tunnels, "{of_namespace} {of_pod}");
+        // Said later.
+        let mut index = index_of(&pod);
+        index.apply(upserts(&namespace(of_namespace)));
+        assert_eq!(found(&index), tunnels, "{of_namespace} {of_pod}, later");
+    }
+}
+
+#[test]
 fn some_pods_are_never_captured() {
     for (spec, status, workload_exists, settings_exist) in [
         ("hostNetwork: true, nodeName: n", "podIP: 10.0.0.1", true, false),

@@ -34,6 +34,38 @@ pub struct CaptureSettings {
     pub dns_capture: bool,
     /// `culvert.dev/bypass-inbound-capture: "true"` leaves plaintext inbound alone.
     pub bypass_inbound: bool,
+    /// `culvert.dev/same-node`, where it is set.
+    pub same_node: Option<SameNode>,
+}
+
+/// How connections between two pods of one node go, by label or annotation `culvert.dev/same-node` of a pod or a namespace.
+/// A pod's own word counts more than its namespace's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SameNode {
+    /// Directly, where the node's agent is set to it and both pods may.
+    Direct,
+    /// Always by a tunnel.
+    Tunnel,
+}
+
+impl SameNode {
+    /// The setting of an object; none when it says nothing.
+    pub(super) fn parse(meta: &Metadata) -> Result<Option<Self>, InvalidField> {
+        const KEY: &str = "culvert.dev/same-node";
+        match meta.setting(KEY) {
+            None => Ok(None),
+            Some("direct") => Ok(Some(Self::Direct)),
+            Some("tunnel") => Ok(Some(Self::Tunnel)),
+            Some(other) => {
+                let place = if meta.annotation(KEY).is_some() { "annotations" } else { "labels" };
+                Err(InvalidField::new(
+                    &format!("metadata.{place}"),
+                    format!("{KEY} is {other:?}"),
+                    "use direct or tunnel",
+                ))
+            }
+        }
+    }
 }
 
 impl CaptureSettings {
@@ -49,6 +81,7 @@ impl CaptureSettings {
             exclude_inbound_cidrs: list(meta, "exclude-inbound-cidrs", one_cidr)?,
             dns_capture: flag(meta, "dns-capture", true)?,
             bypass_inbound: flag(meta, "bypass-inbound-capture", false)?,
+            same_node: SameNode::parse(meta)?,
         })
     }
 

@@ -4,6 +4,7 @@ use mesh_authorize::UnknownEgress;
 use mesh_model::{IpPrefix, Locality};
 use serde::Deserialize;
 
+use super::capture::SameNode;
 use super::metadata::{InvalidField, Metadata};
 
 /// Label or annotation of a namespace: what becomes of destinations the mesh does not know.
@@ -16,6 +17,8 @@ pub struct Namespace {
     pub meta: Metadata,
     /// `culvert.dev/unknown-egress`, where it is set.
     pub unknown_egress: Option<UnknownEgress>,
+    /// `culvert.dev/same-node`, where it is set.
+    pub same_node: Option<SameNode>,
 }
 
 impl Namespace {
@@ -37,7 +40,8 @@ impl Namespace {
                 ));
             }
         };
-        Ok(Self { meta, unknown_egress })
+        let same_node = SameNode::parse(&meta)?;
+        Ok(Self { meta, unknown_egress, same_node })
     }
 }
 

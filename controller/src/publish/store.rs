@@ -396,5 +396,6 @@ fn pod_config(pod: &PodSettings) -> PodConfig {
             exclude_cidrs: capture.exclude_inbound_cidrs.clone(),
         },
         bypass_inbound: capture.bypass_inbound,
+        tunnel_same_node: pod.tunnel_same_node,
     }
 }

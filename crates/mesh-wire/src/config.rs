@@ -83,6 +83,8 @@ pub struct PodConfig {
     pub inbound: TrafficFilter,
     /// True: inbound connections are not captured at all.
     pub bypass_inbound: bool,
+    /// True: connections with pods of the same node are tunnelled too, also where the agent is set to the direct path.
+    pub tunnel_same_node: bool,
 }
 
 impl TryFrom<&pb::MeshConfig> for MeshConfig {
@@ -168,6 +170,7 @@ impl TryFrom<&pb::PodConfig> for PodConfig {
             outbound: filter("outbound", wire.outbound.as_ref())?,
             inbound: filter("inbound", wire.inbound.as_ref())?,
             bypass_inbound: wire.bypass_inbound,
+            tunnel_same_node: wire.tunnel_same_node,
         })
     }
 }
@@ -211,6 +214,7 @@ impl From<&PodConfig> for pb::PodConfig {
             outbound: filter_to_wire(&config.outbound),
             inbound: filter_to_wire(&config.inbound),
             bypass_inbound: config.bypass_inbound,
+            tunnel_same_node: config.tunnel_same_node,
             pod_uid: text(&config.pod_uid),
         }
     }

@@ -67,6 +67,9 @@ pub struct PodSettings {
     /// Ports that the node's own addresses may reach without capture (kubelet probes). At most
     /// [`MAX_PORTS`].
     pub probe_ports: BTreeSet<u16>,
+    /// No verdict for the direct path is to be taken for the pod. Not the programs' matter: they have only
+    /// the verdicts that were taken.
+    pub tunnel_same_node: bool,
 }
 
 /// Most ports in one list of a pod. More is refused as [`CaptureError::TooMany`](crate::CaptureError).
@@ -115,6 +118,7 @@ impl Default for PodSettings {
             outbound: Selection::default(),
             inbound: Selection::default(),
             probe_ports: BTreeSet::new(),
+            tunnel_same_node: false,
         }
     }
 }

@@ -68,6 +68,7 @@ pub(crate) fn wanted(
         outbound: selection(&config.outbound, &OUTBOUND)?,
         inbound: selection(&config.inbound, &INBOUND)?,
         probe_ports: config.probe_ports.clone(),
+        tunnel_same_node: config.tunnel_same_node,
     };
     let service_account = config.service_account.to_string();
     let uid = config.pod_uid.to_string();
@@ -144,6 +145,7 @@ mod tests {
             },
             inbound: TrafficFilter::default(),
             bypass_inbound: true,
+            tunnel_same_node: true,
         }
     }
 
@@ -152,6 +154,7 @@ mod tests {
         let (name, wanted) = wanted(&config(), Denied::default()).unwrap();
         assert_eq!(name.to_string(), "shop/cart-0");
         assert!(wanted.captured && !wanted.settings.capture_inbound);
+        assert!(wanted.settings.tunnel_same_node);
         assert_eq!(wanted.settings.probe_ports, BTreeSet::from([8080]));
         let networks: Vec<String> =
             wanted.settings.outbound.include_networks.iter().map(ToString::to_string).collect();

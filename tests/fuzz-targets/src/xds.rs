@@ -168,6 +168,7 @@ fn samples() -> Vec<Resource> {
         },
         inbound: mesh_wire::TrafficFilter::default(),
         bypass_inbound: false,
+        tunnel_same_node: false,
     };
     let frontend = mesh_wire::FrontendConfig {
         frontend: mesh_route::FrontendName::service("shop", "cart"),

@@ -307,6 +307,7 @@ impl Dice {
             outbound: self.filter(),
             inbound: self.filter(),
             bypass_inbound: self.coin(),
+            tunnel_same_node: self.coin(),
         }
     }
 

@@ -220,6 +220,14 @@ fn look(ground: &mut Ground<'_>, pair: &Pair, sides: &mut Sides) -> Result<Optio
     else {
         return Err(deny(CloseReason::Drained, "a pod is not captured here"));
     };
+    let tunnels =
+        |pod: &LocalPod| pod.settings.as_ref().is_some_and(|settings| settings.tunnel_same_node);
+    if tunnels(client) || tunnels(server) {
+        return Err(deny(
+            CloseReason::PolicyChanged,
+            "a pod or its namespace is set to culvert.dev/same-node: tunnel",
+        ));
+    }
     let snapshot = ground.snapshot;
     if !snapshot.synced {
         return Err(hold("the controller has not said everything yet"));

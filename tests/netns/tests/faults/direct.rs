@@ -629,6 +629,38 @@ fn still_open(mesh: &Mesh, one: SocketAddr, both: SocketAddr, count: usize) -> a
     })
 }
 
+/// A namespace is set to tunnels while connections are direct: they end, and none is made until a pod says otherwise for
+/// itself; one end's word is not enough.
+pub(crate) fn labels_keep_pods_in_tunnels(mesh: &mut Mesh) -> anyhow::Result<()> {
+    with_direct(mesh, |mesh| {
+        mesh.lab.apply(&manifest::namespace("later", &[AMBIENT]))?;
+        mesh.lab.run_pod("a", PodSpec::new("later", "late"))?;
+        let target = mesh.targets("mate", peer::IDLE)[0];
+        let held = hold_direct(mesh, "late", target, 3)?;
+        let tunnel = ("culvert.dev/same-node", "tunnel");
+        mesh.lab.apply(&manifest::namespace("later", &[AMBIENT, tunnel]))?;
+        until("the direct connections being cut", PATIENCE, || {
+            Ok((straight(mesh, "late", target)? == 0).then_some(()))
+        })?;
+        ensure!(held.use_all()?.is_err(), "a direct connection goes on");
+        let before = dialled(mesh)?;
+        for _ in 0..5 {
+            try_once(mesh, "late", target).map_err(anyhow::Error::msg)?;
+        }
+        ensure!(
+            dialled(mesh)? == before,
+            "a connection of a pod that is set to tunnels was direct"
+        );
+        let path = mesh.lab.manifests().join("Pod.later.late.json");
+        let mut pod: Value = serde_json::from_slice(&std::fs::read(path)?)?;
+        pod["metadata"]["labels"]["culvert.dev/same-node"] = json!("direct");
+        mesh.lab.apply(&pod)?;
+        wait_for_direct(mesh, "late", target)?;
+        mesh.lab.delete_pod("late")?;
+        mesh.lab.delete(&manifest::namespace("later", &[]))
+    })
+}
+
 /// Agents change places under direct connections: none is lost, each is told once, counters never go back.
 pub(crate) fn hand_over_keeps_direct_connections(mesh: &mut Mesh) -> anyhow::Result<()> {
     with_direct(mesh, |mesh| {

@@ -46,6 +46,7 @@ const FAULTS: &[Named<Mesh>] = &[
     ("direct_address_given_again", direct::address_given_again),
     ("direct_unenrolled_pod", direct::unenrolled_pod_takes_no_part),
     ("direct_connections_outlive_membership", direct::pods_that_leave_keep_direct_connections),
+    ("direct_path_and_labels", direct::labels_keep_pods_in_tunnels),
     ("direct_connections_are_handed_over", direct::hand_over_keeps_direct_connections),
     ("direct_connections_end_with_the_setting", direct::setting_ends_direct_connections),
 ];

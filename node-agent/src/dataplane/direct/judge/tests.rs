@@ -158,6 +158,12 @@ fn what_denies_ends_open_connections() {
         assert_eq!(found, (Judgement::Deny, reason), "{name}: {}", judged.because);
     };
     check("setting", |scene| scene.same_node = SameNode::Tunnel, CloseReason::PolicyChanged);
+    for number in [0, 1] {
+        let mut scene = Scene::new();
+        scene.pods[number].settings.as_mut().unwrap().tunnel_same_node = true;
+        let judged = scene.judge();
+        assert_eq!(judged.judgement, Judgement::Deny, "{number}: {}", judged.because);
+    }
     check(
         "denying policy",
         |scene| {
