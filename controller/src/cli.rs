@@ -117,6 +117,17 @@ pub struct RunArgs {
     /// Folder with an authority that somebody else makes and renews, in cert-manager's layout: tls.crt, tls.key, ca.crt
     #[arg(long, env = "CULVERT_CA_DIR", conflicts_with = "ca_secret")]
     pub ca_dir: Option<PathBuf>,
+    /// NAMESPACE/NAME of the Secret that folder is mounted from: its end is told there (source kubernetes only)
+    #[arg(long, env = "CULVERT_CA_DIR_SECRET", requires = "ca_dir")]
+    pub ca_dir_secret: Option<ObjectName>,
+    /// How long before its end an authority's certificate is warned of
+    #[arg(
+        long,
+        env = "CULVERT_CA_WARN_BEFORE",
+        default_value = "30d",
+        value_parser = parse_duration
+    )]
+    pub ca_warn_before: Duration,
     /// NAMESPACE/NAME of the ConfigMap in which agents find the roots (source kubernetes only)
     #[arg(long, env = "CULVERT_ROOT_CONFIG_MAP")]
     pub root_config_map: Option<ObjectName>,
@@ -126,6 +137,9 @@ pub struct RunArgs {
     /// This controller's name among its replicas; the machine's unless given
     #[arg(long, env = "CULVERT_IDENTITY")]
     pub identity: Option<String>,
+    /// How waypoints are deployed
+    #[command(flatten)]
+    pub waypoints: WaypointArgs,
     /// PEM file of certificate revocation lists, watched, added to the CA's own
     #[arg(long, env = "CULVERT_CRL_FILE")]
     pub crl_file: Option<PathBuf>,
@@ -149,6 +163,53 @@ pub struct RunArgs {
     /// Log lines as JSON
     #[arg(long, env = "CULVERT_LOG_JSON")]
     pub log_json: bool,
+}
+
+/// Settings of the waypoints that are deployed for Gateways of class `culvert-waypoint`.
+#[derive(Clone, Debug, Args)]
+pub struct WaypointArgs {
+    /// Image of waypoints; nobody deploys them without (needs --lease)
+    #[arg(long = "waypoint-image", env = "CULVERT_WAYPOINT_IMAGE", requires = "lease")]
+    pub image: Option<String>,
+    /// When that image is pulled: Always, IfNotPresent or Never
+    #[arg(
+        long = "waypoint-pull-policy",
+        env = "CULVERT_WAYPOINT_PULL_POLICY",
+        default_value = "IfNotPresent"
+    )]
+    pub pull_policy: String,
+    /// Secret, in the Gateway's namespace, with credentials of the image's registry; may repeat
+    #[arg(
+        long = "waypoint-pull-secret",
+        env = "CULVERT_WAYPOINT_PULL_SECRETS",
+        value_delimiter = ','
+    )]
+    pub pull_secrets: Vec<String>,
+    /// Pods of a Gateway that does not say how many by culvert.dev/replicas
+    #[arg(
+        long = "waypoint-replicas",
+        env = "CULVERT_WAYPOINT_REPLICAS",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=100)
+    )]
+    pub replicas: u32,
+    /// Their resources as JSON, as a container has them
+    #[arg(
+        long = "waypoint-resources",
+        env = "CULVERT_WAYPOINT_RESOURCES",
+        default_value = "{}",
+        value_parser = parse_resources
+    )]
+    pub resources: serde_json::Value,
+    /// Where they reach the controller; default: the first name of its certificate, port 15012
+    #[arg(long = "waypoint-controller", env = "CULVERT_WAYPOINT_CONTROLLER")]
+    pub controller: Option<String>,
+    /// Whether they go on without other waypoints that are away, as agents do that are told so
+    #[arg(long = "waypoint-prefer-waypoints", env = "CULVERT_WAYPOINT_PREFER_WAYPOINTS")]
+    pub prefer_waypoints: bool,
+    /// Filter of their log
+    #[arg(long, env = "CULVERT_WAYPOINT_LOG", default_value = "info")]
+    pub waypoint_log: String,
 }
 
 /// Where objects come from.
@@ -258,6 +319,14 @@ fn parse_source(text: &str) -> Result<Source, String> {
     }
 }
 
+fn parse_resources(text: &str) -> Result<serde_json::Value, String> {
+    match serde_json::from_str(text) {
+        Ok(value @ serde_json::Value::Object(_)) => Ok(value),
+        Ok(_) => Err("not an object".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 fn parse_pod_cidr(text: &str) -> Result<IpPrefix, String> {
     let network: IpPrefix = text.parse().map_err(|error| format!("{error}"))?;
     if network.length() == 0 {
@@ -326,6 +395,23 @@ mod tests {
             panic!("not run")
         };
         assert_eq!(args.sans, ["a", "127.0.0.1", "b"]);
+    }
+
+    #[test]
+    fn waypoints_are_deployed_by_a_leader() {
+        let parse = |extra: &[&str]| {
+            let run = ["culvert-controller", "run", "--source", "kubernetes"];
+            Cli::try_parse_from(run.iter().chain(extra)).map(drop)
+        };
+        let image = ["--waypoint-image", "w:1"];
+        parse(
+            &[&image[..], &["--lease", "a/b", "--waypoint-resources", "{\"limits\":{}}"]].concat(),
+        )
+        .unwrap();
+        assert!(parse(&image).is_err());
+        assert!(parse(&["--waypoint-resources", "[]"]).is_err());
+        assert!(parse(&["--waypoint-replicas", "0"]).is_err());
+        assert!(parse(&["--ca-dir-secret", "a/b"]).is_err());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What the controller does in a Kubernetes cluster beside watching it: it asks who an agent is, keeps its authority in a
-//! Secret, tells agents the roots in a ConfigMap, writes the status of policies and Events while it leads, and takes agents
-//! off the nodes before the chart is removed.
+//! Secret, tells agents the roots in a ConfigMap, writes the status of policies and Events and deploys waypoints while it
+//! leads, and takes agents off the nodes before the chart is removed.
 
 pub mod ca_secret;
 pub(crate) mod conditions;
@@ -15,6 +15,7 @@ pub mod roots;
 pub(crate) mod status;
 pub mod token_review;
 pub mod uncaptured;
+pub mod waypoints;
 
 use std::str::FromStr;
 

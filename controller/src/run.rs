@@ -43,6 +43,7 @@ use crate::cluster::roots::RootConfigMap;
 use crate::cluster::status::StatusWriter;
 use crate::cluster::token_review::TokenReviews;
 use crate::cluster::uncaptured::{self, Uncaptured};
+use crate::cluster::waypoints::{WaypointSettings, Waypoints};
 use crate::door::{Door, DoorLimits, Watched};
 use crate::index::{Index, IndexSettings};
 use crate::mesh::{Mesh, SharedMesh, Trust};
@@ -357,6 +358,7 @@ async fn client(args: &RunArgs) -> Result<Option<Client>> {
                 ("--ca-secret", args.ca_secret.is_some()),
                 ("--root-config-map", args.root_config_map.is_some()),
                 ("--lease", args.lease.is_some()),
+                ("--ca-dir-secret", args.ca_dir_secret.is_some()),
             ] {
                 anyhow::ensure!(!given, "{flag} needs --source kubernetes");
             }
@@ -395,13 +397,37 @@ fn write_cluster(
     let (election, leadership) = Election::new(client, lease, identity.clone());
     let telling = uncaptured::tell(client.clone(), Arc::clone(mesh), identity.clone(), uncaptured);
     writing.spawn(telling);
-    if let Some(secret) = &args.ca_secret {
-        let (secret, authority) = (secret.clone(), Arc::clone(authority));
+    if let Some(secret) = args.ca_secret.as_ref().or(args.ca_dir_secret.as_ref()) {
+        let (warning, authority) = ((secret.clone(), args.ca_warn_before), Arc::clone(authority));
         let (identity, leadership) = (identity.clone(), leadership.clone());
-        writing.spawn(expiry::tell(client.clone(), identity, authority, secret, leadership));
+        writing.spawn(expiry::tell(client.clone(), identity, authority, warning, leadership));
+    }
+    if let Some(settings) = waypoint_settings(args) {
+        let (mesh, authority) = (Arc::clone(mesh), Arc::clone(authority));
+        let waypoints = Waypoints::new(client, mesh, authority, settings);
+        writing.spawn(waypoints.run(leadership.clone()));
     }
     writing.spawn(StatusWriter::new(client, Arc::clone(mesh), identity).run(leadership));
     Ok(Some(tokio::spawn(election.run(drain.clone()))))
+}
+
+fn waypoint_settings(args: &RunArgs) -> Option<WaypointSettings> {
+    let waypoints = args.waypoints.clone();
+    let image = waypoints.image?;
+    let own_name = args.sans.first().map_or("localhost", String::as_str);
+    let controller = waypoints.controller.unwrap_or_else(|| format!("https://{own_name}:15012"));
+    Some(WaypointSettings {
+        image,
+        pull_policy: waypoints.pull_policy,
+        pull_secrets: waypoints.pull_secrets,
+        replicas: waypoints.replicas,
+        resources: waypoints.resources,
+        controller,
+        audience: args.token_audience.clone(),
+        cluster_domain: args.cluster_domain.clone(),
+        prefer_waypoints: waypoints.prefer_waypoints,
+        log: waypoints.waypoint_log,
+    })
 }
 
 /// Keeps what the cluster holds of the authority up to date.

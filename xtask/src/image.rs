@@ -69,6 +69,14 @@ const RECIPES: &[Recipe] = &[
         title: "Culvert's controller",
     },
     Recipe {
+        name: "culvert-waypoint",
+        packages: &["culvert-waypoint"],
+        programs: &["culvert-waypoint"],
+        plugin: false,
+        user: "65532:65532",
+        title: "Culvert's waypoint, the L7 proxy",
+    },
+    Recipe {
         name: "culvert",
         packages: &["culvert"],
         programs: &["culvert"],

@@ -17,12 +17,12 @@ const MAX_MESSAGE: usize = 32_768;
 /// One condition, but for the time of its last change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Condition {
-    kind: &'static str,
+    pub(super) kind: &'static str,
     pub(super) is_true: bool,
     /// One word.
     pub(super) reason: &'static str,
     pub(super) message: String,
-    generation: i64,
+    pub(super) generation: i64,
 }
 
 /// How one policy object stands.

@@ -17,19 +17,17 @@ use super::events::{Events, Warning};
 use super::lease::Leadership;
 use crate::ca::authority::Authority;
 
-/// How long before the end it is told.
-const AHEAD: Duration = Duration::from_secs(30 * 24 * 3600);
 /// It is told again this long after the last time.
 const REPEATED_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// Between looks.
-const INTERVAL: Duration = Duration::from_secs(60);
+const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Tells at the Secret of the authority while `leadership` is held.
+/// Tells at the Secret of the authority while `leadership` is held, from `ahead` before the end on.
 pub(crate) async fn tell(
     client: Client,
     identity: String,
     authority: Arc<Authority>,
-    secret: ObjectName,
+    (secret, ahead): (ObjectName, Duration),
     leadership: Leadership,
 ) {
     let events = Events::new(client, identity);
@@ -39,7 +37,7 @@ pub(crate) async fn tell(
     loop {
         ticks.tick().await;
         let again = told.is_none_or(|told| told.elapsed() >= REPEATED_AFTER);
-        let Some(note) = note(authority.ends_at(), SystemTime::now()) else { continue };
+        let Some(note) = note(authority.ends_at(), ahead, SystemTime::now()) else { continue };
         if !again || !leadership.is_held() {
             continue;
         }
@@ -59,8 +57,8 @@ pub(crate) async fn tell(
 }
 
 /// What is to be told at a moment; none while there is time.
-fn note(ends_at: SystemTime, now: SystemTime) -> Option<String> {
-    if ends_at > now + AHEAD {
+fn note(ends_at: SystemTime, ahead: Duration, now: SystemTime) -> Option<String> {
+    if ends_at > now + ahead {
         return None;
     }
     let end = Timestamp::try_from(ends_at).ok()?;
@@ -75,11 +73,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_told_a_month_ahead() {
+    fn it_is_told_ahead() {
+        const AHEAD: Duration = Duration::from_secs(30 * 24 * 3600);
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-        assert_eq!(note(now + AHEAD * 2, now), None);
-        let told = note(now + AHEAD / 2, now).unwrap();
+        assert_eq!(note(now + AHEAD * 2, AHEAD, now), None);
+        let told = note(now + AHEAD / 2, AHEAD, now).unwrap();
         assert!(told.contains("2027-01-30T08:00:00Z"), "{told}");
-        assert!(note(now - AHEAD, now).is_some());
+        assert!(note(now - AHEAD, AHEAD, now).is_some());
     }
 }

@@ -135,6 +135,10 @@ impl FakeApi {
                 merge(&mut object, body);
                 (StatusCode::OK, objects.keep(path, object))
             }
+            // What is applied is made when there is none.
+            ("PATCH", None) if body["apiVersion"].is_string() => {
+                (StatusCode::CREATED, objects.keep(path, body))
+            }
             (_, _) => failure(StatusCode::NOT_FOUND, "NotFound"),
         }
     }

@@ -1,7 +1,8 @@
 //! Agents that prove themselves by a bound service-account token.
 //!
 //! The API server judges the token; what is decided here is whose it must be: of the agents' service account, made for
-//! this audience, and bound to a pod on the node it speaks for. Source: Kubernetes `TokenReview`, and the claims that
+//! this audience, and bound to a pod on the node it speaks for. A waypoint's token is its Gateway's: of the account of the
+//! Gateway's name, bound to a pod that is labelled as the Gateway's. Source: Kubernetes `TokenReview`, and the claims that
 //! bound tokens carry (KEP-4193, on by default since 1.30); older API servers name the pod only, which is then looked up.
 
 use std::collections::BTreeMap;
@@ -14,10 +15,12 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::PostParams;
 use kube::core::ObjectMeta;
 use kube::{Api, Client};
+use mesh_wire::waypoint_node;
 use tokio::sync::Semaphore;
 use tracing::warn;
 
 use super::review_gate::{Gate, Origin, TokenDigest, digest};
+use super::waypoints::GATEWAY_NAME;
 use super::{ObjectName, refusal};
 use crate::ca::authenticate::{Authenticate, NodeCaller, Unauthenticated};
 
@@ -42,6 +45,7 @@ const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
 /// Judges service-account tokens by the API server's word, and the controller's own ones by another judge.
 pub struct TokenReviews {
+    client: Client,
     reviews: Api<TokenReview>,
     pods: Api<Pod>,
     account: ObjectName,
@@ -74,6 +78,8 @@ enum Holder {
     OnNode(String),
     /// Bound to this pod; its node is not named.
     Pod { name: String, uid: String },
+    /// Of another account, and bound to this pod: a waypoint's, if the pod is one.
+    Other { namespace: String, account: String, name: String, uid: String },
 }
 
 impl TokenReviews {
@@ -86,6 +92,7 @@ impl TokenReviews {
         own: Arc<dyn Authenticate>,
     ) -> Self {
         Self {
+            client: client.clone(),
             reviews: Api::all(client.clone()),
             pods: Api::namespaced(client.clone(), &account.namespace),
             account,
@@ -162,6 +169,9 @@ impl TokenReviews {
         match judge(&status, &self.account, &self.audience)? {
             Holder::OnNode(node) => Ok(node.into()),
             Holder::Pod { name, uid } => self.node_of(&name, &uid).await,
+            Holder::Other { namespace, account, name, uid } => {
+                self.waypoint_of(&namespace, &account, &name, &uid).await
+            }
         }
     }
 
@@ -172,6 +182,33 @@ impl TokenReviews {
             .and_then(|pod| pod.spec?.node_name)
             .map(Into::into)
             .ok_or_else(|| refused("not_bound", "the pod it is bound to runs on no node"))
+    }
+
+    /// The waypoint whose pod that is. The account must bear the Gateway's name: a label alone, which whoever makes pods may
+    /// write, would lend an account the waypoint's standing.
+    async fn waypoint_of(
+        &self,
+        namespace: &str,
+        account: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<Arc<str>, Unauthenticated> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let found = pods.get_opt(name).await.map_err(|error| unavailable(&error))?;
+        let is_one = found.is_some_and(|pod| {
+            let labels = pod.metadata.labels.unwrap_or_default();
+            pod.metadata.uid.as_deref() == Some(uid)
+                && pod.spec.and_then(|spec| spec.service_account_name).as_deref() == Some(account)
+                && labels.get(GATEWAY_NAME).is_some_and(|gateway| gateway == account)
+        });
+        if is_one {
+            return Ok(waypoint_node(namespace, account).into());
+        }
+        let (of, agents) = (&self.account.namespace, &self.account.name);
+        let detail = format!(
+            "it is {namespace}/{account}'s, not an agent's ({of}/{agents}), and pod {name} is no waypoint {account}"
+        );
+        Err(refused("wrong_account", &detail))
     }
 
     fn remembered(&self, token: &TokenDigest, now: SystemTime) -> Option<Arc<str>> {
@@ -251,14 +288,22 @@ fn judge(
     let user = status.user.clone().unwrap_or_default();
     let wanted = format!("system:serviceaccount:{}:{}", account.namespace, account.name);
     let username = user.username.unwrap_or_default();
-    if username != wanted {
-        return Err(refused("wrong_account", &format!("it is {username}'s, not {wanted}'s")));
-    }
     let extra = user.extra.unwrap_or_default();
     let claim = |key: &str| match extra.get(key).map(Vec::as_slice) {
         Some([one]) if !one.is_empty() => Some(one.clone()),
         Some(_) | None => None,
     };
+    if username != wanted {
+        let parts = username.strip_prefix("system:serviceaccount:");
+        let parts = parts.and_then(|name| name.split_once(':'));
+        let (Some((namespace, name)), Some(pod), Some(uid)) =
+            (parts, claim(POD_NAME), claim(POD_UID))
+        else {
+            return Err(refused("wrong_account", &format!("it is {username}'s, not {wanted}'s")));
+        };
+        let (namespace, account) = (namespace.to_owned(), name.to_owned());
+        return Ok(Holder::Other { namespace, account, name: pod, uid });
+    }
     match (claim(NODE_NAME), claim(POD_NAME), claim(POD_UID)) {
         // The node alone would be a token bound to a Node object, which whoever may make tokens can ask for.
         (Some(node), Some(_), Some(_)) => Ok(Holder::OnNode(node)),
@@ -318,7 +363,14 @@ mod tests {
         let looked_up = Holder::Pod { name: "agent-1".into(), uid: "u1".into() };
         check(status("culvert", "culvert-agent", &pod), Ok(looked_up));
         check(status("api", "culvert-agent", &bound), Err("wrong_audience"));
-        check(status("culvert", "default", &bound), Err("wrong_account"));
+        check(status("culvert", "default", &[]), Err("wrong_account"));
+        let other = Holder::Other {
+            namespace: "culvert-system".into(),
+            account: "default".into(),
+            name: "agent-1".into(),
+            uid: "u1".into(),
+        };
+        check(status("culvert", "default", &bound), Ok(other));
         check(status("culvert", "culvert-agent", &[]), Err("not_bound"));
         check(status("culvert", "culvert-agent", &bound[..1]), Err("not_bound"));
         let mut unknown = status("culvert", "culvert-agent", &bound);
@@ -351,6 +403,44 @@ mod tests {
         let own = Arc::new(Tokens::open(files).unwrap());
         let account = "culvert-system/culvert-agent".parse().unwrap();
         (directory, TokenReviews::new(&api.client(), account, "culvert".into(), own))
+    }
+
+    /// Tokens of the account `wp`, bound to a pod of that name and uid.
+    async fn caller_of(
+        labels: &serde_json::Value,
+        account: &str,
+        uid: &str,
+    ) -> Result<String, &'static str> {
+        let api = FakeApi::answering("/apis/authentication.k8s.io/v1/tokenreviews", |_review| {
+            let bound = [(NODE_NAME, "node1"), (POD_NAME, "wp-1"), (POD_UID, "u1")];
+            let status = status("culvert", "wp", &bound);
+            json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {}, "status": status})
+        });
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "wp-1", "namespace": "culvert-system", "uid": uid, "labels": labels},
+            "spec": {"serviceAccountName": account, "containers": []},
+        });
+        api.put("/api/v1/namespaces/culvert-system/pods/wp-1", Some(pod));
+        let directory = tempfile::tempdir().unwrap();
+        let files = StateDir::open(&directory.path().join("state")).unwrap();
+        let own = Arc::new(Tokens::open(files).unwrap());
+        let agents = "culvert-system/culvert-agent".parse().unwrap();
+        let reviews = TokenReviews::new(&api.client(), agents, "culvert".into(), own);
+        let caller = reviews.authenticate("a.b.c", None, SystemTime::now()).await;
+        caller.map(|caller| caller.node.to_string()).map_err(|error| error.word())
+    }
+
+    #[tokio::test]
+    async fn a_waypoints_pod_proves_its_gateway_and_no_other_pod_does() {
+        let label = json!({GATEWAY_NAME: "wp"});
+        let good = caller_of(&label, "wp", "u1").await;
+        assert_eq!(good.as_deref(), Ok("waypoint/culvert-system/wp"));
+        let refused = Err("wrong_account");
+        assert_eq!(caller_of(&json!({}), "wp", "u1").await, refused, "no label");
+        assert_eq!(caller_of(&json!({GATEWAY_NAME: "other"}), "wp", "u1").await, refused);
+        assert_eq!(caller_of(&label, "wp", "u2").await, refused, "another pod of that name");
+        assert_eq!(caller_of(&label, "other", "u1").await, refused, "another account");
     }
 
     #[tokio::test]

@@ -1,4 +1,7 @@
-//! Which version of a policy object is in force.
+//! Which version of an object is in force.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::Index;
 use super::objects::Key;
@@ -19,5 +22,18 @@ impl Index {
             (None, _) => None,
         };
         meta.map(|meta| meta.generation)
+    }
+
+    /// The Gateways of a class that are not being deleted, each with its uid and generation.
+    #[must_use]
+    pub fn gateways_of_class(&self, class: &str) -> BTreeMap<Key, (Arc<str>, i64)> {
+        let all = self.objects.gateway_objects.iter();
+        let of_class =
+            all.filter(|(_, gateway)| *gateway.class == *class && !gateway.meta.deleting);
+        of_class
+            .map(|(key, gateway)| {
+                (key.clone(), (Arc::clone(&gateway.meta.uid), gateway.meta.generation))
+            })
+            .collect()
     }
 }
