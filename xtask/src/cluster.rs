@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 
-use crate::command::{command, output_of, quietly, root};
+use crate::command::{command, output_of, quietly, root, run as run_command};
 use crate::setup;
 use addresses::Families;
 use cgroup::Groups;
@@ -64,6 +64,10 @@ pub(crate) fn run(verb: Verb) -> anyhow::Result<()> {
             setup::ensure_cluster()?;
             images::write_programs(&output)
         }
+        Verb::Definitions => {
+            println!("{}", tools::definitions()?.display());
+            Ok(())
+        }
         Verb::Build => prepare(),
         Verb::Machine { step, machine, folder } => match step.as_str() {
             "enter" => machine::enter(&machine, &folder),
@@ -77,7 +81,24 @@ pub(crate) fn run(verb: Verb) -> anyhow::Result<()> {
 pub(crate) fn prepare() -> anyhow::Result<()> {
     setup::ensure_cluster()?;
     tools::GRPC.build()?;
+    tools::definitions()?;
     Tools::build().map(drop)
+}
+
+/// Runs the bench of the controller beside the control plane of a cluster of its own.
+pub(crate) fn bench_controller(
+    program: &Path,
+    programs: &Path,
+    arguments: &[String],
+) -> anyhow::Result<()> {
+    const NAME: &str = "bench";
+    up(NAME, 1, Families::V4)?;
+    let outcome = inside(&open(NAME)?, None).and_then(|mut command| {
+        command.arg(program).arg("controller").args(arguments);
+        run_command(command.env("CULVERT_BIN_DIR", programs))
+    });
+    down(NAME)?;
+    outcome
 }
 
 fn open(name: &str) -> anyhow::Result<Layout> {

@@ -79,6 +79,11 @@ pub(crate) fn bench(arguments: &[String]) -> anyhow::Result<()> {
     ))?;
     let target = target_dir()?;
     let program = target.join("stock/culvert-bench");
+    if let Some(("controller", more)) =
+        arguments.split_first().map(|(first, more)| (first.as_str(), more))
+    {
+        return cluster::bench_controller(&program, &target.join("release"), more);
+    }
     run(command(&program.to_string_lossy(), &["run"])
         .args(arguments)
         .env("CULVERT_BIN_DIR", target.join("release")))

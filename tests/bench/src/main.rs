@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
 mod chart;
+mod controller;
 mod cpu;
 mod floor;
 mod load;
@@ -61,6 +62,21 @@ enum Verb {
         #[arg(long, default_value_t = 60)]
         watch_s: u64,
     },
+    /// Measure one controller with many pods and agents; inside `cargo xtask cluster exec`.
+    Controller {
+        /// Simulated pods.
+        #[arg(long, default_value_t = 10_000)]
+        pods: usize,
+        /// Simulated agents, each of a node of its own.
+        #[arg(long, default_value_t = 200)]
+        agents: usize,
+        /// Changes of a pod's address, one after the other.
+        #[arg(long, default_value_t = 200)]
+        changes: usize,
+        /// Folder for controller.json.
+        #[arg(long, default_value = "target/bench")]
+        output: PathBuf,
+    },
     /// Serve the load.
     Serve { port: u16 },
     /// Make the load and print its result as JSON.
@@ -98,6 +114,13 @@ fn main() -> anyhow::Result<()> {
                 churn,
                 watch: Duration::from_secs(watch_s),
             })
+        }
+        Verb::Controller { pods, agents, changes, output } => {
+            anyhow::ensure!(
+                pods > 0 && pods <= 32_640 && agents > 0,
+                "between 1 and 32,640 pods, and at least one agent"
+            );
+            controller::run(&controller::Settings { pods, agents, changes, output })
         }
         Verb::Serve { port } => serve::serve(port),
         Verb::Hold { target, count } => load::hold(target, count),

@@ -79,6 +79,9 @@ pub(crate) enum Verb {
         /// The archive.
         output: PathBuf,
     },
+    /// Prints the folder with the definitions of the Gateway API, fetched once, for tests.
+    #[command(hide = true)]
+    Definitions,
     /// Builds the upstream programs, as `up` does when they are missing.
     Build,
     /// A step of starting a machine.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 
 use super::go;
-use crate::command::{cache, command, root, run};
+use crate::command::{cache, command, output_of, root, run};
 use crate::oci::sha256;
 
 /// One Go module of `tests/cluster`. Each has its own because their Kubernetes libraries differ.
@@ -166,6 +166,18 @@ impl ToolSet {
         let stamps = self.stamps.iter().map(|stamp| format!(" -X {stamp}"));
         format!("-s -w{}", stamps.collect::<String>())
     }
+}
+
+/// The folder with the definitions of the Gateway API, in the release that `tests/cluster/definitions` names.
+pub(super) fn definitions() -> anyhow::Result<PathBuf> {
+    let go = go::program(&folder())?;
+    let mut download = command(&go.to_string_lossy(), &["mod", "download", "-json"]);
+    download.arg("sigs.k8s.io/gateway-api").env("GOTOOLCHAIN", "local");
+    let answer = output_of(download.current_dir(root().join("tests/cluster/definitions")))?;
+    let answer: serde_json::Value =
+        serde_json::from_str(&answer).context("go mod download printed no JSON")?;
+    let module = answer["Dir"].as_str().context("go mod download names no folder")?;
+    Ok(Path::new(module).join("config/crd/standard"))
 }
 
 fn folder() -> PathBuf {
