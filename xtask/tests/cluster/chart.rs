@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::support::{Cluster, Running, eventually};
+use crate::{admission, waypoint};
 
 const XTASK: &str = env!("CARGO_BIN_EXE_xtask");
 /// What nginx answers with.
@@ -21,12 +22,16 @@ fn one_install_and_one_label_bring_pods_in_and_leave_nothing() {
     let mesh = Mesh::up("m");
     mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/mesh.yaml"]);
     mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/istio-crds.yaml"]);
+    mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/monitoring-crds.yaml"]);
+    waypoint::define(&mesh);
     let ready = ["wait", "--for=condition=Ready", "pod", "--all", "-n", "mesh", "--timeout=60s"];
     mesh.cluster.kubectl(&ready);
     let before = [mesh.traces(1), mesh.traces(2)];
     assert!(mesh.wire("client", 0).contains(SECRET), "the sniffer sees what is sent in the clear");
 
-    mesh.helm(&["install", "culvert", "charts/culvert", "--create-namespace", "--wait"]);
+    let set = ["--set", "mesh.istioLabels=true,admissionPolicies.enabled=true"];
+    let install = ["install", "culvert", "charts/culvert", "--create-namespace", "--wait"];
+    mesh.helm(&[&install[..], &set].concat());
     mesh.helm(&["test", "culvert"]);
     mesh.cluster.kubectl(&["label", "namespace", "mesh", "culvert.dev/dataplane-mode=ambient"]);
     for (node, pod) in [(1, "client"), (1, "intruder"), (2, "web")] {
@@ -34,6 +39,8 @@ fn one_install_and_one_label_bring_pods_in_and_leave_nothing() {
     }
     let wire = mesh.wire("client", 1);
     assert!(!wire.contains(SECRET), "nothing is in the clear");
+    waypoint::requests_are_judged(&mesh);
+    admission::what_cannot_be_is_refused_at_once(&mesh);
     policy(&mesh);
     a_rewritten_network(&mesh);
     the_secure_profile(&mesh);
@@ -219,7 +226,7 @@ impl Mesh {
         }
     }
 
-    fn curl(&self, pod: &str) -> Result<String, String> {
+    pub(crate) fn curl(&self, pod: &str) -> Result<String, String> {
         let curl = ["exec", "-n", "mesh", pod, "--", "curl", "-sSfm", "5", "http://web/"];
         self.cluster.try_kubectl(&curl)
     }

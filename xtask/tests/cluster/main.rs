@@ -5,11 +5,13 @@
 
 #![allow(clippy::print_stdout, reason = "a test shows how long a cluster took")]
 
+mod admission;
 mod chart;
 mod many;
 mod programs;
 mod source;
 mod support;
+mod waypoint;
 
 use std::collections::BTreeMap;
 use std::fs;

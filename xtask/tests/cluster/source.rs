@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -33,8 +34,12 @@ impl<'c> Controller<'c> {
             program.display()
         );
         let state = tempfile::tempdir().expect("a temporary folder");
-        let folder = state.path().display().to_string();
-        let arguments = ["run", "--source", "kubernetes", "--state-dir", &folder];
+        let folder = state.path().join("state").display().to_string();
+        let authority = state.path().join("authority").display().to_string();
+        an_authority_that_ends(&authority);
+        let mut arguments = vec!["run", "--source", "kubernetes", "--state-dir", &folder];
+        arguments.extend(["--ca-dir", &authority, "--ca-dir-secret", "default/authority"]);
+        arguments.extend(["--lease", "default/controller"]);
         let program = program.display().to_string();
         let mut command = vec![program.as_str()];
         command.extend(arguments);
@@ -60,6 +65,30 @@ impl<'c> Controller<'c> {
     }
 }
 
+/// An authority as somebody else would mount it, with twenty days to live.
+fn an_authority_that_ends(folder: &str) {
+    let script = format!(
+        "set -e; mkdir {folder}; cd {folder}; \
+         openssl ecparam -name prime256v1 -genkey -noout | openssl pkcs8 -topk8 -nocrypt -out tls.key; \
+         openssl req -x509 -new -key tls.key -subj /CN=theirs -days 20 -out tls.crt \
+             -addext keyUsage=critical,keyCertSign,cRLSign; cp tls.crt ca.crt"
+    );
+    let made = Command::new("sh").args(["-c", &script]).output().expect("a shell");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+}
+
+/// Its end is told where whoever renews it will look.
+fn the_end_of_a_mounted_authority(controller: &Controller<'_>) {
+    eventually("an Event at the Secret of the authority", || {
+        let about = "involvedObject.kind=Secret,involvedObject.name=authority,reason=AuthorityEnds";
+        let get = ["get", "events", "-n", "default", "--field-selector", about, "-o"];
+        let events =
+            controller.cluster.try_kubectl(&[&get[..], &["jsonpath={..message}"]].concat())?;
+        let told = events.contains("renew what is mounted");
+        if told { Ok(()) } else { Err(events) }
+    });
+}
+
 fn same<T: PartialEq + std::fmt::Debug>(found: T, wanted: &T) -> Result<(), String> {
     if found == *wanted { Ok(()) } else { Err(format!("{found:?}, not {wanted:?}")) }
 }
@@ -73,6 +102,7 @@ fn the_controller_follows_a_cluster() {
         controller.page("/ready").map(drop)
     });
     pods_and_services(&controller);
+    the_end_of_a_mounted_authority(&controller);
     many::pods_come_and_go(&controller);
     kinds_installed_later(&controller);
     refused_objects(&controller);
