@@ -7,6 +7,7 @@
 
 mod admission;
 mod chart;
+mod faults;
 mod many;
 mod programs;
 mod source;

@@ -8,11 +8,14 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use crate::chart::Mesh;
+use crate::faults;
 use crate::support::eventually;
 
 const XTASK: &str = env!("CARGO_BIN_EXE_xtask");
 /// What must never be seen between the nodes once both ends are captured.
-const SECRET: &str = "plaintext-marker-of-the-programs";
+pub(crate) const SECRET: &str = "plaintext-marker-of-the-programs";
+/// Label of the nodes on which agents run.
+pub(crate) const SELECTED: &str = "culvert.test/agent";
 const AGENTS: &str = "app.kubernetes.io/component=agent";
 
 #[test]
@@ -23,9 +26,13 @@ fn real_programs_talk_through_the_mesh_and_survive_its_agents() {
     await_workloads(&mesh);
     everything_works(&mesh, "apps", "without a mesh");
 
-    mesh.helm(&["install", "culvert", "charts/culvert", "--create-namespace", "--wait"]);
+    mesh.cluster.kubectl(&["label", "node", "--all", &format!("{SELECTED}=yes")]);
+    let install = ["install", "culvert", "charts/culvert", "--create-namespace", "--wait"];
+    mesh.helm(&[&install[..], &["--set-string", &on_selected()]].concat());
     mesh.cluster.kubectl(&["label", "namespace", "apps", "culvert.dev/dataplane-mode=ambient"]);
-    for (node, pod) in [(1, "client"), (2, "redis-0"), (2, "redis-1")] {
+    for (node, pod) in
+        [(1, "client"), (1, "listener"), (2, "redis-0"), (2, "redis-1"), (2, "restless")]
+    {
         mesh.await_phase(node, pod, "enrolled");
     }
     await_enrolled(&mesh);
@@ -40,6 +47,12 @@ fn real_programs_talk_through_the_mesh_and_survive_its_agents() {
     an_upgrade(&mesh);
     an_agent_that_is_deleted(&mesh);
     an_agent_that_is_killed(&mesh);
+    faults::around_the_workloads(&mesh);
+    everything_works(&mesh, "apps", "after faults");
+    await_workloads(&mesh);
+    let restarts = "jsonpath={.items[*].status.containerStatuses[*].restartCount}";
+    let restarts = mesh.cluster.kubectl(&["get", "pods", "-n", "apps", "-o", restarts]);
+    assert!(restarts.split(' ').all(|count| count == "0"), "probes go on: {restarts}");
     drop(sniffer);
     let wire = String::from_utf8_lossy(&fs::read(&file).expect("the sniffer's file")).into_owned();
     assert!(!wire.contains(SECRET), "something was in the clear");
@@ -49,9 +62,11 @@ fn real_programs_talk_through_the_mesh_and_survive_its_agents() {
 
     everything_works(&mesh, "apps", "at the end");
     await_workloads(&mesh);
-    let restarts = "jsonpath={.items[*].status.containerStatuses[*].restartCount}";
-    let restarts = mesh.cluster.kubectl(&["get", "pods", "-n", "apps", "-o", restarts]);
-    assert!(restarts.split(' ').all(|count| count == "0"), "probes go on: {restarts}");
+}
+
+/// Agents run where the label is.
+fn on_selected() -> String {
+    format!("agent.nodeSelector.{}=yes", SELECTED.replace('.', "\\."))
 }
 
 /// Through every kind of service, by the programs' own clients.
@@ -92,10 +107,19 @@ fn everything_works(mesh: &Mesh, namespace: &str, when: &str) {
     drop(forward);
 }
 
-fn a_job(mesh: &Mesh) {
+pub(crate) fn a_job(mesh: &Mesh) {
     mesh.cluster.kubectl(&["apply", "-f", "tests/cluster/job.yaml"]);
-    let done = ["wait", "--for=condition=Complete", "job/count", "-n", "apps", "--timeout=60s"];
-    mesh.cluster.kubectl(&done);
+    let done = ["wait", "--for=condition=Complete", "job/count", "-n", "apps", "--timeout=120s"];
+    if let Err(complaint) = mesh.cluster.try_kubectl(&done) {
+        let pods = ["describe", "pods", "-n", "apps", "-l", "job-name=count"];
+        let system = ["get", "pods,events", "-n", "culvert-system"];
+        let logs = ["logs", "-n", "culvert-system", "-l", "app.kubernetes.io/name=culvert"];
+        let asked = [&pods[..], &system[..], &logs[..]].map(|what| mesh.cluster.try_kubectl(what));
+        panic!(
+            "{complaint}\n{}",
+            asked.map(|answer| answer.unwrap_or_else(|error| error)).join("\n")
+        );
+    }
     mesh.cluster.kubectl(&["delete", "-f", "tests/cluster/job.yaml"]);
 }
 
@@ -141,7 +165,7 @@ fn an_order_to_the_authority(mesh: &Mesh) {
     assert!(secret() != before, "the Secret does not hold the revocation");
 }
 
-fn set_secret(mesh: &Mesh) -> Result<String, String> {
+pub(crate) fn set_secret(mesh: &Mesh) -> Result<String, String> {
     mesh.run("apps", "redis", &["redis-cli", "-h", "redis-0.redis", "set", "secret", SECRET])
 }
 
@@ -158,7 +182,9 @@ fn an_upgrade(mesh: &Mesh) {
     let transactions = mesh.start("postgres", &pgbench);
     let stream = mesh.start("grpc", &["grpc", "hold", "grpc:50051", "45"]);
     let began = Instant::now();
-    mesh.helm(&["upgrade", "culvert", "charts/culvert", "--wait", "--set", "agent.drainSeconds=6"]);
+    let upgrade = ["upgrade", "culvert", "charts/culvert", "--wait"];
+    let set = ["--set", "agent.drainSeconds=6", "--set-string", &on_selected()];
+    mesh.helm(&[&upgrade[..], &set].concat());
     assert!(began.elapsed() < Duration::from_secs(45), "the upgrade took longer than the traffic");
     // One that has handed over may take a moment to be gone.
     eventually("every agent to be another pod", || {
@@ -233,7 +259,12 @@ impl Mesh {
         self.cluster.xtask(&["load"], &[&archive]);
     }
 
-    fn run(&self, namespace: &str, container: &str, command: &[&str]) -> Result<String, String> {
+    pub(crate) fn run(
+        &self,
+        namespace: &str,
+        container: &str,
+        command: &[&str],
+    ) -> Result<String, String> {
         let exec = ["exec", "-n", namespace, "client", "-c", container, "--"];
         self.cluster.try_kubectl(&[&exec[..], command].concat())
     }
@@ -250,14 +281,21 @@ impl Mesh {
         self.cluster.kubectl(&listed).split(' ').map(str::to_owned).collect()
     }
 
-    fn agent_of(&self, node: &str) -> String {
+    pub(crate) fn agent_of(&self, node: &str) -> String {
         let node = format!("spec.nodeName={node}");
         let name = "jsonpath={.items[0].metadata.name}";
         let select = ["-l", AGENTS, "--field-selector", &node, "-o", name];
         self.cluster.kubectl(&[&["get", "pods", "-n", "culvert-system"][..], &select].concat())
     }
 
-    fn await_agents(&self) -> Result<(), String> {
+    pub(crate) fn await_controller(&self) -> Result<(), String> {
+        let ready = "jsonpath={.status.readyReplicas}";
+        let set = ["get", "deployment", "culvert-controller", "-n", "culvert-system", "-o", ready];
+        let ready = self.cluster.try_kubectl(&set)?;
+        if ready == "1" { Ok(()) } else { Err(ready) }
+    }
+
+    pub(crate) fn await_agents(&self) -> Result<(), String> {
         let ready = "jsonpath={.status.numberReady}";
         let set = ["get", "daemonset", "culvert-agent", "-n", "culvert-system", "-o", ready];
         let ready = self.cluster.try_kubectl(&set)?;

@@ -89,6 +89,11 @@ impl Cluster {
 
     /// Kills a program of the control plane, which is started again.
     pub(crate) fn restart(&self, program: &str) {
+        self.signal(program, "KILL");
+    }
+
+    /// Sends a signal to a program of the control plane.
+    pub(crate) fn signal(&self, program: &str, signal: &str) {
         let group = format!("/culvert-cluster-{}/control-plane", self.name);
         let named = |process: &u32| {
             let read = |file: &str| fs::read(format!("/proc/{process}/{file}")).unwrap_or_default();
@@ -99,7 +104,7 @@ impl Cluster {
         let processes = fs::read_dir("/proc").expect("/proc can be read").flatten();
         let mut processes =
             processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        kill(processes.find(named).expect("the program runs"), "KILL");
+        kill(processes.find(named).expect("the program runs"), signal);
     }
 
     /// Forwards a port to a pod, beside the control plane.
