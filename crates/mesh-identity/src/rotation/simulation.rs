@@ -177,7 +177,7 @@ impl Simulation {
             if self.time >= next_jump {
                 self.skew = SKEWS[usize::try_from(self.dice.next() % 3).unwrap()];
                 self.jumps += 1;
-                for n in (0..IDENTITIES).filter(|_| self.skew > 0) {
+                for n in 0..if self.skew > 0 { IDENTITIES } else { 0 } {
                     self.feed(RotationInput::Rejected { id: id(n) });
                     self.rejected += 1;
                 }
