@@ -62,7 +62,7 @@ enum Verb {
     Ebpf,
     /// Checks what the compiler cannot: crate edges, file sizes, stray paths.
     Tidy,
-    /// What CI runs before a merge: format, lints, tidy, documentation, every test.
+    /// What is to pass before a merge: format, licences and duplicates, lints, tidy, documentation, every test.
     Ci,
 }
 

@@ -91,7 +91,9 @@ pub(crate) fn bench(arguments: &[String]) -> anyhow::Result<()> {
 
 pub(crate) fn ci() -> anyhow::Result<()> {
     setup::ensure()?;
+    setup::ensure_deny()?;
     run(&mut command("cargo", &["fmt", "--all", "--check"]))?;
+    run(&mut command("cargo", &["deny", "check", "bans", "licenses", "sources"]))?;
     run(&mut command(
         "cargo",
         &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],

@@ -20,6 +20,9 @@ const fn package(name: &'static str, why: &'static str, proof: &'static str) -> 
 /// LLVM that bpf-linker is built against; the same major version as the bpf compiler's own.
 const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
+/// The cargo-deny that `deny.toml` is written for.
+const DENY_VERSION: &str = "0.20.2";
+
 const PACKAGES: &[Package] = &[
     package("rustc-web", "compiles the eBPF programs", "/usr/bin/rustc"),
     package(
@@ -142,11 +145,25 @@ fn install(missing: &[&Package]) -> anyhow::Result<()> {
 }
 
 fn linker_path() -> PathBuf {
+    cargo_program("bpf-linker")
+}
+
+/// Installs cargo-deny, which reads `deny.toml`. Only `cargo xtask ci` needs it.
+pub(crate) fn ensure_deny() -> anyhow::Result<()> {
+    if cargo_program("cargo-deny").is_file() {
+        return Ok(());
+    }
+    println!("installing cargo-deny (licences, sources and duplicates; some minutes)");
+    let version = format!("cargo-deny@{DENY_VERSION}");
+    run(&mut command("cargo", &["install", &version, "--locked"]))
+}
+
+fn cargo_program(name: &str) -> PathBuf {
     let cargo_home = std::env::var_os("CARGO_HOME").map_or_else(
         || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cargo"),
         PathBuf::from,
     );
-    cargo_home.join("bin/bpf-linker")
+    cargo_home.join("bin").join(name)
 }
 
 fn run_linker_install() -> anyhow::Result<()> {
