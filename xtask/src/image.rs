@@ -44,6 +44,8 @@ struct Recipe {
     name: &'static str,
     packages: &'static [&'static str],
     programs: &'static [&'static str],
+    /// The profile of its optimised programs, if it is not `release`.
+    profile: Option<&'static str>,
     /// Whether the node's plugin is in it.
     plugin: bool,
     user: &'static str,
@@ -55,6 +57,7 @@ const RECIPES: &[Recipe] = &[
         name: "culvert-agent",
         packages: &["culvert-agent", PLUGIN, "culvert"],
         programs: &["culvert-agent", "culvert"],
+        profile: None,
         plugin: true,
         // Enters other namespaces.
         user: "0:0",
@@ -64,6 +67,7 @@ const RECIPES: &[Recipe] = &[
         name: "culvert-controller",
         packages: &["mesh-controller", "culvert"],
         programs: &["culvert-controller", "culvert"],
+        profile: None,
         plugin: false,
         user: "65532:65532",
         title: "Culvert's controller",
@@ -72,6 +76,7 @@ const RECIPES: &[Recipe] = &[
         name: "culvert-waypoint",
         packages: &["culvert-waypoint"],
         programs: &["culvert-waypoint"],
+        profile: Some("waypoint"),
         plugin: false,
         user: "65532:65532",
         title: "Culvert's waypoint, the L7 proxy",
@@ -80,6 +85,7 @@ const RECIPES: &[Recipe] = &[
         name: "culvert",
         packages: &["culvert"],
         programs: &["culvert"],
+        profile: None,
         plugin: false,
         user: "65532:65532",
         title: "Culvert's command line",
@@ -95,9 +101,16 @@ pub(crate) fn image(options: &Options) -> anyhow::Result<()> {
             build.arg("--release");
         }
         run(&mut build)?;
+        for recipe in RECIPES.iter().filter(|_| options.release) {
+            let Some(profile) = recipe.profile else { continue };
+            let mut build = command("cargo", &["build", "--profile", profile, "--bins"]);
+            for package in recipe.packages {
+                build.args(["--package", package]);
+            }
+            run(&mut build)?;
+        }
     }
     let target = target_dir()?;
-    let built = target.join(if options.release { "release" } else { "debug" });
     let plugin = static_plugin(&target, options.release)?;
     let folder = target.join("images");
     let stripped = folder.join("stripped");
@@ -106,7 +119,7 @@ pub(crate) fn image(options: &Options) -> anyhow::Result<()> {
     for recipe in RECIPES {
         let bill = sbom::cyclonedx(recipe.packages)?;
         fs::write(folder.join(format!("{}.cdx.json", recipe.name)), &bill)?;
-        let mut image = make(recipe, options, &built, &stripped, bill)?;
+        let mut image = make(recipe, options, &target, &stripped, bill)?;
         if recipe.plugin {
             let small = strip(&plugin, &stripped)?;
             image.files.insert(format!("/usr/local/bin/{PLUGIN}"), small);
@@ -123,10 +136,12 @@ pub(crate) fn image(options: &Options) -> anyhow::Result<()> {
 fn make(
     recipe: &Recipe,
     options: &Options,
-    built: &Path,
+    target: &Path,
     stripped: &Path,
     bill: String,
 ) -> anyhow::Result<Image> {
+    let profile = if options.release { recipe.profile.unwrap_or("release") } else { "debug" };
+    let built = target.join(profile);
     let mut files = BTreeMap::new();
     for program in recipe.programs {
         let source = built.join(program);
