@@ -187,7 +187,12 @@ impl Enroller {
     /// everything is refused there; otherwise an operator asks, and the pod stays out until one takes it in again.
     pub(crate) fn unenroll(&self, selector: &PodSelector, gone: bool, now: Instant) -> EnrollReply {
         let mut pods = self.lock();
-        let selected = selected(&pods, selector);
+        let mut selected = selected(&pods, selector);
+        if let (PodSelector::Name(_), false, [_, _, ..]) = (selector, gone, &*selected) {
+            // Whose namespace is gone is nobody's to take out; it goes by itself.
+            let lives = |uid: &PodUid| pods.get(uid).is_some_and(|entry| !entry.has_vanished());
+            selected.retain(lives);
+        }
         if let (PodSelector::Name(name), false, [_, _, ..]) = (selector, gone, &*selected) {
             let uids = selected.iter().map(|uid| uid.as_str().to_owned()).collect();
             return EnrollError::Ambiguous { name: name.clone(), uids }.refusal().into();

@@ -544,7 +544,7 @@ fn give_next(mesh: &Mesh, ip: IpAddr, range: u8) -> anyhow::Result<()> {
     Ok(std::fs::write(mesh.lab.folder().join(file), before.to_string())?)
 }
 
-/// A pod leaves the mesh: no further connection of it is direct, and those that are end with the drain time.
+/// A pod leaves the mesh: no further connection of it is direct, and those that are go on until they are over.
 pub(crate) fn unenrolled_pod_takes_no_part(mesh: &mut Mesh) -> anyhow::Result<()> {
     with_direct(mesh, |mesh| {
         mesh.lab.apply(&manifest::namespace("later", &[AMBIENT]))?;
@@ -563,12 +563,13 @@ pub(crate) fn unenrolled_pod_takes_no_part(mesh: &mut Mesh) -> anyhow::Result<()
             ensure!(tried.is_ok(), "a plain connection was refused: {tried:?}");
         }
         ensure!(dialled(mesh)? == count, "a pod outside the mesh was let through");
-        until("the last direct connections ending", PATIENCE, || {
+        let used = others.use_all()?;
+        ensure!(used.is_ok(), "a connection did not outlive its pod's membership: {used:?}");
+        until("the last direct connections being over", PATIENCE, || {
             let shown = mesh.lab.node("a").culvert(&["connections"])?.output()?;
             let left = shown.lines().any(|line| line.contains("later/late"));
             Ok((!left).then_some(()))
         })?;
-        ensure!(others.use_all()?.is_err(), "a connection outlived its pod's membership");
         enroll(mesh)?;
         wait_for_direct(mesh, "late", target)?;
         mesh.lab.delete_pod("late")?;
