@@ -124,8 +124,9 @@ impl<'a> Outbound<'a> {
         self.walk(Leg { choice, families: service.ip_families, hop: Hop::Endpoint }, Some(service))
     }
 
-    /// Traffic to a workload's own address. A service may have that address too (a ServiceEntry whose address is its
-    /// endpoint's); then the endpoint is chosen, and the waypoint that counts is the workload's.
+    /// Traffic to a workload's own address. A service of its namespace may have that address too (a ServiceEntry whose address
+    /// is its endpoint's); then the endpoint is chosen, and the waypoint that counts is the workload's. One of another
+    /// namespace would lead traffic away from a workload it has no say in.
     fn workload(&mut self, workload: Arc<Workload>) -> Result<ResolvedFlow, Unroutable> {
         self.trace.record(|| Step::IsWorkload { workload: workload.uid.clone() });
         let dialled = self.flow.orig_dst.addr();
@@ -133,6 +134,7 @@ impl<'a> Outbound<'a> {
         let service = self
             .index
             .find_service_by_vip(&source.network, dialled.ip(), &source.namespace)
+            .filter(|service| service.key.namespace == workload.namespace)
             .filter(|service| !keeps_destination(service));
         let (choice, families) = match &service {
             Some(service) => {

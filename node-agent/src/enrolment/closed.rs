@@ -56,6 +56,8 @@ impl Enroller {
                     return Err(EnrollError::TooManyPods);
                 }
                 self.phases.attachments.close(&uid, cookie)?;
+                let Record { pod, netns, .. } = &record;
+                tracing::warn!(pod = %pod.name, %uid, %netns, "a captured sandbox is closed: {DETAIL}");
                 record.phase = PodPhase::Closed;
                 let mut entry = Entry::new(record);
                 DETAIL.clone_into(&mut entry.detail);

@@ -162,7 +162,7 @@ impl Enroller {
         match pods.get_mut(uid) {
             Some(entry) if entry.record.cookie == cookie => {
                 entry.record.container_id.clone_from(&request.container_id);
-                entry.record.netns.clone_from(&request.netns);
+                entry.is_also_at(&request.netns);
             }
             Some(_another) if request.live => {}
             Some(_another) => {
@@ -404,7 +404,7 @@ impl Enroller {
         }
         // The sandbox may have another name by now; nothing of its capture depends on that.
         entry.record.container_id.clone_from(&request.container_id);
-        entry.record.netns.clone_from(&request.netns);
+        entry.is_also_at(&request.netns);
         entry.record.ips = namespace.addresses.clone();
         entry.record.nameservers.clone_from(&request.nameservers);
         entry.record.live |= request.live;

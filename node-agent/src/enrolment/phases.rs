@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_ebpf::PodSettings;
-use mesh_enroll::PodPhase;
+use mesh_enroll::{NetnsPath, PodPhase};
 use mesh_net::Netns;
 
 use super::attachment::{AttachedPod, PodAttachments, Remains};
@@ -238,6 +238,16 @@ impl Entry {
         let pause = FIRST_RETRY.saturating_mul(1 << self.failures.min(10)).min(MAX_RETRY);
         self.failures = self.failures.saturating_add(1);
         pause
+    }
+
+    /// Somebody names its namespace by this path. The one it is known by stays while it leads there: a process's path ends
+    /// with that process.
+    pub(super) fn is_also_at(&mut self, path: &NetnsPath) {
+        let known = Path::new(self.record.netns.as_str());
+        if Netns::open(known).is_ok_and(|netns| netns.cookie() == self.record.cookie) {
+            return;
+        }
+        self.record.netns.clone_from(path);
     }
 
     /// True when its path leads elsewhere or nowhere. A namespace that was never opened here is not judged.

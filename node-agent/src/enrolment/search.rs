@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use mesh_enroll::NetnsPath;
 use mesh_net::Netns;
 
 /// Folders in which namespaces are mounted by name.
@@ -23,6 +24,15 @@ pub(crate) fn cookies_on_this_machine() -> BTreeSet<u64> {
         .filter_map(|path| Netns::open(&path).ok())
         .map(|netns| netns.cookie())
         .collect()
+}
+
+/// A path to the namespace with this cookie: its name, or a process in it.
+pub(super) fn path_of(cookie: u64) -> Option<NetnsPath> {
+    let named = MOUNTED.iter().flat_map(|folder| entries(Path::new(folder)));
+    named
+        .chain(processes().map(|process| process.join("ns/net")))
+        .find(|path| Netns::open(path).is_ok_and(|netns| netns.cookie() == cookie))
+        .and_then(|path| NetnsPath::new(path.to_str()?).ok())
 }
 
 /// Whether a process is in the namespace with this inode. One of the same inode that is not the same must be told apart before.

@@ -486,6 +486,45 @@ fn another_container_id_of_the_same_namespace_is_taken_in_place() {
     assert!(node.kernel.captures(&netns), "its name is c3 by now");
 }
 
+/// An operator may name a namespace by one of its processes. When that ends, others live on.
+#[test]
+fn a_namespace_is_known_by_a_path_that_lasts() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("lasts"));
+    let asleep = || {
+        let mut sleep = Command::new("ip");
+        let child = sleep.args(["netns", "exec", &netns.0, "sleep", "60"]).spawn().unwrap();
+        let inode = std::fs::metadata(netns.path()).unwrap().ino();
+        let path = format!("/proc/{}/ns/net", child.id());
+        while !std::fs::metadata(&path).is_ok_and(|found| found.ino() == inode) {
+            std::thread::yield_now();
+        }
+        (child, NetnsPath::new(&path).unwrap())
+    };
+    let end = |mut child: std::process::Child| {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    };
+    let mut named = request("cart", "c1", &netns, &IPS);
+    named.live = true;
+    let (first, by_first) = asleep();
+    let by_process = Enroll { netns: by_first, ..named.clone() };
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
+    assert_eq!(enroller.list()[0].netns, by_process.netns);
+    drop(enroller);
+    end(first);
+    let enroller = node.start();
+    assert_eq!(enroller.adopt(&wanted_list(true), Instant::now()).enrolled, 1);
+    assert_eq!(enroller.list()[0].netns, named.netns);
+    assert!(node.kernel.captures(&netns));
+    // What is known by its name stays so.
+    let (second, by_second) = asleep();
+    let by_process = Enroll { netns: by_second, ..named.clone() };
+    assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
+    assert_eq!(enroller.list()[0].netns, named.netns);
+    end(second);
+}
+
 /// Some runtimes take a pod's network away before they end its processes; others never say that it is gone.
 #[test]
 fn a_namespace_in_which_a_process_lives_stays_captured() {

@@ -287,6 +287,21 @@ fn visibility_and_namespace_choose_between_services_at_one_address() {
     assert_eq!(chosen(vec![hidden, first, canonical, own]), to(4));
 }
 
+/// A ServiceEntry may name any address. In whose namespace the workload is, may say where its address leads.
+#[test]
+fn no_service_of_another_namespace_takes_a_workloads_address() {
+    let at = |namespace: &str| {
+        let mut service = service("s", "10.0.0.2", &[(80, 1)]);
+        service.key.namespace = namespace.into();
+        let mut elsewhere = hbone(pod("c", "10.0.0.3"));
+        elsewhere.services.insert(service.key.clone(), Vec::new());
+        let workloads = vec![pod("client", "10.0.0.1"), hbone(pod("b", "10.0.0.2")), elsewhere];
+        dial(&index(workloads, vec![service]), "10.0.0.2:80")
+    };
+    assert_eq!(at("bank"), "tunnel 10.0.0.2:15008 10.0.0.2:80");
+    assert_eq!(at("shop"), "tunnel 10.0.0.3:15008 10.0.0.3:1");
+}
+
 #[test]
 fn every_step_is_recorded_only_when_asked_for() {
     let index = mesh();
