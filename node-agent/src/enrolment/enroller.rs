@@ -190,7 +190,7 @@ impl Enroller {
         let mut selected = selected(&pods, selector);
         if let (PodSelector::Name(_), false, [_, _, ..]) = (selector, gone, &*selected) {
             // Whose namespace is gone is nobody's to take out; it goes by itself.
-            let lives = |uid: &PodUid| pods.get(uid).is_some_and(|entry| !entry.has_vanished());
+            let lives = |uid: &PodUid| pods.get(uid).is_some_and(Entry::is_where_it_was);
             selected.retain(lives);
         }
         if let (PodSelector::Name(name), false, [_, _, ..]) = (selector, gone, &*selected) {

@@ -243,11 +243,15 @@ impl Entry {
     /// Somebody names its namespace by this path. The one it is known by stays while it leads there: a process's path ends
     /// with that process.
     pub(super) fn is_also_at(&mut self, path: &NetnsPath) {
-        let known = Path::new(self.record.netns.as_str());
-        if Netns::open(known).is_ok_and(|netns| netns.cookie() == self.record.cookie) {
-            return;
+        if !self.is_where_it_was() {
+            self.record.netns.clone_from(path);
         }
-        self.record.netns.clone_from(path);
+    }
+
+    /// Whether its path leads to its namespace. Enters it: not for every tick.
+    pub(super) fn is_where_it_was(&self) -> bool {
+        let path = Path::new(self.record.netns.as_str());
+        Netns::open(path).is_ok_and(|netns| netns.cookie() == self.record.cookie)
     }
 
     /// True when its path leads elsewhere or nowhere. A namespace that was never opened here is not judged.

@@ -133,8 +133,16 @@ fn dialled(mesh: &Mesh) -> anyhow::Result<u64> {
 struct Log(usize);
 
 impl Log {
-    fn from_now(mesh: &Mesh) -> Self {
-        Self(mesh.lab.node("a").agent_log(usize::MAX).len())
+    /// Lines about what is over may wait to be written: from when the log rests.
+    fn from_now(mesh: &Mesh) -> anyhow::Result<Self> {
+        let length = || mesh.lab.node("a").agent_log(usize::MAX).len();
+        let seen = std::cell::Cell::new(length());
+        until("the log resting", PATIENCE, || {
+            std::thread::sleep(Duration::from_millis(100));
+            let now = length();
+            Ok((seen.replace(now) == now).then_some(()))
+        })?;
+        Ok(Self(seen.get()))
     }
 
     fn lines(&self, mesh: &Mesh, parts: &[&str]) -> Vec<String> {
@@ -178,7 +186,7 @@ fn deny_client(name: &str) -> Value {
 pub(crate) fn second_connection_goes_directly(mesh: &mut Mesh) -> anyhow::Result<()> {
     with_direct(mesh, |mesh| {
         for target in three_ways(mesh, "mate", peer::WHO) {
-            let log = Log::from_now(mesh);
+            let log = Log::from_now(mesh)?;
             let parts = [
                 "path=direct",
                 &format!("dst.addr={}", SocketAddr::new(target.ip().to_canonical(), target.port())),
@@ -269,7 +277,7 @@ fn everything_is_told(mesh: &Mesh) -> anyhow::Result<()> {
         })
     };
     let before = [settled("source")?, settled("destination")?];
-    let (log, direct) = (Log::from_now(mesh), dialled(mesh)?);
+    let (log, direct) = (Log::from_now(mesh)?, dialled(mesh)?);
     mesh.peer("client", &["bulk", &target.to_string(), &BYTES.to_string()])?;
     let direct = usize::try_from(dialled(mesh)? - direct)?;
     ensure!(direct > 0, "the transfer was not direct");
@@ -376,7 +384,7 @@ fn deny_once(mesh: &Mesh) -> anyhow::Result<Duration> {
     let denied =
         [hold_direct(mesh, "client", targets[0], 3)?, hold_direct(mesh, "client", targets[1], 3)?];
     wait_for_open(mesh, 6)?;
-    let (log, deny) = (Log::from_now(mesh), deny_client("not-the-client"));
+    let (log, deny) = (Log::from_now(mesh)?, deny_client("not-the-client"));
     let applied = Instant::now();
     mesh.lab.apply(&deny)?;
     let look = || {
@@ -421,7 +429,7 @@ pub(crate) fn killed_agent_leaves_direct_connections(mesh: &mut Mesh) -> anyhow:
         ];
         let others = hold_direct(mesh, "client", targets[0], 2)?;
         wait_for_open(mesh, 8)?;
-        let log = Log::from_now(mesh);
+        let log = Log::from_now(mesh)?;
         mesh.lab.node_mut("a").kill_agent();
         let killed = Instant::now();
         let used = others.use_all()?;
@@ -511,7 +519,7 @@ pub(crate) fn address_given_again(mesh: &mut Mesh) -> anyhow::Result<()> {
         mesh_netns::net::ip(Some(mesh.lab.node("a").netns()), "neigh flush dev cni0")?;
         give_next(mesh, ipv4, 0)?;
         give_next(mesh, ipv6, 1)?;
-        let (log, count) = (Log::from_now(mesh), dialled(mesh)?);
+        let (log, count) = (Log::from_now(mesh)?, dialled(mesh)?);
         let second = mesh.lab.run_pod("a", PodSpec::new("mesh", "second"))?;
         ensure!(second.ipv4 == ipv4, "the address was not given again");
         let _serving = servers::peer(second, &bin_dir)?;
@@ -671,7 +679,7 @@ pub(crate) fn hand_over_keeps_direct_connections(mesh: &mut Mesh) -> anyhow::Res
             hold_direct(mesh, "client", targets[1], 4)?,
         ];
         wait_for_open(mesh, 8)?;
-        let log = Log::from_now(mesh);
+        let log = Log::from_now(mesh)?;
         let totals = |mesh: &Mesh| -> anyhow::Result<[u64; 3]> {
             let count = |name: &str| counted(mesh, name, &[]);
             Ok([
