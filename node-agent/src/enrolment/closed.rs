@@ -26,6 +26,15 @@ use crate::error::error_chain;
 const DETAIL: &str =
     "its sandbox was replaced or removed and may live on: everything is refused there";
 
+impl Entry {
+    /// Of a sandbox that is closed.
+    pub(super) fn closed(record: Record) -> Self {
+        let mut entry = Self::new(record);
+        DETAIL.clone_into(&mut entry.detail);
+        entry
+    }
+}
+
 impl Enroller {
     /// Forgets a pod. When its namespace was captured it stays so, refused everything, until it is gone.
     pub(super) fn close(
@@ -59,9 +68,7 @@ impl Enroller {
                 let Record { pod, netns, .. } = &record;
                 tracing::warn!(pod = %pod.name, %uid, %netns, "a captured sandbox is closed: {DETAIL}");
                 record.phase = PodPhase::Closed;
-                let mut entry = Entry::new(record);
-                DETAIL.clone_into(&mut entry.detail);
-                closed.push(entry);
+                closed.push(Entry::closed(record));
             }
         }
         Ok(())

@@ -127,7 +127,7 @@ impl Enroller {
         let same_boot = file.as_ref().is_some_and(|file| file.boot_id == config.boot_id);
         let mut pods = BTreeMap::new();
         let closed = file.iter().filter(|_| same_boot).flat_map(|file| file.closed.iter().cloned());
-        let closed = Mutex::new(closed.map(Entry::new).collect());
+        let closed = Mutex::new(closed.map(Entry::closed).collect());
         for (uid, mut record) in file.map(RecordFile::by_uid).unwrap_or_default() {
             if !same_boot {
                 // Cookies and settings were those of namespaces that a reboot has taken away.

@@ -25,6 +25,7 @@ use super::attachment::{AttachedPod, PodAttachments, Remains};
 use super::error::EnrollError;
 use super::namespace::{self, NamespaceError, PodNamespace};
 use super::record::Record;
+use super::search;
 use crate::dataplane::Drain;
 use crate::error::error_chain;
 
@@ -246,6 +247,15 @@ impl Entry {
         if !self.is_where_it_was() {
             self.record.netns.clone_from(path);
         }
+    }
+
+    /// Looks for another path to a namespace that an operator named by a process: that may end while others live in it.
+    pub(super) fn is_found_elsewhere(&mut self) -> bool {
+        let path = self.record.live.then(|| search::path_of(self.record.cookie)).flatten();
+        let Some(path) = path else { return false };
+        tracing::info!(pod = %self.record.pod.name, %path, "the pod's network namespace is known by another path");
+        self.record.netns = path;
+        true
     }
 
     /// Whether its path leads to its namespace. Enters it: not for every tick.

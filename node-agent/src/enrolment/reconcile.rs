@@ -76,17 +76,10 @@ impl Enroller {
     /// Whether the namespace of a record is where it was. An operator's pod may have got a new one at the same path; a
     /// runtime's has not, since a new sandbox would have been announced. The old one stays captured while it lives.
     fn find_again(&self, entry: &mut Entry) -> Result<bool, EnrollError> {
-        let cookie = entry.record.cookie;
-        let leads_there = move |netns: &Netns| netns.cookie() == cookie;
-        let mut netns = Netns::open(Path::new(entry.record.netns.as_str())).ok();
-        if entry.record.live
-            && !netns.as_ref().is_some_and(leads_there)
-            && let Some(path) = search::path_of(cookie)
-        {
-            // The process by which it was named has ended, and others live in it.
-            netns = Netns::open(Path::new(path.as_str())).ok().filter(leads_there);
-            entry.record.netns = path;
+        if !entry.is_where_it_was() {
+            entry.is_found_elsewhere();
         }
+        let netns = Netns::open(Path::new(entry.record.netns.as_str())).ok();
         if netns.as_ref().is_none_or(|netns| netns.cookie() != entry.record.cookie) {
             match entry.record.phase {
                 PodPhase::Excluded | PodPhase::Draining => self.phases.detach_gone(entry),
@@ -174,12 +167,14 @@ impl Enroller {
         for uid in pods.keys().cloned().collect::<Vec<_>>() {
             let Some(entry) = pods.get_mut(&uid) else { continue };
             if entry.has_vanished() {
-                tracing::info!(pod = %entry.record.pod.name, "the pod's network namespace is gone");
                 changed = true;
-                if let Err(error) = self.close(&mut pods, &uid) {
-                    tracing::warn!(error = %error_chain(&error), "a gone pod cannot be forgotten yet");
+                if !entry.is_found_elsewhere() {
+                    tracing::info!(pod = %entry.record.pod.name, "the pod's network namespace is gone");
+                    if let Err(error) = self.close(&mut pods, &uid) {
+                        tracing::warn!(error = %error_chain(&error), "a gone pod cannot be forgotten yet");
+                    }
+                    continue;
                 }
-                continue;
             }
             if entry.due.is_none_or(|due| due > now) {
                 continue;

@@ -506,23 +506,34 @@ fn a_namespace_is_known_by_a_path_that_lasts() {
     };
     let mut named = request("cart", "c1", &netns, &IPS);
     named.live = true;
-    let (first, by_first) = asleep();
-    let by_process = Enroll { netns: by_first, ..named.clone() };
-    let enroller = node.start();
-    assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
-    assert_eq!(enroller.list()[0].netns, by_process.netns);
-    drop(enroller);
-    end(first);
-    let enroller = node.start();
-    assert_eq!(enroller.adopt(&wanted_list(true), Instant::now()).enrolled, 1);
-    assert_eq!(enroller.list()[0].netns, named.netns);
-    assert!(node.kernel.captures(&netns));
-    // What is known by its name stays so.
-    let (second, by_second) = asleep();
-    let by_process = Enroll { netns: by_second, ..named.clone() };
-    assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
-    assert_eq!(enroller.list()[0].netns, named.netns);
-    end(second);
+    // Without a restart, and over one.
+    for restarts in [false, true] {
+        let (process, path) = asleep();
+        let by_process = Enroll { netns: path, ..named.clone() };
+        let mut enroller = node.start();
+        enroller.adopt(&wanted_list(true), Instant::now());
+        let by_uid = PodSelector::Uid(named.pod.uid.clone());
+        assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
+        assert_eq!(enroller.list()[0].netns, by_process.netns);
+        end(process);
+        if restarts {
+            drop(enroller);
+            enroller = node.start();
+            assert_eq!(enroller.adopt(&wanted_list(true), Instant::now()).enrolled, 1);
+        } else {
+            enroller.tick(Instant::now());
+        }
+        assert_eq!(enroller.list()[0].netns, named.netns);
+        assert!(node.kernel.captures(&netns));
+        // What is known by its name stays so.
+        let (process, path) = asleep();
+        let by_process = Enroll { netns: path, ..named.clone() };
+        assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
+        assert_eq!(enroller.list()[0].netns, named.netns);
+        end(process);
+        assert_eq!(enroller.unenroll(&by_uid, true, Instant::now()), EnrollReply::Ok);
+        assert!(enroller.list().is_empty() && !node.kernel.captures(&netns));
+    }
 }
 
 /// Some runtimes take a pod's network away before they end its processes; others never say that it is gone.
