@@ -149,7 +149,7 @@ type Http2Sender = http2::SendRequest<RequestBody>;
 
 impl<B: http_body::Body + Send + 'static> Sender for http2::SendRequest<B> {
     fn is_closed(&self) -> bool {
-        http2::SendRequest::is_closed(self)
+        Self::is_closed(self)
     }
 }
 

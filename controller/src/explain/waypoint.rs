@@ -324,7 +324,7 @@ fn at_backend(
     };
     let seen = Request::new(forward.host.unwrap_or(head.authority), head.method, &path, &headers);
     let port = forward.backend.port;
-    let ip = service.vips.first().map_or(connection.destination.ip(), |vip| vip.ip);
+    let ip = service.vips.first().map_or_else(|| connection.destination.ip(), |vip| vip.ip);
     let port = at.picture.index.target_port(service, port).unwrap_or(port);
     let connection = Connection { destination: SocketAddr::new(ip, port), ..*connection };
     let policies = &frontend.config.policies;

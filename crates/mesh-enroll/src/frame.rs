@@ -104,11 +104,14 @@ pub fn read_frame(stream: &mut impl Read) -> Result<Vec<u8>, FrameError> {
 }
 
 fn read_error(error: io::Error) -> FrameError {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => FrameError::Truncated,
+    let kind = error.kind();
+    if kind == io::ErrorKind::UnexpectedEof {
+        FrameError::Truncated
+    } else if matches!(kind, io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
         // What a deadline looks like depends on the platform.
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => FrameError::Late,
-        _ => FrameError::Io(error),
+        FrameError::Late
+    } else {
+        FrameError::Io(error)
     }
 }
 

@@ -347,7 +347,10 @@ impl World {
                     self.engine.accept(permit(), request, near, response, self.now);
                 }
                 EngineEvent::TunnelClosed { reason, .. } => self.tunnels_closed.push(reason),
-                _ => {}
+                EngineEvent::Established { .. }
+                | EngineEvent::Closed { .. }
+                | EngineEvent::RequestGone { .. } => {}
+                other => panic!("unknown event {other:?}"),
             }
         }
     }

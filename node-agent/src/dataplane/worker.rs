@@ -747,7 +747,7 @@ impl Handler for NodeWorker {
             );
         }
         self.stats.listener_ended();
-        self.reopen_at.get_or_insert(ops.now() + REOPEN_PAUSE);
+        self.reopen_at.get_or_insert_with(|| ops.now() + REOPEN_PAUSE);
     }
 
     fn dial(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>) {

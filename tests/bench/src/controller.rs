@@ -82,7 +82,7 @@ async fn measure(settings: &Settings, state: &Path) -> anyhow::Result<()> {
 
     let began = Instant::now();
     let before = cpu::seconds(pid)?;
-    let mut agents = Agents::connect(settings.agents, &program, state).await?;
+    let mut agents = Agents::connect(settings.agents, &program, state)?;
     agents.have(settings.pods, PATIENCE).await?;
     let told = (began.elapsed(), cpu::seconds(pid)? - before, cpu::rss_mib(pid)?);
     println!(

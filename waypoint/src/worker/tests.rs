@@ -143,5 +143,5 @@ async fn a_certificate_that_has_ended_opens_no_streams() {
     tokio::time::sleep(end.duration_since(SystemTime::now()).unwrap()).await;
     // Told so, or already sent away.
     assert!(matches!(ask(&mut sender).await, None | Some(401)));
-    assert!(matches!(ask(&mut sender).await, None));
+    assert!(ask(&mut sender).await.is_none());
 }

@@ -40,11 +40,7 @@ pub(super) struct Agents {
 
 impl Agents {
     /// Has `count` agents join.
-    pub(super) async fn connect(
-        count: usize,
-        program: &Path,
-        folder: &Path,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn connect(count: usize, program: &Path, folder: &Path) -> anyhow::Result<Self> {
         let state = folder.join("state");
         let root = folder.join("root.pem");
         std::fs::write(&root, ask(program, &state, &["ca", "root"])?)?;

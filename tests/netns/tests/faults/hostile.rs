@@ -146,6 +146,9 @@ impl Attack {
     }
 }
 
+/// Packets by name, and where those that left were seen.
+type Sent<'e> = (Vec<&'e str>, BTreeMap<String, BTreeSet<Place>>);
+
 /// An attack that is over.
 pub(crate) struct Ended {
     said: Vec<(String, String)>,
@@ -154,11 +157,7 @@ pub(crate) struct Ended {
 
 impl Ended {
     /// What became of the packets of these rounds, by name; of each sender.
-    fn sent<'e>(
-        &'e self,
-        seen: &Seen,
-        rounds: &'e Rounds,
-    ) -> anyhow::Result<Vec<(Vec<&'e str>, BTreeMap<String, BTreeSet<Place>>)>> {
+    fn sent<'e>(&'e self, seen: &Seen, rounds: &'e Rounds) -> anyhow::Result<Vec<Sent<'e>>> {
         let of = |((label, log), rounds): (&'e (String, String), &'e _)| {
             let rounds: &std::ops::RangeInclusive<usize> = rounds;
             let is_of = |line: &&str| {
