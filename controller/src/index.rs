@@ -2,7 +2,7 @@
 //!
 //! [`Index::apply`] stores a batch of changes, marks what they can affect, computes only that again and returns what is
 //! different from before. Nothing here has a clock, a file or a socket, and everything but the enrolment (see
-//! [`enrolment`]) and addresses that are remembered (see [`vip`]) is a function of the set of objects: applying changes in any order and grouping ends in the same result.
+//! `enrolment`) and addresses that are remembered (see `vip`) is a function of the set of objects: applying changes in any order and grouping ends in the same result.
 
 mod authorization;
 mod enrolment;

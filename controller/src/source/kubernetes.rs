@@ -1,7 +1,7 @@
 //! Watches a Kubernetes API server.
 //!
 //! A follower per kind lists and watches it and trims what comes to what the mesh reads; one collector feeds the
-//! [`Ledger`] and hands changes on in batches. While the API server is away, or refuses, everything it told before stays
+//! `Ledger` and hands changes on in batches. While the API server is away, or refuses, everything it told before stays
 //! in force; kinds of the Istio API whose definitions are not installed are waited for.
 
 mod follow;

@@ -2,7 +2,7 @@
 //!
 //! [`PolicySet`] holds the compiled policies; [`authorize`] judges inbound flows, [`authorize_egress`] outbound ones. Both
 //! cannot fail and do no I/O. A [`Verdict`] says yes with a [`Permit`], of which this crate is the only birthplace, or no with
-//! a [`Denial`] that names the rule. [`explain`] and [`explain_egress`] run the same code and keep every step.
+//! a [`Denial`] that names the rule. [`explain()`] and [`explain_egress`] run the same code and keep every step.
 //!
 //! ```text
 //! applicable: global policies, those of the workload's namespace, those that it lists; and the waypoint it requires

@@ -27,7 +27,7 @@ pub struct LineWriter {
     dropped: Arc<AtomicU64>,
 }
 
-/// Waits for queued lines when it is dropped, [`FLUSH_PATIENCE`] at most.
+/// Waits for queued lines when it is dropped, `FLUSH_PATIENCE` at most.
 #[derive(Debug)]
 pub struct FlushOnDrop {
     queue: SyncSender<Item>,
