@@ -13,6 +13,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_authorize::{Connection, Decision, authorize_connection};
 use mesh_model::{
     ClientAddr, Direction, Flow, FlowId, HealthStatus, OrigDst, PodUid, Service, Workload,
+    error_chain,
 };
 use mesh_resolve::{Addressed, Authority, ResolvedFlow, Unroutable, resolve, resolve_fronted};
 use mesh_runtime::Drain;
@@ -26,7 +27,7 @@ use crate::picture::{Served, Snapshot};
 use crate::refusal::Refusal;
 use crate::request::handle;
 use crate::strict::Followed;
-use crate::upstream::{CONNECTION_WINDOW, STREAM_WINDOW, Way, Wire, chain};
+use crate::upstream::{CONNECTION_WINDOW, STREAM_WINDOW, Way, Wire};
 use crate::worker::{Peer, Worker};
 
 /// Longest wait for the head of a request, also on a connection that is kept.
@@ -361,7 +362,7 @@ where
         tokio::select! {
             ended = &mut connection => {
                 if let Err(error) = ended {
-                    tracing::debug!(error = %chain(&error), "a client's connection ended");
+                    tracing::debug!(error = %error_chain(&error), "a client's connection ended");
                 }
                 return;
             }

@@ -12,7 +12,7 @@ use http::{Request, StatusCode};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::TokioIo;
-use mesh_model::{SpiffeId, WorkloadUid};
+use mesh_model::{SpiffeId, WorkloadUid, error_chain};
 use mesh_resolve::{Route, TunnelRoute};
 use mesh_telemetry::Forwarded;
 use tokio::net::TcpStream;
@@ -463,17 +463,5 @@ async fn in_time<T>(
 }
 
 fn broken(error: &hyper::Error) -> Refusal {
-    Refusal { flags: "UC", ..Refusal::unavailable("upstream_reset", chain(error)) }
-}
-
-/// The text of an error and of everything behind it.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(behind) = source {
-        text.push_str(": ");
-        text.push_str(&behind.to_string());
-        source = behind.source();
-    }
-    text
+    Refusal { flags: "UC", ..Refusal::unavailable("upstream_reset", error_chain(error)) }
 }

@@ -12,7 +12,7 @@ use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_identity::{PeerCertificate, Side, TrustBundle};
-use mesh_model::{SpiffeId, Workload};
+use mesh_model::{SpiffeId, Workload, error_chain};
 use mesh_resolve::{Addressed, Authority, resolve_fronted};
 use mesh_runtime::{AccessLog, Drain};
 use mesh_telemetry::{Forwarded, metric};
@@ -25,7 +25,7 @@ use crate::config::Settings;
 use crate::picture::{Picture, Snapshot};
 use crate::refusal::{REASON, Refusal};
 use crate::stream::{Dialled, serve};
-use crate::upstream::{CONNECTION_WINDOW, Pool, STREAM_WINDOW, chain};
+use crate::upstream::{CONNECTION_WINDOW, Pool, STREAM_WINDOW};
 
 /// Longest handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -169,7 +169,7 @@ impl Worker {
             tokio::select! {
                 ended = &mut connection => {
                     if let Err(error) = ended {
-                        tracing::debug!(%address, error = %chain(&error), "tunnel ended");
+                        tracing::debug!(%address, error = %error_chain(&error), "tunnel ended");
                     }
                     return;
                 }
@@ -241,7 +241,7 @@ impl Worker {
             let _open = open;
             match upgrade.await {
                 Ok(io) => serve(Arc::new(dialled), TokioIo::new(io)).await,
-                Err(error) => tracing::debug!(error = %chain(&error), "stream ended at once"),
+                Err(error) => tracing::debug!(error = %error_chain(&error), "stream ended at once"),
             }
         });
         Response::new(Empty::new())

@@ -1,8 +1,7 @@
 //! What came of trying what the kernel has, and which fallback the agent uses.
 
-use std::error::Error;
-
 use mesh_ebpf::{Attachments, CaptureError, CgroupOrder, GuardAttachment, Probes};
+use mesh_model::error_chain;
 
 use super::Finding;
 
@@ -18,13 +17,13 @@ pub(super) fn findings(probes: &Probes) -> Vec<Finding> {
             findings.push(Finding::ok("programs", "the kernel takes all of them"));
             findings.extend(attached(attachments));
         }
-        Err(error) => findings.push(Finding::fail("programs", chain(error), NEWER)),
+        Err(error) => findings.push(Finding::fail("programs", error_chain(error), NEWER)),
     }
     findings.push(match &probes.sock_destroy {
         Ok(()) => Finding::ok("SOCK_DESTROY", "sockets can be ended"),
         Err(error) => Finding::warn(
             "SOCK_DESTROY",
-            format!("{}: pods of a node always talk through the agent", chain(error)),
+            format!("{}: pods of a node always talk through the agent", error_chain(error)),
             "use a kernel with CONFIG_INET_DIAG_DESTROY, or modprobe tcp_diag",
         ),
     });
@@ -41,7 +40,7 @@ fn attached(attachments: &Attachments) -> [Finding; 3] {
         ),
         Err(error) => Finding::fail(
             "guard",
-            format!("neither tcx nor clsact: {}", chain(error)),
+            format!("neither tcx nor clsact: {}", error_chain(error)),
             "use Linux 6.6 or later, or install the kernel module sch_ingress",
         ),
     };
@@ -57,7 +56,7 @@ fn attached(attachments: &Attachments) -> [Finding; 3] {
             format!("neither preorder nor before: {order}"),
             "start the agent before other tools with connect hooks, such as a socket load balancer",
         ),
-        Err(error) => Finding::fail("cgroup order", chain(error), NEWER),
+        Err(error) => Finding::fail("cgroup order", error_chain(error), NEWER),
     };
     let sk_lookup =
         needed("sk_lookup", "inbound connections can be steered", &attachments.sk_lookup);
@@ -67,18 +66,8 @@ fn attached(attachments: &Attachments) -> [Finding; 3] {
 fn needed(name: &'static str, found: &str, tried: &Result<(), CaptureError>) -> Finding {
     match tried {
         Ok(()) => Finding::ok(name, found),
-        Err(error) => Finding::fail(name, chain(error), NEWER),
+        Err(error) => Finding::fail(name, error_chain(error), NEWER),
     }
-}
-
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use mesh_authorize::Request;
-use mesh_model::RequestPath;
+use mesh_model::{RequestPath, error_chain};
 use mesh_route::ServiceRef;
 use tokio::io::copy_bidirectional_with_sizes;
 
@@ -18,7 +18,6 @@ use super::outline::Outline;
 use crate::picture::Snapshot;
 use crate::refusal::Refusal;
 use crate::stream::Dialled;
-use crate::upstream::chain;
 
 /// Bytes held in each direction.
 const COPY_BUFFER: usize = 16 * 1024;
@@ -100,7 +99,7 @@ impl Switch {
             let (client, server) = match tokio::try_join!(self.client, server) {
                 Ok(both) => both,
                 Err(error) => {
-                    tracing::debug!(error = %chain(&error), "a switched connection ended at once");
+                    tracing::debug!(error = %error_chain(&error), "a switched connection ended at once");
                     return;
                 }
             };

@@ -15,14 +15,14 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_identity::{PeerCertificate, Side, TrustBundle, tls};
-use mesh_model::{SpiffeId, WorkloadUid};
+use mesh_model::{SpiffeId, WorkloadUid, error_chain};
 use mesh_telemetry::Forwarded;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use super::bundle::{Opened, Place};
-use super::{CONNECTION_WINDOW, STREAM_WINDOW, Wire, broken, chain};
+use super::{CONNECTION_WINDOW, STREAM_WINDOW, Wire, broken};
 use crate::body::{BodyError, RequestBody};
 use crate::picture::Identity;
 use crate::refusal::Refusal;
@@ -183,6 +183,6 @@ where
 
 fn tell_end(ended: hyper::Result<()>) {
     if let Err(error) = ended {
-        tracing::debug!(error = %chain(&error), "a connection to a server ended");
+        tracing::debug!(error = %error_chain(&error), "a connection to a server ended");
     }
 }
