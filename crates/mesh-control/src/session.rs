@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mesh_wire::pb::mesh::enrolment_client::EnrolmentClient;
 use mesh_wire::pb::mesh::{JoinRequest, RenewRequest, ReportPodsRequest, Session};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -53,6 +55,12 @@ pub enum SessionError {
         /// Why.
         #[source]
         source: std::io::Error,
+    },
+    /// The file with the roots holds none.
+    #[error("no certificate in {}", path.display())]
+    NoCertificate {
+        /// Which file.
+        path: PathBuf,
     },
     /// The address, or the roots.
     #[error("the controller cannot be reached at {address}")]
@@ -129,7 +137,7 @@ impl ControllerSession {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
         if address.scheme_str() == Some("https") {
-            let roots = read(&self.config.root)?;
+            let roots = roots(&self.config.root, read(&self.config.root)?)?;
             let told = told.map(Certificate::from_pem);
             let roots = std::iter::once(Certificate::from_pem(roots)).chain(told);
             let tls = ClientTlsConfig::new().ca_certificates(roots);
@@ -289,6 +297,15 @@ fn read(path: &Path) -> Result<Vec<u8>, SessionError> {
         .map_err(failed)
 }
 
+/// The content of a file with roots. One without any certificate would only fail the handshake, without a word of the file.
+fn roots(path: &Path, pem: Vec<u8>) -> Result<Vec<u8>, SessionError> {
+    if CertificateDer::pem_slice_iter(&pem).any(|certificate| certificate.is_ok()) {
+        Ok(pem)
+    } else {
+        Err(SessionError::NoCertificate { path: path.to_owned() })
+    }
+}
+
 fn read_text(path: &Path) -> Result<Zeroizing<String>, SessionError> {
     let bytes = read(path)?;
     String::from_utf8(bytes)
@@ -298,4 +315,21 @@ fn read_text(path: &Path) -> Result<Zeroizing<String>, SessionError> {
 
 fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_roots_without_a_certificate_is_named() {
+        let of = |text: &str| roots(Path::new("/etc/culvert/root.pem"), text.into());
+        let certificate = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        assert_eq!(of(certificate).unwrap(), certificate.as_bytes());
+        let key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
+        for without in ["", "no PEM at all", key, "-----BEGIN CERTIFICATE-----\nAAAA\n"] {
+            let refused = of(without).unwrap_err().to_string();
+            assert_eq!(refused, "no certificate in /etc/culvert/root.pem", "{without:?}");
+        }
+    }
 }
