@@ -84,7 +84,7 @@ impl Enrolment for Enrolments {
             Err(refused) => {
                 warn!(node, reason = refused.word(), "join refused");
                 metrics::counter!(metric::CONTROLLER_UNAUTHENTICATED.name, "reason" => refused.word()).increment(1);
-                Err(Status::unauthenticated(refused.to_string()))
+                Err(Status::unauthenticated(refused.with_remedy(&node)))
             }
         }
     }

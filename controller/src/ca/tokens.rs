@@ -54,6 +54,25 @@ impl TokensError {
             Self::Rejected(rejection) => word(*rejection),
         }
     }
+
+    /// What `node`, which wants to join, is told: what is wrong, and what helps.
+    #[must_use]
+    pub fn with_remedy(&self, node: &str) -> String {
+        let Self::Rejected(rejection) = self else { return self.to_string() };
+        let create = match node.strip_prefix("waypoint/") {
+            Some(gateway) => format!("culvert-controller token create --waypoint {gateway}"),
+            None => format!("culvert-controller token create --node {node}"),
+        };
+        let remedy = match rejection {
+            TokenRejection::Malformed => "the token's file must hold what is printed by",
+            TokenRejection::Replayed => "a token is good for one join; make another by",
+            TokenRejection::BadSignature
+            | TokenRejection::WrongAudience
+            | TokenRejection::Expired
+            | TokenRejection::WrongNode => "make another by",
+        };
+        format!("{rejection}; {remedy} {create}")
+    }
 }
 
 const fn word(rejection: TokenRejection) -> &'static str {
@@ -209,5 +228,22 @@ mod tests {
         assert!(restarted.node_of(&join, now).is_err(), "a join token is no session");
         let late = now + SESSION_TTL + Duration::from_secs(1);
         assert_eq!(restarted.node_of(&session.token, late).unwrap_err().word(), "expired");
+    }
+
+    #[test]
+    fn whoever_cannot_join_is_told_what_helps() {
+        let told = |error: TokensError, node: &str| error.with_remedy(node);
+        assert_eq!(
+            told(TokenRejection::Replayed.into(), "n1"),
+            "token was used already; a token is good for one join; make another by \
+             culvert-controller token create --node n1"
+        );
+        assert_eq!(
+            told(TokenRejection::Malformed.into(), "waypoint/shop/w"),
+            "token is malformed; the token's file must hold what is printed by \
+             culvert-controller token create --waypoint shop/w"
+        );
+        let broken = TokensError::Format { file: SPENT_FILE };
+        assert_eq!(broken.with_remedy("n1"), broken.to_string());
     }
 }

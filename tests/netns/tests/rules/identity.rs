@@ -200,6 +200,8 @@ pub(crate) fn signing_and_tokens(mesh: &mut Mesh) -> anyhow::Result<()> {
             let refused = enrolment.join(join(token)).await.err();
             let refused = refused.with_context(|| format!("a token was taken, though {word}"))?;
             ensure!(refused.code() == Code::Unauthenticated, "{word}: {refused}");
+            let remedy = "culvert-controller token create --node a";
+            ensure!(refused.message().ends_with(remedy), "{word}: {refused}");
         }
         let mut authority = IstioCertificateServiceClient::new(channel);
         let hour = Duration::from_secs(3600);
