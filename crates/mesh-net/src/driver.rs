@@ -58,16 +58,30 @@ pub trait Handler: 'static {
     );
     /// A tunnel came in and its peer is proved.
     fn tunnel_up(&mut self, ops: &mut Ops, incoming: Incoming);
-    /// A handshake came to nothing. For a dial the engine has been told already.
-    fn handshake_failed(&mut self, ops: &mut Ops, attempt: Attempt, error: HandshakeError);
+    /// A handshake came to nothing. For a dial the engine has been told already, and `relays` end with it: each of them is
+    /// told as [`closed`](Self::closed) later.
+    fn handshake_failed(
+        &mut self,
+        ops: &mut Ops,
+        attempt: Attempt,
+        relays: &[RelayId],
+        error: &HandshakeError,
+    );
     /// A CONNECT came in: answer with `engine.accept` or `engine.refuse`, now or later.
     fn request(&mut self, ops: &mut Ops, request: RequestId, tunnel: TunnelId, head: &ConnectHead);
     /// A CONNECT that has not been answered ended.
     fn request_gone(&mut self, ops: &mut Ops, request: RequestId);
     /// Both ends of a relay are connected; `baggage` is the far end's description of itself, if it sent one.
     fn established(&mut self, ops: &mut Ops, relay: RelayId, baggage: Option<String>);
-    /// A relay ended; its sockets are closed.
-    fn closed(&mut self, ops: &mut Ops, relay: RelayId, reason: CloseReason, bytes: RelayBytes);
+    /// A relay ended; its sockets are closed. `connect_error` is why a socket of it did not connect, if that is the reason.
+    fn closed(
+        &mut self,
+        ops: &mut Ops,
+        relay: RelayId,
+        reason: CloseReason,
+        connect_error: Option<io::Error>,
+        bytes: RelayBytes,
+    );
     /// A tunnel ended.
     fn tunnel_closed(&mut self, ops: &mut Ops, tunnel: TunnelId, reason: CloseReason);
     /// Another thread asks for something.
@@ -489,18 +503,20 @@ impl<H: Handler> Worker<H> {
         self.ops.now = Instant::now();
     }
 
-    /// Tells the handler what the engine and handshakes say; true when there was something.
+    /// Tells the handler what the engine and handshakes say; true when there was something. What a handshake came to is told
+    /// before what the engine makes of it.
     fn answer(&mut self) -> bool {
         let mut answered = false;
-        while let Some(outcome) = self.ops.outcomes.pop_front() {
-            self.outcome(outcome);
+        loop {
+            if let Some(outcome) = self.ops.outcomes.pop_front() {
+                self.outcome(outcome);
+            } else if let Some(event) = self.ops.engine.poll_event() {
+                self.engine_event(event);
+            } else {
+                return answered;
+            }
             answered = true;
         }
-        while let Some(event) = self.ops.engine.poll_event() {
-            self.engine_event(event);
-            answered = true;
-        }
-        answered
     }
 
     /// Lets the engine move bytes and the handler answer; true when there is more to do at once.
@@ -523,8 +539,8 @@ impl<H: Handler> Worker<H> {
                 self.handler.dialled(ops, dial, tunnel, peer);
             }
             Outcome::Accepted(incoming) => self.handler.tunnel_up(ops, incoming),
-            Outcome::Failed { attempt, error } => {
-                self.handler.handshake_failed(ops, attempt, error);
+            Outcome::Failed { attempt, relays, error } => {
+                self.handler.handshake_failed(ops, attempt, &relays, &error);
             }
         }
     }
@@ -540,8 +556,9 @@ impl<H: Handler> Worker<H> {
             EngineEvent::Established { relay, baggage } => {
                 self.handler.established(ops, relay, baggage);
             }
-            EngineEvent::Closed { relay, reason, bytes } => {
-                self.handler.closed(ops, relay, reason, bytes);
+            EngineEvent::Closed { relay, reason, connect_error, bytes } => {
+                let connect_error = connect_error.map(io::Error::from_raw_os_error);
+                self.handler.closed(ops, relay, reason, connect_error, bytes);
             }
             EngineEvent::TunnelClosed { tunnel, reason } => {
                 self.handler.tunnel_closed(ops, tunnel, reason);

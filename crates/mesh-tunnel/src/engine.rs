@@ -282,10 +282,11 @@ impl Engine {
         self.add_client_tunnel(dial, session, sock)
     }
 
-    /// A dial failed: the opens that wait for it are closed with `reason`.
-    pub fn dial_failed(&mut self, dial: DialId, reason: CloseReason, now: Instant) {
+    /// A dial failed: the opens that wait for it are closed with `reason`. Says which, before their
+    /// [`EngineEvent::Closed`] does.
+    pub fn dial_failed(&mut self, dial: DialId, reason: CloseReason, now: Instant) -> Vec<RelayId> {
         self.now = now;
-        self.fail_dial(dial, reason);
+        self.fail_dial(dial, reason)
     }
 
     /// A peer's tunnel to `pod` has shaken hands. Its CONNECTs come as [`EngineEvent::Request`].

@@ -148,6 +148,8 @@ pub enum EngineEvent {
         relay: RelayId,
         /// Why.
         reason: CloseReason,
+        /// The system's number of the error for which the application socket did not connect, where it gave one.
+        connect_error: Option<i32>,
         /// The final counts.
         bytes: RelayBytes,
     },

@@ -143,6 +143,48 @@ fn an_application_that_does_not_connect_is_given_up() {
 }
 
 #[test]
+fn an_application_that_cannot_be_connected_to_is_refused_with_the_systems_error() {
+    const ENETUNREACH: i32 = 101;
+    let mut peer = client(EngineConfig::default());
+    peer.say(&open(1));
+    let Some(EngineEvent::Request { request, .. }) = peer.events.pop() else { panic!("a request") };
+    let (_server, app) = peer.net.pair(100);
+    peer.net.socks[Net::index(app)].connect = Connect::Failed(ENETUNREACH);
+    let relay =
+        peer.engine.accept(permit(), request, app, mesh_tunnel::ResponseHead::default(), peer.now);
+    peer.wait(SECOND);
+    let ended = peer.events.iter().find_map(|event| {
+        let EngineEvent::Closed { relay, reason, connect_error, .. } = event else { return None };
+        Some((*relay, *reason, *connect_error))
+    });
+    assert_eq!(ended, Some((relay, R::ConnectFailed, Some(ENETUNREACH))));
+}
+
+#[test]
+fn a_failed_dial_names_those_that_waited_for_it() {
+    let mut engine = mesh_tunnel::Engine::new(EngineConfig::default(), support::epoch());
+    let mut net = Net::new(1, false);
+    let now = support::epoch();
+    let mut open = |engine: &mut mesh_tunnel::Engine, key| {
+        let (_far, app) = net.pair(100);
+        engine.open(permit(), support::key(key), support::head("a:1"), app, now)
+    };
+    let (first, second) = (open(&mut engine, "w"), open(&mut engine, "w"));
+    let Some(EngineEvent::Dial { dial, .. }) = engine.poll_event() else { panic!("a dial") };
+    let elsewhere = open(&mut engine, "x");
+    assert_eq!(engine.dial_failed(dial, R::WrongIdentity, now), [first, second]);
+    assert_eq!(engine.dial_failed(dial, R::WrongIdentity, now), []);
+    let mut closed = Vec::new();
+    while let Some(event) = engine.poll_event() {
+        if let EngineEvent::Closed { relay, reason, connect_error, .. } = event {
+            closed.push((relay, reason, connect_error));
+        }
+    }
+    assert_eq!(closed, [first, second].map(|relay| (relay, R::WrongIdentity, None)));
+    assert!(!closed.iter().any(|(relay, ..)| *relay == elsewhere));
+}
+
+#[test]
 fn a_dial_that_nobody_answers_is_given_up() {
     let mut engine = mesh_tunnel::Engine::new(EngineConfig::default(), support::epoch());
     let mut net = Net::new(1, false);

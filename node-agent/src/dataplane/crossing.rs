@@ -13,6 +13,8 @@
 //! and it is retired when the flow ends. Source: wire.md §1.8, "inner connections are never pooled".
 
 use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
 
 use mesh_authorize::{Decision, authorize_egress};
 use mesh_model::{CloseReason, FlowId, WorkloadUid};
@@ -24,7 +26,7 @@ use mio::net::TcpStream;
 
 use crate::dataplane::outbound::connect_failure;
 use crate::dataplane::shared::Snapshot;
-use crate::dataplane::worker::NodeWorker;
+use crate::dataplane::worker::{NodeWorker, Refusal};
 
 /// A flow to another network, and what its carrier is opened with.
 #[derive(Debug)]
@@ -45,8 +47,16 @@ pub(super) struct Crossings {
     /// By the uid in the inner tunnel's key.
     by_lane: BTreeMap<WorkloadUid, Crossing>,
     lanes: BTreeMap<RelayId, WorkloadUid>,
-    /// The dial of an inner tunnel that each carrier was opened for.
-    carriers: BTreeMap<RelayId, DialId>,
+    /// Relays of outer tunnels, each opened for an inner one.
+    carriers: BTreeMap<RelayId, Carrier>,
+}
+
+#[derive(Debug)]
+struct Carrier {
+    /// The dial of the inner tunnel that it was opened for.
+    dial: DialId,
+    /// Why it is about to end, in words.
+    detail: Option<Arc<str>>,
 }
 
 /// The uid in the key of an inner tunnel, which is its flow's alone.
@@ -64,6 +74,13 @@ impl Crossings {
     /// The workload that a tunnel's key means.
     pub(super) fn target<'a>(&'a self, uid: &'a WorkloadUid) -> &'a WorkloadUid {
         self.by_lane.get(uid).map_or(uid, |crossing| &crossing.target)
+    }
+
+    /// Remembers why `relay` is about to end; false if it is no carrier.
+    pub(super) fn explain(&mut self, relay: RelayId, detail: &Arc<str>) -> bool {
+        let Some(carrier) = self.carriers.get_mut(&relay) else { return false };
+        carrier.detail = Some(Arc::clone(detail));
+        true
     }
 
     /// The relays of outer tunnels that carry inner ones.
@@ -86,11 +103,11 @@ impl NodeWorker {
         snapshot: &Snapshot,
         dial: DialId,
         key: &TunnelKey,
-    ) -> Option<Result<TcpStream, CloseReason>> {
+    ) -> Option<Result<TcpStream, Refusal>> {
         let crossing = self.crossings.by_lane.get(&key.target_uid)?;
         let opened = open_carrier(ops, snapshot, crossing);
         Some(opened.map(|(carrier, far)| {
-            self.crossings.carriers.insert(carrier, dial);
+            self.crossings.carriers.insert(carrier, Carrier { dial, detail: None });
             far
         }))
     }
@@ -104,11 +121,13 @@ impl NodeWorker {
         relay: RelayId,
         reason: CloseReason,
     ) -> bool {
-        let Some(dial) = self.crossings.carriers.remove(&relay) else { return false };
+        let Some(Carrier { dial, detail }) = self.crossings.carriers.remove(&relay) else {
+            return false;
+        };
         // The gateway took the stream and ended it at once.
         let reason =
             if reason == CloseReason::Complete { CloseReason::PeerRefused } else { reason };
-        ops.engine.dial_failed(dial, reason, ops.now());
+        self.fail_dial(ops, dial, Refusal { detail, ..reason.into() });
         true
     }
 
@@ -126,16 +145,17 @@ fn open_carrier(
     ops: &mut Ops,
     snapshot: &Snapshot,
     crossing: &Crossing,
-) -> Result<(RelayId, TcpStream), CloseReason> {
+) -> Result<(RelayId, TcpStream), Refusal> {
     let permit = match authorize_egress(&snapshot.policies, &crossing.resolved).decision {
         Decision::Allow(permit) => permit,
-        Decision::Deny(denial) => return Err(denial.reason),
+        Decision::Deny(denial) => return Err(denial.into()),
     };
     if !ops.has_room(2) {
-        return Err(CloseReason::Overloaded);
+        return Err(CloseReason::Overloaded.into());
     }
-    let (near, far) = socket::pair().map_err(|error| connect_failure(&error))?;
-    let near = ops.add(near).map_err(|error| connect_failure(&error))?;
+    let refused = |error: io::Error| Refusal::new(connect_failure(&error), &error);
+    let (near, far) = socket::pair().map_err(refused)?;
+    let near = ops.add(near).map_err(refused)?;
     let (key, head) = (crossing.key.clone(), crossing.head.clone());
     let carrier = ops.engine.open(permit, key, head, near, ops.now());
     ops.engage(near);

@@ -124,6 +124,8 @@ pub(super) struct LiveFlow {
     reported: FlowBytes,
     /// The rule for which it is being cut.
     cut_by: Option<RuleRef>,
+    /// Why it is about to end, in words; said in the same turn as its end.
+    detail: Option<Arc<str>>,
     _held: Held,
 }
 
@@ -157,6 +159,7 @@ impl LiveFlow {
             announced: false,
             reported: FlowBytes::default(),
             cut_by: None,
+            detail: None,
             _held: held,
         }
     }
@@ -341,7 +344,7 @@ impl FlowTable {
         let unreported = bytes.since(flow.reported);
         let duration = now.saturating_duration_since(flow.story.flow.accepted_at);
         let rule = flow.cut_by.or(flow.rule);
-        let record = flow.story.end(reason, rule.as_ref(), None, bytes, duration);
+        let record = flow.story.end(reason, rule.as_ref(), flow.detail, bytes, duration);
         self.sink.report(FlowEvent::Closed {
             record: Box::new(record),
             unreported,
@@ -353,6 +356,13 @@ impl FlowTable {
     pub(super) fn cut_by(&mut self, relay: RelayId, rule: Option<RuleRef>) {
         if let Some(flow) = self.flows.get_mut(&relay) {
             flow.cut_by = rule;
+        }
+    }
+
+    /// Remembers why a flow is about to end.
+    pub(super) fn explain(&mut self, relay: RelayId, detail: &Arc<str>) {
+        if let Some(flow) = self.flows.get_mut(&relay) {
+            flow.detail = Some(Arc::clone(detail));
         }
     }
 

@@ -26,7 +26,7 @@ use crate::dataplane::tls::CertificateStamp;
 use crate::dataplane::tunnels::ServerTunnel;
 use crate::dataplane::waiting::WaitFor;
 use crate::dataplane::worker::{CapturedConn, MEMORY_IS_SHORT, NodeWorker, Refusal, Waiting};
-use crate::error::error_chain;
+use crate::error::detail;
 
 /// A CONNECT that has not been answered.
 #[derive(Debug)]
@@ -111,7 +111,7 @@ impl NodeWorker {
             ),
             direction: Direction::InboundTunnel,
             reason,
-            detail: Some(error_chain(error).into()),
+            detail: Some(detail(error)),
         });
     }
 

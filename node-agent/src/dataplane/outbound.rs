@@ -229,22 +229,23 @@ impl NodeWorker {
     pub(super) fn dial_tunnel(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>) {
         let snapshot = self.snapshot();
         let Some(pod) = self.pod_by_uid(&key.pod).map(Arc::clone) else {
-            return ops.engine.dial_failed(dial, CloseReason::Drained, ops.now());
+            return self.fail_dial(ops, dial, CloseReason::Drained.into());
         };
         let (config, own) = match self.tls.client(&snapshot, &key.source, &key.expected) {
             Ok(found) => found,
             Err(missing) => {
                 self.shared.identities.want(&key.source);
                 tracing::debug!(identity = %key.source, error = %missing, "nothing to dial with");
-                return ops.engine.dial_failed(dial, CloseReason::NoCertificate, ops.now());
+                let refusal = Refusal::new(CloseReason::NoCertificate, &missing);
+                return self.fail_dial(ops, dial, refusal);
             }
         };
         let stream = match self.carry(ops, &snapshot, dial, key) {
             Some(Ok(far)) => Ok(far),
-            Some(Err(reason)) => return ops.engine.dial_failed(dial, reason, ops.now()),
+            Some(Err(refusal)) => return self.fail_dial(ops, dial, refusal),
             // Its crossing stayed with a predecessor. To dial the gateway as if it were the far end would be wrong.
             None if crossing::is_lane(&key.target_uid) => {
-                return ops.engine.dial_failed(dial, CloseReason::Drained, ops.now());
+                return self.fail_dial(ops, dial, CloseReason::Drained.into());
             }
             None => {
                 let keepalive = self.config.keepalive;

@@ -16,6 +16,7 @@ use crate::dataplane::flows::LiveFlow;
 use crate::dataplane::shared::{Changed, Snapshot};
 use crate::dataplane::stats::TunnelRole;
 use crate::dataplane::worker::{NodeWorker, Refusal};
+use crate::error::detail;
 
 /// Flows judged per turn; some hundred nanoseconds each.
 const FLOWS_PER_TURN: usize = 512;
@@ -180,14 +181,17 @@ impl NodeWorker {
         for request in self.take_requests(tunnel) {
             self.refuse_request(ops, request, None, Refusal::new(reason, rejection));
         }
+        let detail = detail(rejection);
         for relay in self.flows.all() {
             if ops.engine.relay_tunnel(relay) == Some(tunnel) {
                 self.stats.live_cut();
+                self.explain(&[relay], &detail);
                 ops.engine.cut(relay, reason, ops.now());
             }
         }
         for carrier in self.crossings.carriers().collect::<Vec<_>>() {
             if ops.engine.relay_tunnel(carrier) == Some(tunnel) {
+                self.explain(&[carrier], &detail);
                 ops.engine.cut(carrier, reason, ops.now());
             }
         }

@@ -38,7 +38,7 @@ use crate::dataplane::telemetry::Story;
 use crate::dataplane::tls::TlsCache;
 use crate::dataplane::tunnels::Tunnels;
 use crate::dataplane::waiting::{WaitFor, WaitId, WaitingRoom};
-use crate::error::error_chain;
+use crate::error::{detail, error_chain};
 
 /// What other threads ask of a worker.
 #[derive(Debug)]
@@ -287,6 +287,23 @@ impl NodeWorker {
             }
         };
         self.flows.refused(story, refusal, ops.now());
+    }
+
+    /// Fails a dial, and says why to the flows that wait for it.
+    pub(super) fn fail_dial(&mut self, ops: &mut Ops, dial: DialId, refusal: Refusal) {
+        let relays = ops.engine.dial_failed(dial, refusal.reason, ops.now());
+        if let Some(detail) = refusal.detail {
+            self.explain(&relays, &detail);
+        }
+    }
+
+    /// Says in words why relays are about to end.
+    pub(super) fn explain(&mut self, relays: &[RelayId], detail: &Arc<str>) {
+        for relay in relays {
+            if !self.crossings.explain(*relay, detail) {
+                self.flows.explain(*relay, detail);
+            }
+        }
     }
 
     /// Lets something wait; what finds no room, or has waited long enough, is refused.
@@ -653,7 +670,7 @@ pub(super) struct Refusal {
 impl Refusal {
     /// A refusal that `error` caused.
     pub(super) fn new(reason: CloseReason, error: &dyn std::error::Error) -> Self {
-        Self { reason, rule: None, detail: Some(error_chain(error).into()) }
+        Self { reason, rule: None, detail: Some(detail(error)) }
     }
 }
 
@@ -768,18 +785,25 @@ impl Handler for NodeWorker {
         self.tunnel_proved(ops, incoming);
     }
 
-    fn handshake_failed(&mut self, _ops: &mut Ops, attempt: Attempt, error: HandshakeError) {
+    fn handshake_failed(
+        &mut self,
+        _ops: &mut Ops,
+        attempt: Attempt,
+        relays: &[RelayId],
+        error: &HandshakeError,
+    ) {
         let reason = error.close_reason();
         match attempt {
             Attempt::Dial(dial) => {
                 self.stats.handshake_failed(TunnelRole::Client, reason);
+                self.explain(relays, &detail(error));
                 let key = self.tunnels.dial_failed(dial);
                 let next_hop = key.map(|key| key.next_hop);
-                tracing::debug!(%reason, ?next_hop, error = %error_chain(&error), "tunnel not dialled");
+                tracing::debug!(%reason, ?next_hop, error = %error_chain(error), "tunnel not dialled");
             }
             Attempt::Accept { tag, peer, stamp: _ } => {
                 self.stats.handshake_failed(TunnelRole::Server, reason);
-                self.tunnel_refused(tag, peer, reason, &error)
+                self.tunnel_refused(tag, peer, reason, error)
             }
         }
     }
@@ -811,7 +835,20 @@ impl Handler for NodeWorker {
         }
     }
 
-    fn closed(&mut self, ops: &mut Ops, relay: RelayId, reason: CloseReason, bytes: RelayBytes) {
+    fn closed(
+        &mut self,
+        ops: &mut Ops,
+        relay: RelayId,
+        reason: CloseReason,
+        connect_error: Option<io::Error>,
+        bytes: RelayBytes,
+    ) {
+        // The other reasons of a connect say themselves what the system said.
+        if reason == CloseReason::ConnectFailed
+            && let Some(error) = connect_error
+        {
+            self.explain(&[relay], &detail(&error));
+        }
         if self.carrier_closed(ops, relay, reason) {
             return;
         }

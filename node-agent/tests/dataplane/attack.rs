@@ -378,7 +378,9 @@ fn an_address_of_the_clusters_pods_waits_for_its_pod_and_never_leaks() {
     // Outside of those networks is outside of the mesh.
     let mut outside = mesh.client.dial("192.0.2.1:80".parse().unwrap()).unwrap();
     assert_ne!(read_error(&mut outside), ErrorKind::WouldBlock);
-    assert_eq!(mesh.client.ledger.ended(4)[3].reason, CloseReason::ConnectFailed);
+    let record = &mesh.client.ledger.ended(4)[3];
+    assert_eq!(record.reason, CloseReason::ConnectFailed);
+    assert_eq!(record.detail.as_deref(), Some("Network is unreachable (os error 101)"));
 }
 
 #[test]

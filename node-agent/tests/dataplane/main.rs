@@ -333,7 +333,13 @@ fn a_server_with_another_identity_gets_no_byte() {
     let mut stream = mesh.client.dial(target).unwrap();
     stream.write_all(b"secret").ok();
     assert_eq!(read_error(&mut stream), ErrorKind::ConnectionReset);
-    assert_eq!(mesh.client.ledger.ended(1)[0].reason, CloseReason::WrongIdentity);
+    let record = &mesh.client.ledger.ended(1)[0];
+    assert_eq!(record.reason, CloseReason::WrongIdentity);
+    let detail = format!(
+        "peer's certificate refused: peer is {}, which was not expected",
+        identity("server")
+    );
+    assert_eq!(record.detail.as_deref(), Some(&*detail), "{record:?}");
     listener.set_nonblocking(true).unwrap();
     assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
 }

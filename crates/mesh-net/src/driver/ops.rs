@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use mesh_identity::PeerCertificate;
 use mesh_model::PodUid;
-use mesh_tunnel::{DialId, Engine, EngineConfig, Readiness, SockId, TunnelId};
+use mesh_tunnel::{DialId, Engine, EngineConfig, Readiness, RelayId, SockId, TunnelId};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Interest, Registry, Token};
 use rustls::{ClientConfig, ServerConfig};
@@ -79,7 +79,7 @@ pub struct Answering {
 pub(super) enum Outcome {
     Dialled { dial: DialId, tunnel: Option<TunnelId>, peer: PeerCertificate },
     Accepted(Incoming),
-    Failed { attempt: Attempt, error: HandshakeError },
+    Failed { attempt: Attempt, relays: Vec<RelayId>, error: HandshakeError },
 }
 
 /// The two addresses of a connection, canonical.
@@ -513,10 +513,11 @@ impl Ops {
     }
 
     fn fail(&mut self, attempt: Attempt, error: HandshakeError) {
-        if let Attempt::Dial(dial) = attempt {
-            self.engine.dial_failed(dial, error.close_reason(), self.now);
-        }
-        self.outcomes.push_back(Outcome::Failed { attempt, error });
+        let relays = match attempt {
+            Attempt::Dial(dial) => self.engine.dial_failed(dial, error.close_reason(), self.now),
+            Attempt::Accept { .. } => Vec::new(),
+        };
+        self.outcomes.push_back(Outcome::Failed { attempt, relays, error });
     }
 
     /// Ends the handshakes that took too long.

@@ -13,6 +13,17 @@ use crate::tunnel::Role;
 impl Engine {
     /// Forgets a stream, whatever it is doing, and says so. What the peer must hear has been sent.
     pub(super) fn end_stream(&mut self, key: u64, reason: CloseReason, doom: Doom) {
+        self.end_stream_for(key, reason, None, doom);
+    }
+
+    /// As [`end_stream`](Self::end_stream), with the error of its application socket's connect.
+    pub(super) fn end_stream_for(
+        &mut self,
+        key: u64,
+        reason: CloseReason,
+        connect_error: Option<i32>,
+        doom: Doom,
+    ) {
         self.leave_tunnel(key, false);
         self.clear_deadline(key);
         let Some(mut stream) = self.streams.remove(key) else { return };
@@ -29,7 +40,7 @@ impl Engine {
         self.socks.remove(&app);
         self.doomed.push((app, doom));
         let (relay, bytes) = (RelayId(key), stream.bytes);
-        self.events.push_back(EngineEvent::Closed { relay, reason, bytes });
+        self.events.push_back(EngineEvent::Closed { relay, reason, connect_error, bytes });
     }
 
     /// What a stream waited for has come about, or is not waited for any more.

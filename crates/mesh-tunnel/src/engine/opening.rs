@@ -97,7 +97,8 @@ impl Engine {
     fn start_dial(&mut self, dial: DialId) {
         let Some(key) = self.pool.dial_key(dial).cloned() else { return };
         if self.tunnels.len() >= self.config.max_tunnels {
-            return self.fail_dial(dial, CloseReason::Overloaded);
+            self.fail_dial(dial, CloseReason::Overloaded);
+            return;
         }
         if let Some(at) = self.now.checked_add(self.config.dial_timeout) {
             self.timers.insert(at, TimerKey::Dial(dial.0));
@@ -106,11 +107,14 @@ impl Engine {
         self.events.push_back(EngineEvent::Dial { dial, key });
     }
 
-    pub(super) fn fail_dial(&mut self, dial: DialId, reason: CloseReason) {
+    /// Fails the opens that wait for a dial, and says which.
+    pub(super) fn fail_dial(&mut self, dial: DialId, reason: CloseReason) -> Vec<RelayId> {
         self.forget_dial(dial);
-        for open in self.pool.dial_failed(dial) {
-            self.end_stream(open, reason, Doom::Abort);
+        let failed = self.pool.dial_failed(dial);
+        for open in &failed {
+            self.end_stream(*open, reason, Doom::Abort);
         }
+        failed.into_iter().map(RelayId).collect()
     }
 
     fn forget_dial(&mut self, dial: DialId) {

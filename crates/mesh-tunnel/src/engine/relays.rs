@@ -45,6 +45,7 @@ impl Engine {
                 self.events.push_back(EngineEvent::Closed {
                     relay: request.relay(),
                     reason: CloseReason::ClientReset,
+                    connect_error: None,
                     bytes: RelayBytes::default(),
                 });
             }
@@ -109,7 +110,8 @@ impl Engine {
                 Poll::Pending => return,
                 Poll::Ready(Ok(())) => self.connected(key),
                 Poll::Ready(Err(error)) => {
-                    return self.connect_failed(key, connect_reason(error.kind()));
+                    let reason = connect_reason(error.kind());
+                    return self.connect_failed(key, reason, error.raw_os_error());
                 }
             }
         }
@@ -133,10 +135,10 @@ impl Engine {
         self.enter_round(key);
     }
 
-    fn connect_failed(&mut self, key: u64, reason: CloseReason) {
+    fn connect_failed(&mut self, key: u64, reason: CloseReason, error: Option<i32>) {
         let Some(stream) = self.streams.get(key) else { return };
         self.respond(stream.tunnel, stream.id, 503, stream.flags.end_received);
-        self.end_stream(key, reason, Doom::Abort);
+        self.end_stream_for(key, reason, error, Doom::Abort);
     }
 
     /// An application has not connected in time, or a peer has not answered in time.
@@ -144,7 +146,7 @@ impl Engine {
         let Some(stream) = self.streams.get_mut(key) else { return };
         stream.deadline = None;
         match stream.phase {
-            Phase::Connecting => self.connect_failed(key, CloseReason::ConnectTimeout),
+            Phase::Connecting => self.connect_failed(key, CloseReason::ConnectTimeout, None),
             Phase::Asked => {
                 self.reset_stream(key, ErrorCode::CANCEL, CloseReason::ConnectTimeout);
             }
@@ -217,7 +219,7 @@ impl Engine {
                 }
                 Poll::Ready(Err(error)) => {
                     let reason = connect_reason(error.kind());
-                    return self.end_splice(key, reason, Doom::Abort);
+                    return self.end_splice_for(key, reason, error.raw_os_error(), Doom::Abort);
                 }
             }
         }
@@ -255,6 +257,17 @@ impl Engine {
     }
 
     fn end_splice(&mut self, key: u64, reason: CloseReason, doom: Doom) {
+        self.end_splice_for(key, reason, None, doom);
+    }
+
+    /// Ends a splice, with the error of its upstream socket's connect.
+    fn end_splice_for(
+        &mut self,
+        key: u64,
+        reason: CloseReason,
+        connect_error: Option<i32>,
+        doom: Doom,
+    ) {
         let Some(splice) = self.splices.remove(key) else { return };
         self.queued -= splice.queued();
         if let Some(at) = splice.deadline {
@@ -265,7 +278,8 @@ impl Engine {
             self.doomed.push((sock, doom));
         }
         let relay = RelayId(key | SPLICE_BIT);
-        self.events.push_back(EngineEvent::Closed { relay, reason, bytes: splice.bytes() });
+        let bytes = splice.bytes();
+        self.events.push_back(EngineEvent::Closed { relay, reason, connect_error, bytes });
     }
 }
 

@@ -19,6 +19,8 @@ pub enum Connect {
     /// After this many looks.
     Later(u32),
     Refused,
+    /// With this error of the system.
+    Failed(i32),
     Never,
 }
 
@@ -236,6 +238,7 @@ impl Io for Net {
                 Poll::Pending
             }
             Connect::Refused => Poll::Ready(Err(io::ErrorKind::ConnectionRefused.into())),
+            Connect::Failed(error) => Poll::Ready(Err(io::Error::from_raw_os_error(error))),
             Connect::Never => Poll::Pending,
         }
     }

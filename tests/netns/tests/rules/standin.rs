@@ -28,7 +28,7 @@ const ADDRESSES: [&str; 2] = ["192.168.77.210", "fd77::210"];
 type Shown = Arc<Mutex<Arc<ServerConfig>>>;
 
 /// A server that proves to be anything but the pod that was dialled gets no connection, and the client's agent says by
-/// its reason what kind of wrong it is; once it proves to be the pod it gets them.
+/// its reason what kind of wrong it is, and in words which; once it proves to be the pod it gets them.
 pub(crate) fn wrong_servers_are_refused(mesh: &mut Mesh) -> anyhow::Result<()> {
     let elsewhere = Wanted::of("spiffe://elsewhere.example/ns/mesh/sa/standin");
     let unnamed = Wanted { uris: Vec::new(), names: vec!["standin.mesh".into()], ..Wanted::of("") };
@@ -37,19 +37,25 @@ pub(crate) fn wrong_servers_are_refused(mesh: &mut Mesh) -> anyhow::Result<()> {
     let future = Wanted { years: (2090, 2100), ..Wanted::of(STANDIN) };
     let clients_only =
         Wanted { usages: vec![ExtendedKeyUsagePurpose::ClientAuth], ..Wanted::of(STANDIN) };
+    let not_expected = format!("peer is {SERVER}, which was not expected");
     let by_mesh = |wanted: &Wanted| wanted.signed_by_the_mesh(mesh);
     let good = by_mesh(&Wanted::of(STANDIN))?;
-    let wrong: [(Credentials, &str, &str); 10] = [
+    let wrong: [(Credentials, &str, &str); 11] = [
+        (Credentials::none()?, "tls_failure", "peer showed no certificate"),
         (Wanted::of(STANDIN).self_signed()?, "tls_failure", "certificate is self-signed"),
         (
             Wanted::of(STANDIN).signed_elsewhere()?,
             "tls_failure",
             "certificate chains to no trusted root",
         ),
-        (by_mesh(&elsewhere)?, "wrong_identity", "peer is of another trust domain"),
+        (
+            by_mesh(&elsewhere)?,
+            "wrong_identity",
+            "peer is of another trust domain: spiffe://elsewhere.example/ns/mesh/sa/standin",
+        ),
         (by_mesh(&unnamed)?, "wrong_identity", "certificate names no workload identity"),
         (by_mesh(&twice)?, "wrong_identity", "certificate has several URI names"),
-        (by_mesh(&Wanted::of(SERVER))?, "wrong_identity", "which was not expected"),
+        (by_mesh(&Wanted::of(SERVER))?, "wrong_identity", &not_expected),
         (by_mesh(&past)?, "tls_failure", "certificate has expired"),
         (by_mesh(&future)?, "tls_failure", "certificate is not valid yet"),
         (by_mesh(&clients_only)?, "tls_failure", "certificate is not meant for this use"),
@@ -111,9 +117,12 @@ pub(crate) fn wrong_servers_are_refused(mesh: &mut Mesh) -> anyhow::Result<()> {
         })?;
         // A tunnel of before may have closed under the connection that was refused first.
         ensure!(!mesh.reaches("client", target)?, "let in, though {reason}");
-        let word = format!("reason={word} ");
-        log.line(&["direction=\"outbound\"", &address, &word])
+        let word = format!("reason={word}");
+        let told = format!(": {reason}\"");
+        let line = log
+            .line(&["direction=\"outbound\"", &address, &told])
             .with_context(|| format!("{reason}: {line}"))?;
+        ensure!(line.contains(&word), "not {word}: {line}");
     }
     until("refusals of the revoked server being counted", PATIENCE, || {
         Ok((rejections()? > rejected).then_some(()))

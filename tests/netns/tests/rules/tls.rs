@@ -14,6 +14,7 @@ use rcgen::{
 };
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, ClientConnection, ServerConfig, StreamOwned};
 use serde_json::Value;
 
@@ -24,6 +25,13 @@ use crate::mesh::{Mesh, inside};
 pub(crate) struct Credentials {
     chain: Vec<CertificateDer<'static>>,
     key: Vec<u8>,
+}
+
+impl Credentials {
+    /// A key without a certificate.
+    pub(crate) fn none() -> anyhow::Result<Self> {
+        Ok(Self { chain: Vec::new(), key: KeyPair::generate()?.serialize_der() })
+    }
 }
 
 /// What a hand-made certificate says.
@@ -154,11 +162,14 @@ pub(crate) fn server(
 ) -> anyhow::Result<Arc<ServerConfig>> {
     let roots = mesh.lab.controller_command(&["ca", "root"])?;
     let bundle = Arc::new(TrustBundle::from_pem("cluster.local", &roots, "")?);
+    let provider = mesh_identity::tls::provider();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key));
-    let mut config = ServerConfig::builder_with_provider(mesh_identity::tls::provider())
+    // Not by the builder, which takes no empty chain.
+    let shown = CertifiedKey::new(chain, provider.key_provider.load_private_key(key)?);
+    let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(PeerVerifier::of_clients(bundle, "cluster.local"))
-        .with_single_cert(chain, key)?;
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Arc::new(config))
 }
