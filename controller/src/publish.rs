@@ -1,30 +1,36 @@
 //! Delta xDS for agents.
 
+mod frames;
 mod store;
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::Stream;
+use http::header::CONTENT_TYPE;
 use mesh_runtime::Drain;
 use mesh_telemetry::metric;
-use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
+use mesh_wire::pb::discovery::aggregated_discovery_service_server::SERVICE_NAME;
 use mesh_wire::pb::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_wire::{DeltaServerState, Received, ResourceKind, node_name};
 use tokio::sync::mpsc;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, Service};
+use tonic::metadata::{GRPC_CONTENT_TYPE, MetadataMap};
+use tonic::server::NamedService;
+use tonic::{Request, Status};
 use tracing::{debug, info, warn};
 
 use crate::ca::authenticate::{Authenticate, NodeCaller, caller};
 use crate::door;
 use crate::index::NodeReport;
 use crate::mesh::SharedMesh;
+use frames::{Requests, Responses};
 
+pub use self::frames::take_request;
 pub use self::store::{Name, Position, Since, Store};
 
 /// An agent that takes no response for this long is cut off; it comes back and resumes.
@@ -66,16 +72,47 @@ impl Discovery {
     }
 }
 
-type Responses = Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send>>;
+/// The one call that is served. Source: envoy/discovery.proto.
+const DELTA_PATH: &str =
+    "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Discovery {
-    type DeltaAggregatedResourcesStream = Responses;
+impl NamedService for Discovery {
+    const NAME: &'static str = SERVICE_NAME;
+}
 
-    async fn delta_aggregated_resources(
-        &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Responses>, Status> {
+impl Service<http::Request<Body>> for Discovery {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move {
+            if request.uri().path() != DELTA_PATH {
+                return Ok(Status::unimplemented("only delta streams are served").into_http());
+            }
+            let (parts, body) = request.into_parts();
+            let metadata = MetadataMap::from_headers(parts.headers);
+            let request = Request::from_parts(metadata, parts.extensions, Requests::new(body));
+            Ok(match service.open(request).await {
+                Ok(responses) => {
+                    let mut response = http::Response::new(Body::new(responses));
+                    response.headers_mut().insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
+                    response
+                }
+                Err(status) => status.into_http(),
+            })
+        })
+    }
+}
+
+impl Discovery {
+    /// Starts a stream for a caller that proves its node.
+    async fn open(&self, request: Request<Requests>) -> Result<Responses, Status> {
         let caller = caller(&*self.authenticate, &request).await?;
         door::admit(request.extensions());
         let (send, receive) = mpsc::channel(1);
@@ -94,7 +131,7 @@ impl AggregatedDiscoveryService for Discovery {
             let _open = OpenStream::new(streams, mesh, node);
             session.run(request.into_inner()).await;
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+        Ok(Responses::new(receive))
     }
 }
 
@@ -146,7 +183,7 @@ struct Session {
 }
 
 impl Session {
-    async fn run(mut self, requests: Streaming<DeltaDiscoveryRequest>) {
+    async fn run(mut self, requests: Requests) {
         let expiry = tokio::time::sleep(self.caller.valid_for);
         tokio::pin!(expiry);
         let draining = self.draining.clone();
@@ -165,10 +202,7 @@ impl Session {
         }
     }
 
-    async fn converse(
-        &mut self,
-        mut requests: Streaming<DeltaDiscoveryRequest>,
-    ) -> Result<(), Status> {
+    async fn converse(&mut self, mut requests: Requests) -> Result<(), Status> {
         self.mesh.synced().await;
         let mut end = self.mesh.store().watch();
         let mut position = *end.borrow_and_update();

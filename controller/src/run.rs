@@ -14,9 +14,7 @@ use mesh_authorize::UnknownEgress;
 use mesh_identity::tls::control_server;
 use mesh_runtime::{AdminLimits, AdminListener, AdminServer, Drain, LogHandle, Metrics, Readiness};
 use mesh_telemetry::metric;
-use mesh_wire::MAX_MESSAGE_BYTES;
 use mesh_wire::pb::auth::istio_certificate_service_server::IstioCertificateServiceServer;
-use mesh_wire::pb::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use mesh_wire::pb::mesh::enrolment_server::EnrolmentServer;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
@@ -66,8 +64,6 @@ const MAX_HEADER_BYTES: u32 = 64 << 10;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long giving back the Lease may take.
 const RESIGN_TIMEOUT: Duration = Duration::from_secs(3);
-/// Largest message from an agent; its first lists what it holds.
-const MAX_REQUEST_BYTES: usize = 64 << 20;
 
 /// A controller that is listening.
 pub struct Controller {
@@ -263,15 +259,12 @@ impl Controller {
             accepting.await;
             "the listener"
         });
-        let discovery = AggregatedDiscoveryServiceServer::new(self.discovery)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let server = Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(30)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
             .max_concurrent_streams(MAX_CALLS)
             .http2_max_header_list_size(MAX_HEADER_BYTES)
-            .add_service(discovery)
+            .add_service(self.discovery)
             .add_service(IstioCertificateServiceServer::new(self.certificates))
             .add_service(EnrolmentServer::new(self.enrolments));
         let ending = drain.clone();

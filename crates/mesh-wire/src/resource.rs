@@ -140,12 +140,18 @@ const fn address(content: workload::address::Type) -> workload::Address {
     workload::Address { r#type: Some(content) }
 }
 
+/// What a resource is called, and which version of it this is: all that is remembered of it per agent, and so shared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Label {
+    pub(crate) name: Arc<str>,
+    pub(crate) version: Arc<str>,
+}
+
 /// A resource encoded once, with its name and version, as it is sent to every agent that sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
     kind: ResourceKind,
-    name: Arc<str>,
-    version: Arc<str>,
+    label: Arc<Label>,
     content: Arc<[u8]>,
 }
 
@@ -157,8 +163,7 @@ impl Published {
         let version = version_of(&content);
         Self {
             kind: resource.kind(),
-            name: resource.name().into(),
-            version,
+            label: Arc::new(Label { name: resource.name().into(), version }),
             content: content.into(),
         }
     }
@@ -171,26 +176,31 @@ impl Published {
 
     /// Its name.
     #[must_use]
-    pub const fn name(&self) -> &Arc<str> {
-        &self.name
+    pub fn name(&self) -> &Arc<str> {
+        &self.label.name
     }
 
     /// Its version.
     #[must_use]
-    pub const fn version(&self) -> &Arc<str> {
-        &self.version
+    pub fn version(&self) -> &Arc<str> {
+        &self.label.version
+    }
+
+    /// Both, to be kept.
+    pub(crate) const fn label(&self) -> &Arc<Label> {
+        &self.label
     }
 
     /// The message that carries it.
     #[must_use]
     pub fn to_wire(&self) -> discovery::Resource {
-        self.to_wire_as(&self.version)
+        self.to_wire_as(&self.label.version)
     }
 
     /// The message that carries it under the version that its sender gave it.
     pub(crate) fn to_wire_as(&self, version: &str) -> discovery::Resource {
         discovery::Resource {
-            name: self.name.as_ref().to_owned(),
+            name: self.label.name.as_ref().to_owned(),
             version: version.to_owned(),
             resource: Some(Any {
                 type_url: self.kind.type_url().to_owned(),

@@ -1,14 +1,17 @@
 //! The controller's half of the delta xDS conversation, for one stream.
 //!
 //! Each kind has at most one response under way. What changes meanwhile is remembered by name only, so an agent that
-//! does not answer costs a set of names and is brought up to date by one response once it does.
+//! does not answer costs a set of names and is brought up to date by one response once it does. What an agent holds is kept as
+//! one pointer per resource, to the name and version that every stream shares.
 
+use std::borrow::Borrow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::kind::ResourceKind;
 use crate::pb::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
-use crate::resource::Published;
+use crate::resource::{Label, Published};
 
 /// What one node may see. Narrowing it later is enough to take resources back: what stops being visible is sent as
 /// removed.
@@ -34,7 +37,7 @@ struct Subscription {
     wildcard: bool,
     names: BTreeSet<String>,
     /// Versions the agent holds or has been sent.
-    known: BTreeMap<Arc<str>, Arc<str>>,
+    known: BTreeSet<Held>,
     dirty: Dirty,
     /// Names asked for since the last response: each is answered, also when there is no such resource.
     asked: BTreeSet<String>,
@@ -43,6 +46,10 @@ struct Subscription {
     /// Nonce of the response under way.
     in_flight: Option<String>,
 }
+
+/// A version of a resource that an agent holds; by name.
+#[derive(Clone, Debug)]
+struct Held(Arc<Label>);
 
 /// What must be compared with the view before the next response.
 #[derive(Clone, Debug)]
@@ -90,6 +97,32 @@ pub enum InvalidRequest {
 const MAX_NAMES: usize = 1_000_000;
 /// The name that stands for all. Source: xDS protocol, delta wildcard.
 const WILDCARD: &str = "*";
+
+impl Borrow<str> for Held {
+    fn borrow(&self) -> &str {
+        &self.0.name
+    }
+}
+
+impl PartialEq for Held {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.name == other.0.name
+    }
+}
+
+impl Eq for Held {}
+
+impl PartialOrd for Held {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Held {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.name.cmp(&other.0.name)
+    }
+}
 
 impl Default for Dirty {
     fn default() -> Self {
@@ -198,7 +231,12 @@ impl Subscription {
         subscription.known = request
             .initial_resource_versions
             .iter()
-            .map(|(name, version)| (name.as_str().into(), version.as_str().into()))
+            .map(|(name, version)| {
+                Held(Arc::new(Label {
+                    name: name.as_str().into(),
+                    version: version.as_str().into(),
+                }))
+            })
             .collect();
         let implicit = request.resource_names_subscribe.is_empty()
             && request.resource_names_unsubscribe.is_empty();
@@ -252,7 +290,7 @@ impl Subscription {
             }
             // The client forgets what it unsubscribes without being told.
             let Self { known, names, wildcard, .. } = self;
-            known.retain(|name, _| *wildcard || names.contains(name.as_ref()));
+            known.retain(|held| *wildcard || names.contains(held.0.name.as_ref()));
         }
         Ok(any)
     }
@@ -298,7 +336,7 @@ impl Subscription {
             }
         } else {
             for name in gone {
-                self.known.remove(&name);
+                self.known.remove(&*name);
                 response.removed_resources.push(name.as_ref().to_owned());
             }
         }
@@ -324,7 +362,7 @@ impl Subscription {
                     match view.get(kind, &name).filter(|_| self.covers(&name)) {
                         Some(resource) => self.send_if_changed(resource, response),
                         None => {
-                            if self.known.contains_key(&name) {
+                            if self.known.contains(&*name) {
                                 gone.insert(name);
                             }
                         }
@@ -339,20 +377,29 @@ impl Subscription {
                         self.send_if_changed(resource, response);
                     }
                 });
-                gone.extend(self.known.keys().filter(|name| !seen.contains(*name)).cloned());
+                // Built anew from what is in order, the set is dense; one that grew in order is half empty.
+                self.known = std::mem::take(&mut self.known).into_iter().collect();
+                let known = self.known.iter().map(|held| &held.0.name);
+                gone.extend(known.filter(|name| !seen.contains(*name)).cloned());
             }
         }
         gone
     }
 
     fn send_if_changed(&mut self, resource: &Published, response: &mut DeltaDiscoveryResponse) {
-        if self.known.get(resource.name()) != Some(resource.version()) {
-            self.send(resource, response);
+        match self.known.get(&**resource.name()) {
+            Some(held) if held.0.version == *resource.version() => {
+                // What an agent claims when it comes is a copy of its own.
+                if !Arc::ptr_eq(&held.0, resource.label()) {
+                    self.known.replace(Held(Arc::clone(resource.label())));
+                }
+            }
+            Some(_) | None => self.send(resource, response),
         }
     }
 
     fn send(&mut self, resource: &Published, response: &mut DeltaDiscoveryResponse) {
-        self.known.insert(Arc::clone(resource.name()), Arc::clone(resource.version()));
+        self.known.replace(Held(Arc::clone(resource.label())));
         response.resources.push(resource.to_wire());
     }
 }

@@ -61,6 +61,7 @@ pub const TARGETS: &[Target] = &[
     target("xds_resource", xds::resource, xds::resource_seeds),
     target("xds_client", xds::client, xds::client_seeds),
     target("xds_server", xds::server, xds::server_seeds),
+    target("xds_requests", xds::requests, xds::requests_seeds),
     target("saved_state", xds::saved_state, xds::saved_state_seeds),
     target("certificate_request", xds::certificate_request, xds::certificate_request_seeds),
     target("dns_query", dns::query, dns::query_seeds),

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bytes::BytesMut;
 use mesh_authorize::PolicySet;
+use mesh_controller::publish::take_request;
 use mesh_model::{NamespacedHostname, Service, Workload, WorkloadUid};
 use mesh_resolve::{IndexDelta, WorkloadIndex};
 use mesh_route::FrontendKind;
@@ -322,6 +324,53 @@ pub fn server(data: &[u8]) {
             }
         });
     }
+}
+
+/// Framed requests, whole and cut in two: the same requests, and the same rest.
+pub fn requests(data: &[u8]) {
+    let take = |read: &mut BytesMut| {
+        let mut taken = Vec::new();
+        loop {
+            let before = read.len();
+            match take_request(read) {
+                Ok(Some(request)) => {
+                    assert!(read.len() < before, "a request without bytes");
+                    taken.push(request);
+                }
+                Ok(None) => return (taken, false),
+                Err(_status) => {
+                    assert_eq!(read.len(), before, "a refusal takes nothing");
+                    return (taken, true);
+                }
+            }
+        }
+    };
+    let mut whole = BytesMut::from(data);
+    let (at_once, refused) = take(&mut whole);
+    let (first, second) = data.split_at(data.len() / 2);
+    let mut cut = BytesMut::from(first);
+    let (mut in_two, refused_early) = take(&mut cut);
+    cut.extend_from_slice(second);
+    let (rest, refused_late) = take(&mut cut);
+    in_two.extend(rest);
+    assert_eq!((at_once, refused, whole), (in_two, refused_late, cut));
+    assert!(refused || !refused_early, "a refusal is final");
+}
+
+pub(crate) fn requests_seeds() -> Vec<Vec<u8>> {
+    let framed = |type_url: String| {
+        let content = DeltaDiscoveryRequest { type_url, ..Default::default() }.encode_to_vec();
+        let length = u32::try_from(content.len()).expect("a small request");
+        [&[0][..], &length.to_be_bytes(), &content].concat()
+    };
+    let address = framed(ResourceKind::Address.type_url().to_owned());
+    let large = framed("x".repeat(5_000));
+    vec![
+        [&address[..], &framed(String::new()), &address].concat(),
+        [&large[..], &address].concat(),
+        [&address[..], &[1, 0, 0, 0, 0]].concat(),
+        vec![0, 0xff, 0xff, 0xff, 0xff],
+    ]
 }
 
 pub(crate) fn server_seeds() -> Vec<Vec<u8>> {
