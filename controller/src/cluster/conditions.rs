@@ -2,6 +2,7 @@
 //!
 //! The types carry our domain: in a cluster that also runs Istio, its conditions stand beside ours and are left alone.
 
+use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
 
 use crate::index::PolicyStatus;
@@ -107,6 +108,12 @@ pub(super) fn merged(present: &Value, ours: &[Condition], now: &str) -> Option<V
         }
     }
     (merged != present).then_some(merged)
+}
+
+/// The moment as conditions write it, to the second.
+pub(super) fn now() -> String {
+    let now = Timestamp::now();
+    now.round(Unit::Second).unwrap_or(now).to_string()
 }
 
 #[cfg(test)]

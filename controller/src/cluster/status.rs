@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use jiff::{Timestamp, Unit};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::PostParams;
 use kube::core::DynamicObject;
@@ -12,7 +11,7 @@ use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use tracing::{debug, warn};
 
-use super::conditions::{Condition, PolicyReport, conditions, merged};
+use super::conditions::{Condition, PolicyReport, conditions, merged, now};
 use super::events::{Events, Warning};
 use super::lease::Leadership;
 use super::refusal;
@@ -162,12 +161,6 @@ fn warnings(object: &DynamicObject, key: &ObjectKey, ours: &[Condition]) -> Vec<
         note: condition.message.clone(),
     });
     told.collect()
-}
-
-/// The moment as conditions write it, to the second.
-fn now() -> String {
-    let now = Timestamp::now();
-    now.round(Unit::Second).unwrap_or(now).to_string()
 }
 
 #[cfg(test)]

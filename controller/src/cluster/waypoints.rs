@@ -10,7 +10,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::{Timestamp, Unit};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, DynamicObject};
 use kube::{Api, Client};
@@ -18,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::conditions::{Condition, merged};
+use super::conditions::{Condition, merged, now};
 use super::lease::Leadership;
 use super::refusal;
 use crate::ca::authority::Authority;
@@ -411,12 +410,6 @@ fn listener_status(
     let conditions = merged(&present, &ours, now).map_or(present, |conditions| json!(conditions));
     // Routes of a mesh are attached to services.
     json!({"name": listener["name"], "attachedRoutes": 0, "supportedKinds": [], "conditions": conditions})
-}
-
-/// The moment as conditions write it, to the second.
-fn now() -> String {
-    let now = Timestamp::now();
-    now.round(Unit::Second).unwrap_or(now).to_string()
 }
 
 #[cfg(test)]
