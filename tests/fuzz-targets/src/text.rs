@@ -4,7 +4,7 @@ use culvert_waypoint::detect::spoken as spoken_by;
 use culvert_waypoint::strict::Follower;
 use mesh_authorize::{PathTemplate, PolicyName};
 use mesh_identity::NodeName;
-use mesh_model::{IpPrefix, SpiffeId};
+use mesh_model::{IpPrefix, SpiffeId, path_text};
 use mesh_resolve::Authority;
 use mesh_telemetry::baggage::{MAX_BYTES, MAX_VALUE_BYTES};
 use mesh_telemetry::{Baggage, Forwarded, TraceParent};
@@ -166,8 +166,8 @@ pub(crate) fn ip_prefix_seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
-/// A template is written as it was read, and agrees with trying every length of its `{**}`. Template and path stand with a
-/// zero byte between.
+/// A template is written as it was read, and agrees with trying every length of its `{**}`, its literal segments brought to the
+/// one spelling in which paths are judged. Template and path stand with a zero byte between.
 pub fn path_template(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let (template, path) = text.split_once('\0').unwrap_or((text, "/"));
@@ -185,7 +185,9 @@ fn fits(template: &[String], path: &[String]) -> bool {
         "{*}" => {
             path.split_first().is_some_and(|(one, path)| !one.is_empty() && fits(template, path))
         }
-        _ => path.split_first().is_some_and(|(one, path)| one == wanted && fits(template, path)),
+        literal => path
+            .split_first()
+            .is_some_and(|(one, path)| *one == path_text(literal) && fits(template, path)),
     }
 }
 
