@@ -18,6 +18,7 @@ pub(crate) mod direct;
 mod flows;
 mod handover;
 mod inbound;
+mod listeners;
 mod outbound;
 mod pods;
 mod proxy_header;

@@ -3,13 +3,13 @@
 //! A [`Handler`] decides, the engine moves bytes, the worker carries readiness and time between them. A stream and its
 //! tunnel never change threads. Other threads reach a worker through its bounded command queue ([`WorkerHandle`]).
 
+mod accept;
 pub mod budget;
 pub mod handover;
 pub mod ops;
 mod seats;
 mod sockets;
 
-use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,11 +25,10 @@ use mesh_tunnel::{
     SockId, TunnelId, TunnelKey,
 };
 use mio::event::Event;
-use mio::net::TcpStream;
 use mio::{Events, Poll, Token, Waker};
 
 use crate::handshake::{FIRST_WORD_TIMEOUT, HANDSHAKE_TIMEOUT, HandshakeError};
-use crate::socket;
+use accept::Spares;
 use budget::DescriptorBudget;
 use handover::WrittenWorker;
 use ops::{Attempt, Ends, Incoming, LISTENER_BIT, ListenerId, ListenerTag, Ops, Outcome};
@@ -225,8 +224,7 @@ pub fn spawn<H: Handler>(
     let turns = Arc::new(AtomicU64::new(0));
     let (commands, inbox) = sync_channel(config.max_commands);
     let ops = Ops::new(&config, poll.registry(), Instant::now())?;
-    let mut spares = Vec::with_capacity(SPARES);
-    spares.push(File::open(NOTHING)?);
+    let spares = Spares::new()?;
     let (flag, count) = (Arc::clone(&poked), Arc::clone(&turns));
     let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
         let _abort = AbortOnPanic;
@@ -251,18 +249,10 @@ impl Drop for AbortOnPanic {
 const WAKER: Token = Token(usize::MAX);
 /// Readiness events taken per turn.
 const EVENTS_PER_TURN: usize = 1024;
-/// Connections accepted per listener and turn. Source: reference measurements, batches up to 32.
-const ACCEPTS_PER_TURN: usize = 32;
 /// Commands taken per turn.
 const COMMANDS_PER_TURN: usize = 64;
 /// Times the engine and the handler may answer each other before sockets are looked at again.
 const ROUNDS_PER_TURN: usize = 8;
-/// Descriptors kept for bad times.
-const SPARES: usize = 4;
-/// What a spare descriptor is of.
-const NOTHING: &str = "/dev/null";
-/// How long accepting rests when the kernel is out of memory or descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 struct Worker<H: Handler> {
     poll: Poll,
@@ -271,20 +261,8 @@ struct Worker<H: Handler> {
     inbox: Receiver<H::Command>,
     poked: Arc<AtomicBool>,
     turns: Arc<AtomicU64>,
-    /// Descriptors given up to be able to accept, and reset, when there are none left. Several: another thread may be
-    /// faster to take one that is given up.
-    spares: Vec<File>,
+    spares: Spares,
     accept_paused: Option<Instant>,
-}
-
-/// What came of shedding a connection.
-enum Shed {
-    /// One is gone.
-    One,
-    /// There was none.
-    QueueEmpty,
-    /// There is not even one descriptor: they wait until there is.
-    Helpless,
 }
 
 impl<H: Handler> Worker<H> {
@@ -372,124 +350,6 @@ impl<H: Handler> Worker<H> {
             }
         }
         true
-    }
-
-    /// Accepts a batch from each listener that has connections; true when some may be left.
-    fn accept(&mut self) -> bool {
-        if self.accept_paused.is_some_and(|until| until > self.ops.now) {
-            return false;
-        }
-        self.accept_paused = None;
-        for _ in 0..self.ops.acceptable.len() {
-            let Some(id) = self.ops.acceptable.pop_front() else { break };
-            if let Some(listener) = self.ops.listeners.get_mut(&id)
-                && listener.held
-            {
-                listener.queued = false;
-                continue;
-            }
-            let drained = self.accept_batch(id);
-            if let Some(listener) = self.ops.listeners.get_mut(&id) {
-                listener.queued = !drained;
-                if !drained {
-                    self.ops.acceptable.push_back(id);
-                }
-            }
-            if self.accept_paused.is_some() {
-                return false;
-            }
-        }
-        !self.ops.acceptable.is_empty()
-    }
-
-    /// True when the listener has no connection left, or is gone.
-    fn accept_batch(&mut self, id: u32) -> bool {
-        for _ in 0..ACCEPTS_PER_TURN {
-            let Some(listener) = self.ops.listeners.get(&id) else { return true };
-            let tag = listener.tag;
-            match listener.listener.accept() {
-                Ok((stream, peer)) => self.admit(tag, stream, socket::canonical(peer)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-                Err(error) if is_out_of_descriptors(&error) => match self.shed_one(id, tag) {
-                    Shed::One => {}
-                    Shed::QueueEmpty => return true,
-                    Shed::Helpless => {
-                        self.accept_paused = Some(self.ops.now + ACCEPT_PAUSE);
-                        return false;
-                    }
-                },
-                Err(error) if is_out_of_memory(&error) => {
-                    tracing::debug!(%error, "accepting rests");
-                    self.accept_paused = Some(self.ops.now + ACCEPT_PAUSE);
-                    return false;
-                }
-                // It listens no more. Source: inet_csk_accept, Linux 6.1.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    self.ops.remove_listener(ListenerId(id));
-                    self.handler.listener_ended(&mut self.ops, ListenerId(id), tag);
-                    return true;
-                }
-                // The connection ended in the queue; the next one may be well. Source: accept(2).
-                Err(_) => {}
-            }
-        }
-        false
-    }
-
-    fn admit(&mut self, tag: ListenerTag, stream: TcpStream, peer: SocketAddr) {
-        let Ok(local) = socket::local_addr(&stream) else { return };
-        // An accepted connection needs a second socket to lead anywhere.
-        if !self.ops.has_room(2) {
-            reset(&stream);
-            return self.handler.shed(&mut self.ops, tag, peer);
-        }
-        match self.ops.sockets.insert(stream, Owner::Parked) {
-            Ok(sock) => self.handler.accepted(&mut self.ops, tag, sock, Ends { peer, local }),
-            Err(error) => {
-                tracing::debug!(%error, "accepted socket cannot be watched");
-                self.handler.shed(&mut self.ops, tag, peer);
-            }
-        }
-    }
-
-    /// Gives spare descriptors up for a moment to accept and reset one connection, so that its client knows.
-    fn shed_one(&mut self, id: u32, tag: ListenerTag) -> Shed {
-        self.fill_spares();
-        let mut shed = Shed::Helpless;
-        while self.spares.pop().is_some() {
-            let Some(listener) = self.ops.listeners.get(&id) else { break };
-            match listener.listener.accept() {
-                Ok((stream, peer)) => {
-                    reset(&stream);
-                    drop(stream);
-                    self.handler.shed(&mut self.ops, tag, socket::canonical(peer));
-                    shed = Shed::One;
-                    break;
-                }
-                // Another thread was faster: the next spare.
-                Err(error) if is_out_of_descriptors(&error) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    shed = Shed::QueueEmpty;
-                    break;
-                }
-                // The connection has ended in the queue.
-                Err(_) => {
-                    shed = Shed::One;
-                    break;
-                }
-            }
-        }
-        self.fill_spares();
-        shed
-    }
-
-    /// Takes spare descriptors back, as far as there are any.
-    fn fill_spares(&mut self) {
-        while self.spares.len() < SPARES
-            && let Ok(spare) = File::open(NOTHING)
-        {
-            self.spares.push(spare);
-        }
     }
 
     /// Writes the worker down and hands it to the handler. What the engine has said is heard before and after: it refuses
@@ -585,19 +445,5 @@ fn readiness(event: &Event) -> Readiness {
         writable: event.is_writable(),
         read_closed: event.is_read_closed(),
         error: event.is_error(),
-    }
-}
-
-fn is_out_of_descriptors(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
-}
-
-fn is_out_of_memory(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM))
-}
-
-fn reset(stream: &TcpStream) {
-    if let Err(error) = socket::reset_on_close(stream) {
-        tracing::debug!(%error, "connection closed without a reset");
     }
 }

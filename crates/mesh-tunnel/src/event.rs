@@ -101,7 +101,7 @@ pub struct RelayBytes {
 pub enum Retire {
     /// One.
     Tunnel(TunnelId),
-    /// Those of one enrolled pod, both as client and as server; opens that wait for a dial fail as drained.
+    /// Those of one enrolled pod, both as client and as server; opens that wait for a dial still get one.
     Pod(PodUid),
     /// Those dialled to one workload; opens that wait for a dial to it fail.
     Target(WorkloadUid),

@@ -241,8 +241,7 @@ impl PoolCore {
     /// The opens that wait for the tunnels meant; their dials are given up.
     pub(crate) fn give_up(&mut self, which: &Retire) -> Vec<u64> {
         let meant = |key: &TunnelKey| match which {
-            Retire::Tunnel(_) => false,
-            Retire::Pod(pod) => key.pod == *pod,
+            Retire::Tunnel(_) | Retire::Pod(_) => false,
             Retire::Target(uid) => key.target_uid == *uid,
             Retire::All => true,
         };

@@ -94,6 +94,11 @@ impl<T> WaitingRoom<T> {
         Ok(())
     }
 
+    /// How many of `pod` wait.
+    pub(super) fn count_of(&self, pod: PodKey) -> usize {
+        self.by_pod.get(&pod).copied().unwrap_or(0)
+    }
+
     /// All that wait, oldest first.
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
         self.entries.values().map(|entry| &entry.what)

@@ -18,7 +18,7 @@ use mesh_net::driver::Handler;
 use mesh_net::driver::handover::WrittenWorker;
 use mesh_net::driver::ops::{Attempt, Ends, Incoming, ListenerId, ListenerTag, Ops};
 use mesh_net::handshake::HandshakeError;
-use mesh_net::socket::{self, Far, ListenOptions, SocketLabel};
+use mesh_net::socket::SocketLabel;
 use mesh_resolve::{PendingDns, ResolvedFlow, Unroutable};
 use mesh_tunnel::{
     ConnectHead, DialId, RelayBytes, RelayId, RequestId, Retire, SockId, TunnelId, TunnelKey,
@@ -30,6 +30,7 @@ use crate::dataplane::direct::DirectPath;
 use crate::dataplane::flows::{ConnectionView, FlowTable, Held};
 use crate::dataplane::handover::worker::{Taking, Writing};
 use crate::dataplane::inbound::Request;
+use crate::dataplane::listeners::ServedListener;
 use crate::dataplane::pods::{Pod, PodKey, Port};
 use crate::dataplane::rejudge::Rejudge;
 use crate::dataplane::shared::{Changed, DataPlaneConfig, Drain, KernelCapture, Shared, Snapshot};
@@ -97,17 +98,9 @@ pub(super) enum Waiting {
 
 /// A pod, as this worker serves it.
 #[derive(Debug)]
-struct ServedPod {
-    pod: Arc<Pod>,
-    listeners: Vec<ServedListener>,
-}
-
-/// A listener of a pod, and its place in the kernel's table.
-#[derive(Clone, Copy, Debug)]
-struct ServedListener {
-    id: ListenerId,
-    port: Port,
-    slot: u16,
+pub(super) struct ServedPod {
+    pub(super) pod: Arc<Pod>,
+    pub(super) listeners: Vec<ServedListener>,
 }
 
 /// A pod that is served no more but has flows left.
@@ -131,8 +124,8 @@ pub(super) struct NodeWorker {
     pub(super) tls: TlsCache,
     pub(super) rejudge: Rejudge,
     pub(super) to_self: CommandSender,
-    slot: u16,
-    pods: BTreeMap<PodKey, ServedPod>,
+    pub(super) slot: u16,
+    pub(super) pods: BTreeMap<PodKey, ServedPod>,
     pods_by_uid: BTreeMap<PodUid, PodKey>,
     /// Addresses of the pods served here, and how many pods have each: one may leave while its successor is there.
     pod_addresses: BTreeMap<IpAddr, usize>,
@@ -152,13 +145,10 @@ pub(super) struct NodeWorker {
     /// When the ends of the tunnels' certificates are looked at.
     pub(super) look_at_ends: Option<Instant>,
     /// Listeners that were ended from inside their pods, with their places in the kernel's table.
-    ended_listeners: BTreeSet<(PodKey, Port, u16)>,
+    pub(super) ended_listeners: BTreeSet<(PodKey, Port, u16)>,
     /// When they are opened again.
-    reopen_at: Option<Instant>,
+    pub(super) reopen_at: Option<Instant>,
 }
-
-/// Until a listener that was ended from inside its pod is opened again: whoever ends them in a loop costs next to nothing.
-const REOPEN_PAUSE: Duration = Duration::from_millis(200);
 
 /// How often the byte counts of open flows are reported.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
@@ -436,36 +426,6 @@ impl NodeWorker {
         self.pods.insert(pod.key, ServedPod { pod, listeners: Vec::new() });
     }
 
-    /// A listener that is this worker's from here on.
-    pub(super) fn serve_listener(&mut self, key: PodKey, id: ListenerId, slot: u16, port: Port) {
-        if let Some(served) = self.pods.get_mut(&key) {
-            served.listeners.push(ServedListener { id, port, slot });
-        }
-    }
-
-    /// Opens the ports of a pod that was taken over, beside the listeners that came with it.
-    pub(super) fn open_handed(&mut self, ops: &mut Ops, key: PodKey) -> io::Result<()> {
-        let Some(pod) = self.pod(key).map(Arc::clone) else { return Ok(()) };
-        let mut served = ServedPod { pod, listeners: Vec::new() };
-        let opened = self.open_ports(ops, &mut served);
-        for ServedListener { id, port, slot } in served.listeners {
-            self.serve_listener(key, id, slot, port);
-        }
-        opened
-    }
-
-    /// The listeners, and what they are for.
-    pub(super) fn listener_ids(&self) -> Vec<(ListenerId, Port)> {
-        let all = self.pods.values().flat_map(|served| &served.listeners);
-        all.map(|listener| (listener.id, listener.port)).collect()
-    }
-
-    /// A listener's place in the kernel's table.
-    pub(super) fn slot_of(&self, id: ListenerId) -> Option<u16> {
-        let mut all = self.pods.values().flat_map(|served| &served.listeners);
-        all.find(|listener| listener.id == id).map(|listener| listener.slot)
-    }
-
     /// What waits here.
     pub(super) fn waiting(&self) -> impl Iterator<Item = &Waiting> {
         self.waiting.iter()
@@ -480,50 +440,6 @@ impl NodeWorker {
     /// How many flows a pod may have open for one more to be admitted.
     pub(super) fn most_flows(&self, ops: &Ops) -> usize {
         self.config.limits.flows_per_pod.min(ops.pod_share())
-    }
-
-    fn open_ports(&self, ops: &mut Ops, served: &mut ServedPod) -> io::Result<()> {
-        for port in [Port::Outbound, Port::Plaintext, Port::Hbone] {
-            self.open_port(ops, served, port, self.slot)?;
-        }
-        Ok(())
-    }
-
-    fn open_port(
-        &self,
-        ops: &mut Ops,
-        served: &mut ServedPod,
-        port: Port,
-        slot: u16,
-    ) -> io::Result<()> {
-        use mesh_model::ports;
-        let (number, far) = match port {
-            Port::Outbound => (ports::OUTBOUND, Far::App),
-            Port::Plaintext => (ports::INBOUND_PLAINTEXT, Far::App),
-            Port::Hbone => (ports::HBONE, Far::Agent),
-        };
-        let options = ListenOptions { keepalive: self.config.keepalive, far };
-        let listener = socket::listen(&served.pod.sockets.netns, number, &self.label, options)?;
-        let id = ops.add_listener(served.pod.key.tag(port), listener)?;
-        served.listeners.push(ServedListener { id, port, slot });
-        let listener = ops.listener_fd(id).ok_or(io::ErrorKind::NotFound)?;
-        self.capture.add_listener(&served.pod.sockets, number, slot, listener)
-    }
-
-    /// Opens again what was ended from inside its pod. What fails is tried again.
-    fn reopen_listeners(&mut self, ops: &mut Ops) {
-        self.reopen_at = None;
-        for (key, port, slot) in std::mem::take(&mut self.ended_listeners) {
-            let Some(mut served) = self.pods.remove(&key) else { continue };
-            let before = served.listeners.len();
-            if let Err(error) = self.open_port(ops, &mut served, port, slot) {
-                tracing::debug!(pod = %served.pod.sockets.name, ?port, %error, "a listener cannot be opened again yet");
-                served.listeners.drain(before..).for_each(|opened| ops.remove_listener(opened.id));
-                self.ended_listeners.insert((key, port, slot));
-                self.reopen_at = Some(ops.now() + REOPEN_PAUSE);
-            }
-            self.pods.insert(key, served);
-        }
     }
 
     fn remove_pod(&mut self, ops: &mut Ops, key: PodKey, drain: Drain, reply: oneshot::Sender<()>) {
@@ -551,36 +467,28 @@ impl NodeWorker {
         let uid = served.pod.sockets.uid.clone();
         ops.abort_handshakes(key.tag(Port::Hbone));
         ops.engine.retire(Retire::Pod(uid), ops.now());
-        for waiting in self.waiting.take_where(|waiting| waiting.pod_key() == key) {
-            self.give_up(ops, waiting, CloseReason::Drained);
-        }
         self.finish_leaving(ops);
-    }
-
-    /// Takes in what was captured before capture ended and lies in the queues of a pod's listeners: for its client it is open.
-    fn accept_the_last(&mut self, ops: &mut Ops, key: PodKey) {
-        let Some(served) = self.pods.get(&key) else { return };
-        let listeners: Vec<_> = served.listeners.iter().map(|one| (one.port, one.id)).collect();
-        for (port, id) in listeners {
-            for (sock, ends) in ops.take_queued(id) {
-                self.accepted(ops, key.tag(port), sock, ends);
-            }
-        }
     }
 
     /// Cuts what outstayed its pod, and tells who waits for a pod to be gone.
     fn finish_leaving(&mut self, ops: &mut Ops) {
+        if self.leaving.is_empty() {
+            return;
+        }
         let now = ops.now();
         let gone: Vec<PodKey> = self
             .leaving
             .iter()
             .filter(|(key, leaving)| {
                 leaving.deadline.is_some_and(|deadline| deadline <= now)
-                    || self.flows.count_of(**key) == 0
+                    || self.flows.count_of(**key) + self.waiting.count_of(**key) == 0
             })
             .map(|(key, _)| *key)
             .collect();
         for key in gone {
+            for waiting in self.waiting.take_where(|waiting| waiting.pod_key() == key) {
+                self.give_up(ops, waiting, CloseReason::Drained);
+            }
             for relay in self.flows.of_pod(key) {
                 ops.engine.cut(relay, CloseReason::Drained, now);
             }
@@ -593,6 +501,8 @@ impl NodeWorker {
                 // The uid may have been enrolled anew meanwhile, under another key.
                 if self.pods_by_uid.get(uid) == Some(&key) {
                     self.pods_by_uid.remove(uid);
+                    // What was dialled for its last connections.
+                    ops.engine.retire(Retire::Pod(uid.clone()), now);
                 }
             }
             for reply in self.leaving.remove(&key).into_iter().flat_map(|leaving| leaving.replies) {
@@ -750,21 +660,7 @@ impl Handler for NodeWorker {
     }
 
     fn listener_ended(&mut self, ops: &mut Ops, id: ListenerId, tag: ListenerTag) {
-        let (key, port) = PodKey::of(tag);
-        let Some(served) = self.pods.get_mut(&key) else { return };
-        let Some(place) = served.listeners.iter().position(|listener| listener.id == id) else {
-            return;
-        };
-        let ended = served.listeners.swap_remove(place);
-        if self.ended_listeners.insert((key, port, ended.slot)) {
-            let Pod { sockets, .. } = &*served.pod;
-            tracing::warn!(
-                namespace = %sockets.namespace, pod = %sockets.name, ?port,
-                "a listener of this agent was ended from inside its pod; it is opened again"
-            );
-        }
-        self.stats.listener_ended();
-        self.reopen_at.get_or_insert_with(|| ops.now() + REOPEN_PAUSE);
+        self.note_ended_listener(ops, id, tag);
     }
 
     fn dial(&mut self, ops: &mut Ops, dial: DialId, key: &Arc<TunnelKey>) {
@@ -854,9 +750,7 @@ impl Handler for NodeWorker {
         }
         self.crossing_closed(ops, relay);
         self.flows.closed(relay, reason, bytes, ops.now());
-        if !self.leaving.is_empty() {
-            self.finish_leaving(ops);
-        }
+        self.finish_leaving(ops);
     }
 
     fn tunnel_closed(&mut self, _ops: &mut Ops, tunnel: TunnelId, reason: CloseReason) {
@@ -887,6 +781,7 @@ impl Handler for NodeWorker {
             Command::Take(taking) => self.take(ops, *taking),
             Command::Stop => ops.stop(),
         }
+        self.finish_leaving(ops);
     }
 
     fn written(&mut self, ops: &mut Ops, written: io::Result<WrittenWorker>) {
@@ -895,6 +790,7 @@ impl Handler for NodeWorker {
 
     fn poked(&mut self, ops: &mut Ops) {
         self.take_changes(ops);
+        self.finish_leaving(ops);
     }
 
     fn tick(&mut self, ops: &mut Ops) {

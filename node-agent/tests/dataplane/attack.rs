@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use culvert_agent::dataplane::{Changed, DataPlaneConfig, Limits};
+use culvert_agent::dataplane::{Changed, DataPlaneConfig, Limits, TunnelRole};
 use mesh_model::CloseReason;
 use mesh_resolve::IndexDelta;
 
@@ -234,20 +234,13 @@ fn a_target_that_never_shakes_hands_is_given_up_in_time() {
     assert_eq!(read_error(&mut refused), ErrorKind::ConnectionReset);
     drop(deaf);
     let record = &mesh.client.ledger.ended(1)[0];
-    assert_eq!(record.reason, CloseReason::TlsFailure);
+    assert_eq!(record.reason, CloseReason::TlsFailure, "{record:?}");
     assert!(record.duration < Duration::from_secs(5), "{:?}", record.duration);
 }
 
-/// Connections that are established to `node`'s tunnel port.
-fn tunnels_to(node: &Node) -> usize {
-    let table = node.pod.enter(|| std::fs::read_to_string("/proc/thread-self/net/tcp6").unwrap());
-    // Local address, and state 01. Source: proc(5), net/tcp.
-    let is_one = |line: &&str| {
-        let mut fields = line.split_whitespace().skip(1);
-        let local = fields.next().unwrap_or_default();
-        local.ends_with(":3AA0") && fields.nth(1) == Some("01")
-    };
-    table.lines().filter(is_one).count()
+/// Tunnels that were set up to `node`.
+fn tunnels_to(node: &Node) -> u64 {
+    node.plane.stats().tunnels.get(&TunnelRole::Server).map_or(0, |tunnels| tunnels.handshakes_ok)
 }
 
 fn say_hello(stream: &mut TcpStream) {

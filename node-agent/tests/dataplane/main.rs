@@ -22,7 +22,7 @@ use mesh_identity::TrustBundle;
 use mesh_model::CloseReason;
 use mesh_resolve::IndexDelta;
 use mesh_telemetry::FlowPath;
-use node::{Mesh, identity, issue, workload};
+use node::{Mesh, Node, identity, issue, workload};
 use socket2::SockRef;
 
 /// Bytes of which each says where it is.
@@ -163,6 +163,9 @@ fn listeners_ended_from_inside_their_pods_are_opened_again() {
     let target = mesh.server.pod.v4(8080);
     echo(mesh.server.pod.listen(target));
     let mut live = mesh.client.dial(target).unwrap();
+    // Served, that is, not in the queue of a listener that is ended.
+    live.write_all(b"x").unwrap();
+    live.read_exact(&mut [0]).unwrap();
     for (node, port) in [(&mesh.client, 15001), (&mesh.server, 15008), (&mesh.server, 15006)] {
         let before = node.plane.stats().listeners_ended;
         let ended = node.pod.enter(|| {
@@ -493,6 +496,34 @@ fn flows_of_a_pod_that_lives_on_end_by_themselves() {
     mesh.runtime.block_on(mesh.client.plane.remove_pod(&mesh.client.uid, Drain::WhenOver));
     assert_eq!(mesh.client.plane.open_flows(&mesh.client.uid), 0);
     assert_ne!(mesh.client.ledger.ended(1)[0].reason, CloseReason::Drained);
+}
+
+/// What lies in the queue of a listener when its pod leaves was captured, and for its client it is open.
+#[test]
+fn what_waits_to_be_accepted_when_a_pod_leaves_is_served() {
+    let mesh = Mesh::with(DataPlaneConfig { workers: 1, ..DataPlaneConfig::default() });
+    let target = mesh.server.pod.v4(8080);
+    echo(mesh.server.pod.listen(target));
+    let sockets: Vec<_> = (0..100)
+        .map(|_| {
+            let socket = mesh.client.pod.client_socket(target);
+            mesh.client.note(&socket, target);
+            socket
+        })
+        .collect();
+    // The worker stands at the first one; of the others it accepts some before it hears that the pod leaves.
+    let held = mesh.client.hold_capture();
+    let streams: Vec<_> = sockets.into_iter().map(|one| Node::dial_noted(one).unwrap()).collect();
+    let leaving = mesh.client.plane.remove_pod(&mesh.client.uid, Drain::WhenOver);
+    let asked =
+        mesh.runtime.block_on(async { tokio::time::timeout(Duration::ZERO, leaving).await });
+    assert!(asked.is_err(), "the pod was gone before its flows");
+    drop(held);
+    for mut stream in streams {
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+    }
+    assert_eq!(mesh.client.ledger.ended(100).len(), 100);
 }
 
 #[test]

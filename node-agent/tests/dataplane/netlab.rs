@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
 
 use mesh_net::Netns;
 use socket2::{Domain, Socket, Type};
@@ -66,7 +67,23 @@ impl PodNet {
                 ip("link set eth0 up");
             });
         }
+        one.wait_for(&two);
         (one, two)
+    }
+
+    /// Waits until the wire carries packets. The kernel lets a link that has just come up drop them until it has dealt with
+    /// the event, at most one a second for the whole machine. Source: net/core/link_watch.c, Linux 6.18.
+    fn wait_for(&self, far: &Self) {
+        let begun = Instant::now();
+        for address in [far.v4(9), far.v6(9)] {
+            // Nobody listens there, and the answer to that is the proof.
+            while self
+                .enter(|| TcpStream::connect_timeout(&address, Duration::from_millis(50)))
+                .is_err_and(|error| error.kind() != io::ErrorKind::ConnectionRefused)
+            {
+                assert!(begun.elapsed() < Duration::from_secs(10), "no way to {address}");
+            }
+        }
     }
 
     pub(crate) fn enter<R>(&self, work: impl FnOnce() -> R) -> R {
@@ -83,7 +100,19 @@ impl PodNet {
 
     /// A server's listener inside.
     pub(crate) fn listen(&self, address: SocketAddr) -> TcpListener {
-        self.enter(|| TcpListener::bind(address)).unwrap()
+        let begun = Instant::now();
+        loop {
+            match self.enter(|| TcpListener::bind(address)) {
+                // A program that another test starts at this moment may hold a copy of a closed listener until it runs.
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse
+                        && begun.elapsed() < Duration::from_secs(5) =>
+                {
+                    std::thread::yield_now();
+                }
+                bound => return bound.unwrap(),
+            }
+        }
     }
 
     /// A client's socket, bound to the pod's address of `target`'s family, not yet connected.

@@ -133,9 +133,18 @@ impl Node {
 
     /// Dials `target` by a socket made before.
     pub(crate) fn dial_by(&self, socket: Socket, target: SocketAddr) -> io::Result<TcpStream> {
-        let own = socket.local_addr()?.as_socket().unwrap();
-        self.table.note(own, target);
-        connect_to_capture(&socket, own.ip())?;
+        self.note(&socket, target);
+        Self::dial_noted(socket)
+    }
+
+    /// Has capture know what `socket` dials.
+    pub(crate) fn note(&self, socket: &Socket, target: SocketAddr) {
+        self.table.note(socket.local_addr().unwrap().as_socket().unwrap(), target);
+    }
+
+    /// Dials by a socket of which capture knows where to.
+    pub(crate) fn dial_noted(socket: Socket) -> io::Result<TcpStream> {
+        connect_to_capture(&socket, socket.local_addr()?.as_socket().unwrap().ip())?;
         let stream: TcpStream = socket.into();
         stream.set_read_timeout(Some(Duration::from_secs(15)))?;
         stream.set_nodelay(true)?;

@@ -20,7 +20,6 @@ use crate::driver::budget::DescriptorBudget;
 use crate::driver::seats::{Admission, Holder, Seats};
 use crate::driver::sockets::{Owner, Sockets, connect_result};
 use crate::handshake::{Handshake, HandshakeError};
-use crate::socket;
 
 /// Names a listener to its handler, which chooses it; several listeners may share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -272,32 +271,6 @@ impl Ops {
         self.budget.take();
         self.listeners.insert(id, Listener { tag, listener, queued: false, held: false });
         Ok(ListenerId(id))
-    }
-
-    /// Takes the connections out of a listener's queue that [`remove_listener`](Self::remove_listener) would reset; what there
-    /// is no room for is left to that. At most as many as the queue holds.
-    pub fn take_queued(&mut self, id: ListenerId) -> Vec<(SockId, Ends)> {
-        let mut taken = Vec::new();
-        for _ in 0..socket::BACKLOG {
-            // An accepted connection needs a second socket to lead anywhere.
-            let Some(listener) = self.listeners.get(&id.0).filter(|_| self.budget.has_room(2))
-            else {
-                break;
-            };
-            let (stream, peer) = match listener.listener.accept() {
-                Ok(accepted) => accepted,
-                // It ended in the queue; the next one may be well. Source: accept(2).
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                Err(_) => break,
-            };
-            // One that has ended meanwhile has no address.
-            let Ok(local) = socket::local_addr(&stream) else { continue };
-            match self.sockets.insert(stream, Owner::Parked) {
-                Ok(sock) => taken.push((sock, Ends { peer: socket::canonical(peer), local })),
-                Err(error) => tracing::debug!(%error, "accepted socket cannot be watched"),
-            }
-        }
-        taken
     }
 
     /// Closes a listener; connections in its queue are reset by the kernel.
