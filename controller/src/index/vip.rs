@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use mesh_model::NamespacedHostname;
+use mesh_model::{NamespacedHostname, splitmix};
 
 /// Slots in 240.240.0.0/16; .0.0 and .255.255 stay free.
 const SLOTS: u32 = 0xfffe;
@@ -166,14 +166,7 @@ impl Taken {
 
 /// The slot that a host with this hash wants at its `attempt`th try.
 fn wish(hash: u64, attempt: u64) -> u32 {
-    // Source: SplitMix64 (Steele, Lea, Flood 2014); the first wish is the hash itself.
-    let mut z = hash;
-    if attempt > 0 {
-        z = z.wrapping_add(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(attempt));
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-    }
+    let z = if attempt == 0 { hash } else { splitmix::nth(hash, attempt) };
     u32::try_from(z % u64::from(SLOTS)).unwrap_or(0)
 }
 

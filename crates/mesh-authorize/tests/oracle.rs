@@ -16,7 +16,7 @@ use mesh_authorize::{
 };
 use mesh_model::{
     ClientAddr, CloseReason, Direction, Flow, FlowId, IpPrefix, OrigDst, PathNormalization, PodUid,
-    RequestPath, SpiffeId, Workload, WorkloadUid,
+    RequestPath, SpiffeId, Workload, WorkloadUid, splitmix,
 };
 use mesh_resolve::{
     Authority, RequiredWaypoint, ResolveSettings, ResolvedFlow, Route, TunnelRoute, WorkloadIndex,
@@ -32,11 +32,7 @@ struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        splitmix::next(&mut self.0)
     }
 
     fn below(&mut self, bound: usize) -> usize {

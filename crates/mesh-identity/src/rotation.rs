@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime};
 
-use mesh_model::SpiffeId;
+use mesh_model::{SpiffeId, splitmix};
 
 /// Most requests under way. Source: ztunnel asks for 8 at once.
 pub const MAX_IN_FLIGHT: usize = 8;
@@ -358,17 +358,13 @@ impl Entry {
     }
 }
 
-/// A small generator for jitter. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
+/// A small generator for jitter.
 #[derive(Debug)]
 struct SplitMix(u64);
 
 impl SplitMix {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        splitmix::next(&mut self.0)
     }
 
     /// Between nothing and all of `span`.

@@ -12,6 +12,7 @@ pub mod flow;
 pub mod identity;
 pub mod request_path;
 pub mod service;
+pub mod splitmix;
 pub mod workload;
 
 pub use address::{

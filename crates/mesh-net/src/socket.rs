@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use mesh_model::splitmix;
 use mio::net::{TcpListener, TcpStream};
 use nix::sys::socket::{SetSockOpt as _, sockopt};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
@@ -307,13 +308,9 @@ fn ports_apart(number: u64) -> impl Iterator<Item = u16> {
     behind.chain(between)
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014).
 fn scattered(number: u64, attempt: u32) -> u64 {
-    let seed = number.wrapping_mul(u64::from(2 * SOURCE_PORT_ATTEMPTS)) ^ u64::from(attempt);
-    let mut z = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    let place = number.wrapping_mul(u64::from(2 * SOURCE_PORT_ATTEMPTS)) ^ u64::from(attempt);
+    splitmix::nth(0, place)
 }
 
 /// Another socket has the port, or this very four-tuple.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use mesh_model::{
     HealthPolicy, HealthStatus, IpFamilies, LoadBalancingMode, NetworkId, NetworkMode, Scope,
-    Service, ServicePort, TunnelProtocol, Workload,
+    Service, ServicePort, TunnelProtocol, Workload, splitmix,
 };
 
 use crate::index::WorkloadIndex;
@@ -36,7 +36,7 @@ impl Dice {
 
     /// A number below `bound`, evenly; 0 when `bound` is 0.
     ///
-    /// Source: SplitMix64 (Steele, Lea, Flood 2014) seeded apart per purpose, then the high half of a product.
+    /// A number of its own for each purpose, then the high half of a product.
     pub(crate) fn below(self, purpose: Purpose, bound: u64) -> u64 {
         let salt = match purpose {
             Purpose::Endpoint => 1,
@@ -45,11 +45,7 @@ impl Dice {
             Purpose::Address => 4,
             Purpose::Gateway => 5,
         };
-        let mut z = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(salt));
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        let product = u128::from(z) * u128::from(bound);
+        let product = u128::from(splitmix::nth(self.0, salt)) * u128::from(bound);
         u64::try_from(product >> 64).unwrap_or(0)
     }
 

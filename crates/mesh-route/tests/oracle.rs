@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
-use mesh_model::{PathNormalization, RequestPath};
+use mesh_model::{PathNormalization, RequestPath, splitmix};
 use mesh_route::{
     Frontend, FrontendKind, FrontendName, FrontendPort, GrpcMatch, HeaderMatch, Hostname,
     HttpMatch, Parent, PathMatch, QueryMatch, RequestHead, Route, RouteChange, RouteKind,
@@ -22,11 +22,7 @@ struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        splitmix::next(&mut self.0)
     }
 
     fn below(&mut self, bound: usize) -> usize {

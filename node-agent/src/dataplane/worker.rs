@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use mesh_authorize::{Denial, RuleRef};
 use mesh_identity::PeerCertificate;
-use mesh_model::{ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid};
+use mesh_model::{ClientAddr, CloseReason, Direction, Flow, FlowId, OrigDst, PodUid, splitmix};
 use mesh_net::driver::Handler;
 use mesh_net::driver::handover::WrittenWorker;
 use mesh_net::driver::ops::{Attempt, Ends, Incoming, ListenerId, ListenerTag, Ops};
@@ -226,12 +226,7 @@ impl NodeWorker {
 
     /// Random bits for load balancing and trace ids; nothing secret hangs on them.
     pub(super) const fn entropy(&mut self) -> u64 {
-        // SplitMix64. Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
-        self.entropy = self.entropy.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.entropy;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
+        splitmix::next(&mut self.entropy)
     }
 
     pub(super) fn flow(

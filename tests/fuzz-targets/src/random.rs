@@ -1,5 +1,7 @@
 //! Seeded mutation for the smoke test; libFuzzer brings its own.
 
+use mesh_model::splitmix;
+
 /// SplitMix64.
 #[derive(Clone, Debug)]
 pub struct Random(pub u64);
@@ -7,11 +9,7 @@ pub struct Random(pub u64);
 impl Random {
     /// The next number.
     pub const fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        splitmix::next(&mut self.0)
     }
 
     /// In `0..bound`; 0 for an empty range.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mesh_model::{
     NamespacedHostname, NetworkId, NetworkMode, Service, TunnelProtocol, Workload, WorkloadUid,
+    splitmix,
 };
 use mesh_resolve::{IndexDelta, ResolveSettings, WorkloadIndex};
 
@@ -15,11 +16,7 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
+        splitmix::next(&mut self.0) % bound
     }
 }
 

@@ -11,7 +11,7 @@ pub mod tap;
 
 use std::time::Instant;
 
-use mesh_model::{PodUid, SpiffeId, WorkloadUid};
+use mesh_model::{PodUid, SpiffeId, WorkloadUid, splitmix};
 use mesh_tunnel::{ConnectHead, Suite, TlsSession, TrafficSecret, TunnelKey};
 
 /// SplitMix64: small, and good enough to scatter tests.
@@ -20,11 +20,7 @@ pub struct Rng(pub u64);
 
 impl Rng {
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        splitmix::next(&mut self.0)
     }
 
     /// In `0..bound`.

@@ -11,7 +11,7 @@ use mesh_model::{
     ApplicationTunnel, ApplicationTunnelProtocol, GatewayAddress, GatewayDestination, HealthPolicy,
     HealthStatus, IpFamilies, IpPrefix, LoadBalancing, LoadBalancingMode, Locality,
     NamespacedHostname, NetworkAddress, NetworkId, NetworkMode, Scope, Service, ServicePort,
-    TunnelProtocol, Visibility, WeightedWaypoint, Workload, WorkloadKind, WorkloadUid,
+    TunnelProtocol, Visibility, WeightedWaypoint, Workload, WorkloadKind, WorkloadUid, splitmix,
 };
 use mesh_wire::{MeshConfig, PodConfig, PodMode, Resource, TrafficFilter};
 
@@ -20,11 +20,7 @@ pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        splitmix::next(&mut self.0)
     }
 
     pub(crate) fn below(&mut self, bound: usize) -> usize {

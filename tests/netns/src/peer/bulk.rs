@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
+use mesh_model::splitmix;
 
 const CHUNK: usize = 256 * 1024;
 const UPLOAD: u8 = 1;
@@ -14,17 +15,9 @@ const BOTH: u8 = 3;
 fn fill(seed: u64, position: u64, buffer: &mut [u8]) {
     debug_assert!(position.is_multiple_of(8), "whole words only");
     for (index, word) in (0u64..).zip(buffer.chunks_mut(8)) {
-        let bytes = mix(seed ^ (position / 8 + index)).to_le_bytes();
+        let bytes = splitmix::nth(seed ^ (position / 8 + index), 1).to_le_bytes();
         word.copy_from_slice(&bytes[..word.len()]);
     }
-}
-
-/// SplitMix64's finalizer: every output bit depends on every input bit.
-fn mix(mut value: u64) -> u64 {
-    value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
 }
 
 fn send(stream: &mut TcpStream, seed: u64, bytes: u64) -> anyhow::Result<()> {
