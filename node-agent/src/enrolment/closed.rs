@@ -3,6 +3,7 @@
 //! That a path is gone, or that somebody names another namespace for a pod, says nothing of the processes in the old one.
 //! So the kernel goes on capturing it, with no socket of the agent in it, until it is gone for certain.
 
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
@@ -85,25 +86,25 @@ impl Enroller {
         Some(entry)
     }
 
-    /// Lets those go of which nothing is left; whether there was one. Looks at a machine's processes when one is due.
+    /// Lets those go of which nothing is left; whether there was one. Looks at a machine's processes when one seems gone.
     pub(super) fn sweep_closed(&self, now: Instant) -> bool {
         let mut closed = self.closed();
         if closed.iter().all(|entry| entry.due.is_some_and(|due| due > now)) {
             return false;
         }
-        let alive = search::cookies_on_this_machine();
+        // Asked when the kernel does not say of one that it lives, and once.
+        let alive = LazyCell::new(search::cookies_on_this_machine);
         let before = closed.len();
         closed.retain_mut(|entry| {
             let cookie = entry.record.cookie;
-            let lives = alive.contains(&cookie)
-                || match self.phases.attachments.remains(cookie) {
-                    Ok(Remains::Nothing | Remains::OfUnknown) => false,
-                    Ok(Remains::OfLiving) => true,
-                    Err(error) => {
-                        tracing::warn!(error = %error_chain(&error), "a captured namespace cannot be looked at");
-                        true
-                    }
-                };
+            let lives = match self.phases.attachments.remains(cookie) {
+                Ok(Remains::Nothing | Remains::OfUnknown) => alive.contains(&cookie),
+                Ok(Remains::OfLiving) => true,
+                Err(error) => {
+                    tracing::warn!(error = %error_chain(&error), "a captured namespace cannot be looked at");
+                    true
+                }
+            };
             if lives || !self.forget(entry) {
                 entry.due = Some(now + entry.next_pause());
                 return true;
@@ -126,24 +127,28 @@ impl Enroller {
         }
     }
 
-    /// Lets those go that `selector` names. `gone`: their sandboxes are being removed, and one in which a process lives
-    /// stays; otherwise an operator asks, and they are restored.
-    pub(super) fn release_closed(
-        &self,
-        selector: &PodSelector,
-        gone: bool,
-    ) -> Result<(), EnrollError> {
+    /// A runtime says that the sandboxes which `selector` names are being removed: they are looked at by the next tick.
+    /// They go when they are gone, since whoever holds a namespace, by a mount or a descriptor, may still enter it.
+    pub(super) fn expect_end_of_closed(&self, selector: &PodSelector) {
+        for entry in self.closed().iter_mut().filter(|entry| entry.record.is_selected(selector)) {
+            entry.due = None;
+            entry.failures = 0;
+        }
+    }
+
+    /// Lets those go that `selector` names, because an operator asks, and restores them.
+    pub(super) fn release_closed(&self, selector: &PodSelector) -> Result<(), EnrollError> {
         let mut closed = self.closed();
         let mut outcome = Ok(());
         closed.retain(|entry| {
-            if !entry.record.is_selected(selector) || (gone && has_process(&entry.record)) {
+            if !entry.record.is_selected(selector) {
                 return true;
             }
             let nobody = PodUid::new("");
             let detached = self.phases.attachments.detach(&nobody, entry.record.cookie, Drain::Now);
             let done = detached.map_err(EnrollError::from).and_then(|()| {
                 match Netns::open(Path::new(entry.record.netns.as_str())) {
-                    Ok(netns) if !gone && netns.cookie() == entry.record.cookie => {
+                    Ok(netns) if netns.cookie() == entry.record.cookie => {
                         Ok(namespace::restore(&netns, &entry.record.originals)?)
                     }
                     Ok(_) | Err(_) => Ok(()),
@@ -178,13 +183,5 @@ impl Enroller {
         }
         Ok(self.phases.attachments.remains(record.cookie)? == Remains::OfLiving
             || search::cookies_on_this_machine().contains(&record.cookie))
-    }
-}
-
-/// Whether a process is in the namespace of a record, as far as this process sees them.
-pub(super) fn has_process(record: &Record) -> bool {
-    match Netns::open(Path::new(record.netns.as_str())) {
-        Ok(netns) if netns.cookie() == record.cookie => search::has_process(netns.inode()),
-        Ok(_) | Err(_) => search::cookies_on_this_machine().contains(&record.cookie),
     }
 }

@@ -20,7 +20,6 @@ use mesh_net::Netns;
 use mesh_telemetry::metric;
 
 use super::attachment::PodAttachments;
-use super::closed::has_process;
 use super::error::EnrollError;
 use super::namespace::{self, PodNamespace};
 use super::phases::{Entry, Phases};
@@ -183,7 +182,7 @@ impl Enroller {
         EnrollReply::Excluded { reason: reason.to_owned() }
     }
 
-    /// Lets a pod go. `gone`: its sandbox is being removed, nothing in it needs restoring, and while a process lives in it
+    /// Lets a pod go. `gone`: its sandbox is being removed, nothing in it needs restoring, and until its namespace is gone
     /// everything is refused there; otherwise an operator asks, and the pod stays out until one takes it in again.
     pub(crate) fn unenroll(&self, selector: &PodSelector, gone: bool, now: Instant) -> EnrollReply {
         let mut pods = self.lock();
@@ -197,18 +196,18 @@ impl Enroller {
             let uids = selected.iter().map(|uid| uid.as_str().to_owned()).collect();
             return EnrollError::Ambiguous { name: name.clone(), uids }.refusal().into();
         }
-        if (gone || selected.is_empty())
-            && let Err(error) = self.release_closed(selector, gone)
+        if gone {
+            self.expect_end_of_closed(selector);
+        } else if selected.is_empty()
+            && let Err(error) = self.release_closed(selector)
         {
             return error.refusal().into();
         }
         for uid in selected {
             let done = if gone {
-                // Some runtimes take the network away before they end the processes.
-                match pods.get(&uid) {
-                    Some(entry) if has_process(&entry.record) => self.close(&mut pods, &uid),
-                    Some(_) | None => self.remove(&mut pods, &uid),
-                }
+                // Some runtimes take the network away before they end the processes, and a namespace without any can be
+                // entered by whoever holds it.
+                self.close(&mut pods, &uid)
             } else {
                 let Some(entry) = pods.get_mut(&uid) else { continue };
                 entry.record.held_out = true;

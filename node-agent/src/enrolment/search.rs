@@ -35,13 +35,6 @@ pub(super) fn path_of(cookie: u64) -> Option<NetnsPath> {
         .and_then(|path| NetnsPath::new(path.to_str()?).ok())
 }
 
-/// Whether a process is in the namespace with this inode. One of the same inode that is not the same must be told apart before.
-pub(super) fn has_process(inode: u64) -> bool {
-    processes().any(|process| {
-        std::fs::metadata(process.join("ns/net")).is_ok_and(|found| found.ino() == inode)
-    })
-}
-
 /// The folder of every process.
 pub(super) fn processes() -> impl Iterator<Item = PathBuf> {
     entries(Path::new("/proc")).into_iter().filter(|path| {

@@ -417,11 +417,58 @@ fn a_new_sandbox_of_a_pod_leaves_the_old_one_captured_until_it_is_deleted() {
     assert_eq!(adopted, Adopted { enrolled: 1, pending: 0, gone: 0, orphans: 0 });
     assert!(node.kernel.captures(&old) && node.kernel.released.lock().unwrap().is_empty());
     let late = PodSelector::Container(ContainerId::new("c1").unwrap());
-    assert_eq!(enroller.unenroll(&late, true, Instant::now()), EnrollReply::Ok);
-    assert!(!node.kernel.captures(&old) && node.kernel.captures(&new));
+    let now = Instant::now() + Duration::from_secs(3600);
+    assert_eq!(enroller.unenroll(&late, true, now), EnrollReply::Ok);
+    enroller.tick(now);
+    assert!(node.kernel.captures(&old), "it has a name yet, by which it can be entered");
+    let cookie = old.cookie();
+    drop(old);
+    // Deleted again: it is looked at without waiting for its next turn.
+    assert_eq!(enroller.unenroll(&late, true, now), EnrollReply::Ok);
+    enroller.tick(now);
+    assert!(!node.kernel.pods.lock().unwrap().contains_key(&cookie) && node.kernel.captures(&new));
     let proper = PodSelector::Container(ContainerId::new("c2").unwrap());
-    assert_eq!(enroller.unenroll(&proper, true, Instant::now()), EnrollReply::Ok);
-    assert!(!node.kernel.captures(&new) && enroller.list().is_empty());
+    assert_eq!(enroller.unenroll(&proper, true, now), EnrollReply::Ok);
+    assert!(node.kernel.captures(&new) && enroller.list().is_empty());
+}
+
+/// A runtime deletes a pod whose processes have all ended. Whoever holds its namespace can enter it all the same.
+#[test]
+fn a_deleted_pod_stays_captured_until_its_namespace_is_gone() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("held"));
+    let enroller = node.start();
+    let cart = request("cart", "c1", &netns, &IPS);
+    assert_eq!(enroller.enroll(&cart, &wanted()), EnrollReply::Ok);
+    let container = PodSelector::Container(cart.container_id.clone());
+    let now = Instant::now();
+    for _ in 0..3 {
+        assert_eq!(enroller.unenroll(&container, true, now), EnrollReply::Ok);
+        assert!(node.kernel.captures(&netns) && enroller.list().is_empty());
+        assert_eq!(enroller.list_all()[0].phase, PodPhase::Closed);
+        assert_eq!(*node.kernel.closed.lock().unwrap(), [netns.cookie()], "once");
+        enroller.tick(now);
+    }
+    let cookie = netns.cookie();
+    let captured = || node.kernel.pods.lock().unwrap().contains_key(&cookie);
+    // Only a descriptor is left of it, as the kernel knows by what is attached.
+    node.kernel.living.lock().unwrap().insert(cookie);
+    drop(netns);
+    enroller.tick(now + Duration::from_secs(60));
+    drop(enroller);
+    let enroller = node.start();
+    assert_eq!(enroller.adopt(&wanted_list(true), now).orphans, 0);
+    assert!(captured() && enroller.list_all().len() == 1);
+    node.kernel.living.lock().unwrap().clear();
+    enroller.tick(now + Duration::from_secs(60));
+    assert!(!captured() && enroller.list_all().is_empty());
+    assert_eq!(enroller.unenroll(&container, true, now), EnrollReply::Ok);
+    // One that was not captured is no more than forgotten.
+    let other = TestNetns::with_addresses("plain");
+    let plain = request("web", "c2", &other, &IPS);
+    enroller.exclude(&plain, "not in the mesh");
+    let container = PodSelector::Container(plain.container_id);
+    assert_eq!(enroller.unenroll(&container, true, now), EnrollReply::Ok);
+    assert!(enroller.list_all().is_empty());
 }
 
 /// Whoever names a pod's uid with another namespace lets nothing out: an operator is refused, while the old one lives.
@@ -512,7 +559,6 @@ fn a_namespace_is_known_by_a_path_that_lasts() {
         let by_process = Enroll { netns: path, ..named.clone() };
         let mut enroller = node.start();
         enroller.adopt(&wanted_list(true), Instant::now());
-        let by_uid = PodSelector::Uid(named.pod.uid.clone());
         assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
         assert_eq!(enroller.list()[0].netns, by_process.netns);
         end(process);
@@ -531,7 +577,7 @@ fn a_namespace_is_known_by_a_path_that_lasts() {
         assert_eq!(enroller.enroll(&by_process, &wanted()), EnrollReply::Ok);
         assert_eq!(enroller.list()[0].netns, named.netns);
         end(process);
-        assert_eq!(enroller.unenroll(&by_uid, true, Instant::now()), EnrollReply::Ok);
+        assert!(enroller.remove_all().is_empty());
         assert!(enroller.list().is_empty() && !node.kernel.captures(&netns));
     }
 }

@@ -187,3 +187,48 @@ pub(crate) fn another_netns_lets_none_go(mesh: &mut Mesh) -> anyhow::Result<()> 
     ensure!(listed(mesh)?.len() == 1, "{:?}", listed(mesh)?);
     mesh.lab.delete_pod("spare")
 }
+
+/// A pod that the runtime has deleted and in which no process runs: whoever holds its namespace can enter it, and is refused
+/// everything there. It goes with the namespace.
+pub(crate) fn deleted_stays_captured(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let pins = |mesh: &Mesh| -> anyhow::Result<usize> {
+        let mut found = 0;
+        for layout in std::fs::read_dir(mesh.lab.node("a").bpffs())? {
+            let pods = layout?.path().join("pods");
+            found += if pods.is_dir() { std::fs::read_dir(pods)?.count() } else { 0 };
+        }
+        Ok(found)
+    };
+    let listed = |mesh: &Mesh| -> anyhow::Result<Vec<serde_json::Value>> {
+        let list = mesh.lab.node("a").culvert(&["pod", "list", "-o", "json"])?;
+        let pods: Vec<serde_json::Value> = serde_json::from_str(&list.output()?)?;
+        Ok(pods.into_iter().filter(|pod| pod["pod"]["name"] == "ended").collect())
+    };
+    let before = pins(mesh)?;
+    mesh.lab.run_pod("a", PodSpec::new("mesh", "ended"))?;
+    mesh.wait_for("ended")?;
+    ensure!(pins(mesh)? > before, "the pod has no pins");
+    let watch = Watch::start(&mesh.lab, "ended")?;
+    let chain = &mesh.lab.node("a").chain;
+    let attachment = &mesh.pod("ended").attachment;
+    for turn in ["first", "second"] {
+        let asked = Instant::now();
+        // The plugin of the network comes after it, so that the pod has its interface and addresses yet.
+        chain.call("DEL", &chain.conflist["plugins"][1], &serde_json::Value::Null, attachment)?;
+        let took = asked.elapsed();
+        ensure!(took < PATIENCE, "the {turn} DEL took {took:?}");
+        let phases: Vec<_> = listed(mesh)?.iter().map(|pod| pod["phase"].clone()).collect();
+        ensure!(phases == ["closed"], "after the {turn} DEL: {phases:?}");
+        let entered = mesh.curl("ended")?;
+        ensure!(!entered.success(), "the deleted pod reaches {}", entered.stdout);
+    }
+    mesh.lab.node_mut("a").kill_agent();
+    ensure!(!mesh.curl("ended")?.success(), "without an agent");
+    mesh.restart_agent("a")?;
+    ensure!(!mesh.curl("ended")?.success(), "after a restart");
+    watch.finish()?.nothing_in_the_clear(&Scope::All)?;
+    mesh.lab.delete_pod("ended")?;
+    mesh_netns::wait::until("the namespace being let go", PATIENCE, || {
+        Ok((listed(mesh)?.is_empty() && pins(mesh)? == before).then_some(()))
+    })
+}

@@ -33,6 +33,7 @@ const FAULTS: &[Named<Mesh>] = &[
     ("live_connections_never_notice_enrolment", enrolment::live_connections_never_notice),
     ("enrolling_and_unenrolling_under_traffic", enrolment::in_and_out_under_traffic),
     ("a_captured_namespace_is_not_let_go_by_another", enrolment::another_netns_lets_none_go),
+    ("a_deleted_pod_stays_captured_until_it_is_gone", enrolment::deleted_stays_captured),
     ("denying_policy_cuts_live_connections", policy::denying_cuts_live_connections),
     (
         "denying_cuts_connections_without_a_tunnel",
