@@ -27,6 +27,8 @@ pub(crate) struct PodNamespace {
     pub(crate) netns: Netns,
     /// The pod's addresses, all of them present in the namespace.
     pub(crate) addresses: BTreeSet<IpAddr>,
+    /// What else the namespace has, which nobody says is the pod's: TCP from and to it is dropped by the guard.
+    pub(crate) left_out: BTreeSet<IpAddr>,
 }
 
 /// A namespace that cannot be the pod's, or cannot be prepared.
@@ -105,11 +107,27 @@ impl PodNamespace {
             let (path, missing) = (path.to_owned(), *missing);
             return Err(NamespaceError::NotThePods { path, missing, present });
         }
-        let addresses = if claimed.is_empty() { present } else { claimed.clone() };
+        let (addresses, left_out) = if claimed.is_empty() {
+            (present, BTreeSet::new())
+        } else {
+            (claimed.clone(), present.difference(claimed).copied().collect())
+        };
         if addresses.is_empty() {
             return Err(NamespaceError::NoAddress { path: path.to_owned() });
         }
-        Ok(Self { path: path.to_owned(), netns, addresses })
+        Ok(Self { path: path.to_owned(), netns, addresses, left_out })
+    }
+
+    /// What is said of a pod that has addresses which are not captured; empty where there are none.
+    pub(crate) fn about_left_out(&self) -> String {
+        let left_out: Vec<String> = self.left_out.iter().map(ToString::to_string).collect();
+        if left_out.is_empty() {
+            return String::new();
+        }
+        format!(
+            "not captured, and its TCP dropped: {} (not in the CNI result)",
+            left_out.join(", ")
+        )
     }
 
     /// The settings as they are before [`prepare`](Self::prepare); `known` as in [`sysctl::originals`].

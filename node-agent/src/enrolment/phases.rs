@@ -64,6 +64,7 @@ impl Phases {
         entry.record.ips = namespace.addresses.clone();
         // Not by its phase: a pod whose repair failed waits for the next try, and is captured meanwhile.
         let captured_before = self.is_captured(entry.record.cookie);
+        let left_out = namespace.about_left_out();
         let attached = namespace.prepare().map_err(EnrollError::from).and_then(|()| {
             let netns = Arc::new(namespace.netns);
             entry.netns = Some(Arc::clone(&netns));
@@ -78,7 +79,10 @@ impl Phases {
             return Err(error);
         }
         entry.record.phase = PodPhase::Enrolled;
-        entry.detail.clear();
+        if !left_out.is_empty() && entry.detail != left_out {
+            tracing::warn!(pod = %entry.record.pod.name, "addresses of the pod are {left_out}");
+        }
+        entry.detail = left_out;
         entry.due = None;
         entry.failures = 0;
         Ok(())
@@ -133,7 +137,7 @@ impl Phases {
     /// Goes on with a drain that another process began: its last connections may have been handed over.
     pub(super) fn resume_draining(&self, entry: &mut Entry, now: Instant) {
         match self.reopen(entry) {
-            Ok(PodNamespace { path, netns, addresses }) => {
+            Ok(PodNamespace { path, netns, addresses, .. }) => {
                 self.attachments.left(&attached(entry, path, Arc::new(netns), addresses))
             }
             Err(error) => {

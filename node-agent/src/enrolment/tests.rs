@@ -432,6 +432,31 @@ fn a_new_sandbox_of_a_pod_leaves_the_old_one_captured_until_it_is_deleted() {
     assert!(node.kernel.captures(&new) && enroller.list().is_empty());
 }
 
+/// A CNI plugin may tell of one family only. What else the namespace has is not the pod's for the guard, and that is told.
+#[test]
+fn addresses_that_the_cni_result_lacks_are_named() {
+    let (node, netns) = (Node::new(), TestNetns::with_addresses("lacks"));
+    let enroller = node.start();
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    assert_eq!(enroller.list()[0].detail, "", "link-local ones are everybody's");
+    let fewer = request("cart", "c1", &netns, &IPS[..1]);
+    for _ in 0..2 {
+        assert_eq!(enroller.enroll(&fewer, &wanted()), EnrollReply::Ok);
+        let listed = &enroller.list()[0];
+        let told = "not captured, and its TCP dropped: fd09::2 (not in the CNI result)";
+        assert_eq!((listed.phase, listed.detail.as_str()), (PodPhase::Enrolled, told));
+        let captured = node.kernel.pods.lock().unwrap()[&netns.cookie()].addresses.clone();
+        assert_eq!(captured, [IPS[0].parse().unwrap()].into());
+    }
+    // After a restart it is told again, and a whole result ends it.
+    drop(enroller);
+    let enroller = node.start();
+    assert_eq!(enroller.adopt(&wanted_list(true), Instant::now()).enrolled, 1);
+    assert!(enroller.list()[0].detail.contains("fd09::2"));
+    assert_eq!(enroller.enroll(&request("cart", "c1", &netns, &IPS), &wanted()), EnrollReply::Ok);
+    assert_eq!(enroller.list()[0].detail, "");
+}
+
 /// A runtime deletes a pod whose processes have all ended. Whoever holds its namespace can enter it all the same.
 #[test]
 fn a_deleted_pod_stays_captured_until_its_namespace_is_gone() {
