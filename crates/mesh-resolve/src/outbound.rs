@@ -10,7 +10,7 @@
 //!                  │            └─────────────► other network? ─┬─► tunnel in the tunnel to its gateway
 //!                  │                          speaks HBONE? ─┬───► tunnel
 //!                  │                                           └───► passthrough, known
-//!                  └─ nothing ─────────────────────────────────────► passthrough, unknown
+//!                  └─ nothing ─────────────────────────────────────► passthrough, unknown; IPv6 link-local: refused
 //! ```
 //! Source: ztunnel's `build_request`, with these differences. A bound waypoint is required unless settings say otherwise;
 //! a waypoint never goes through itself for services either; an unavailable weighted waypoint is replaced by another; a
@@ -102,6 +102,9 @@ impl<'a> Outbound<'a> {
             Some(Addressed::Workload(workload)) => self.workload(workload),
             None => {
                 self.trace.record(|| Step::IsUnknown);
+                if is_link_local_v6(dialled.ip()) {
+                    return Err(Unroutable::LinkLocal { destination: dialled });
+                }
                 Ok(self.passthrough(false, None))
             }
         }
@@ -456,6 +459,13 @@ fn keeps_destination(service: &Service) -> bool {
 }
 
 /// Connecting to the unspecified address reaches the host itself on Linux.
+const fn is_link_local_v6(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
 fn is_this_host(ip: IpAddr) -> bool {
     ip.is_loopback() || ip.is_unspecified()
 }

@@ -17,6 +17,12 @@ pub enum Unroutable {
         /// What was dialled.
         destination: SocketAddr,
     },
+    /// An IPv6 link-local address means something on one interface only, and which one the client meant is not known here.
+    #[error("{destination} is link-local, which is not carried: use an address of another scope")]
+    LinkLocal {
+        /// What was dialled.
+        destination: SocketAddr,
+    },
     /// The service has no such port.
     #[error("service {service} has no port {port}")]
     NoSuchPort {
@@ -96,7 +102,9 @@ impl Unroutable {
             Self::InvalidIdentity { .. } | Self::NobodyExpected { .. } => {
                 CloseReason::WrongIdentity
             }
-            Self::NeedsDns(_) | Self::NoDnsAnswer { .. } => CloseReason::ConnectFailed,
+            Self::LinkLocal { .. } | Self::NeedsDns(_) | Self::NoDnsAnswer { .. } => {
+                CloseReason::ConnectFailed
+            }
         }
     }
 }

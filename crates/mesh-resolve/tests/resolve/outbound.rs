@@ -75,6 +75,10 @@ fn destinations_go_where_they_should() {
         ("10.9.0.3:80", "no_healthy_upstream"),
         ("10.9.0.5:80", "connect_failed"),
         ("10.9.0.6:80", "gateway_unavailable"),
+        ("[fe80::1]:80", "connect_failed"),
+        ("[febf::1]:80", "connect_failed"),
+        ("[fec0::1]:80", "unknown [fec0::1]:80"),
+        ("169.254.169.254:80", "unknown 169.254.169.254:80"),
         // Agent ports, of itself and of others.
         ("10.9.0.1:83", "loop_refused"),
         ("10.0.0.2:15008", "loop_refused"),

@@ -390,6 +390,23 @@ fn choices(mesh: &Mesh) -> anyhow::Result<()> {
     })
 }
 
+/// IPv6 link-local addresses mean something on one interface only: what a captured pod dials there is refused, and the log says so.
+pub(crate) fn link_local(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh = &*mesh;
+    for address in ["fe80::1", "fe80::abcd"] {
+        let log = LogFromNow::of(mesh, "a")?;
+        let answer = fetch(mesh, "client", "-6", &format!("[{address}%25eth0]:{}", ports::HTTP))?;
+        ensure!(answer.is_none(), "{address} answers {answer:?}");
+        let target = format!("dst.addr=[{address}]:{}", ports::HTTP);
+        let source = format!("src.addr=[{}]:", mesh.lab.pod("client").ipv6);
+        let line = log.line(&["direction=\"outbound\"", &source, &target])?;
+        ensure!(field(&line, "reason") == Some("connect_failed"), "{line}");
+        let error = field(&line, "error").unwrap_or_default();
+        ensure!(error.contains("is link-local, which is not carried"), "{line}");
+    }
+    Ok(())
+}
+
 /// Which pods answer, how often, when the client connects `times` times.
 fn who_answers(mesh: &Mesh, host: &str, times: u32) -> anyhow::Result<BTreeMap<String, usize>> {
     let mut curl = mesh.lab.pod("client").command("curl");

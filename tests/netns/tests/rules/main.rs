@@ -78,6 +78,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("destinations::workload_entries", destinations::workload_entries),
     ("destinations::of_one_namespace", destinations::of_one_namespace),
     ("destinations::on_the_hosts_network", destinations::on_the_hosts_network),
+    ("destinations::link_local", destinations::link_local),
     ("destinations::endpoints_of_a_service", destinations::endpoints_of_a_service),
     ("manifests::refused_object_leaves_the_last_good_one", manifests::refused_object),
     ("manifests::unreadable_policy_refuses_whom_it_selects", manifests::unreadable_policy),
