@@ -403,6 +403,47 @@ pub(crate) fn other_names_are_forwarded(mesh: &mut Mesh) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Names of the cluster's own that the mesh has no answer to, an alias's and a named port's, are asked of the pod's own resolver, in the
+/// cluster's DNS; those beside them are not.
+pub(crate) fn names_of_the_clusters_own_dns(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh = &*mesh;
+    let alias = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "alias", "namespace": "mesh" },
+        "spec": { "type": "ExternalName", "externalName": OUTSIDE_NAME },
+    });
+    mesh.lab.apply(&alias)?;
+    let outcome = Names::with(mesh, |_names| {
+        for (nameserver, transport) in ways() {
+            let way = format!("from {nameserver} over {transport:?}");
+            let look = |name: &str, kind| -> anyhow::Result<(Message, usize)> {
+                let before = mesh.resolver.asked_about(name).len();
+                let answer = ask_at(mesh, "client", nameserver, name, kind, transport)
+                    .with_context(|| format!("{kind} {name} {way}"))?;
+                Ok((answer, mesh.resolver.asked_about(name).len() - before))
+            };
+            let (answer, asked) = look("alias.mesh.svc.cluster.local.", RecordType::A)?;
+            let found = addresses(&answer);
+            ensure!(
+                asked == 1 && found == [IpAddr::from(ELSEWHERE_V4)],
+                "{way}: {asked} {found:?}"
+            );
+            // What the resolver says to it is no SRV record, so its bytes are not read here.
+            let named = "_http._tcp.web.mesh.svc.cluster.local.";
+            let server = SocketAddr::new(nameserver.parse()?, 53);
+            let before = mesh.resolver.asked_about(named).len();
+            exchange(mesh, "client", server, &query(named, RecordType::SRV)?.to_vec()?, transport)
+                .with_context(|| format!("{named} {way}"))?;
+            let asked = mesh.resolver.asked_about(named).len() - before;
+            ensure!(asked == 1, "{named} {way} was asked {asked} times");
+            let (answer, asked) = look("web.mesh.svc.cluster.local.", RecordType::SRV)?;
+            ensure!(asked == 0 && !answer.answers.is_empty(), "the service itself {way}: {asked}");
+        }
+        Ok(())
+    });
+    mesh.lab.delete(&alias)?;
+    outcome
+}
+
 /// What is not the mesh's to read reaches the pod's own resolver byte for byte: another opcode, though it be about a name
 /// of the mesh, and a datagram longer than any query.
 pub(crate) fn what_is_forwarded_is_whole(mesh: &mut Mesh) -> anyhow::Result<()> {

@@ -68,6 +68,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("dns::search_domains", dns::search_domains),
     ("dns::service_entry_is_reached_by_name", dns::service_entry_is_reached_by_name),
     ("dns::other_names_are_forwarded", dns::other_names_are_forwarded),
+    ("dns::names_of_the_clusters_own_dns", dns::names_of_the_clusters_own_dns),
     ("dns::what_is_forwarded_is_whole", dns::what_is_forwarded_is_whole),
     ("dns::pod_that_keeps_its_own_names", dns::pod_that_keeps_its_own_names),
     ("dns::resolver_that_is_not_there", dns::resolver_that_is_not_there),
