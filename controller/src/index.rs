@@ -9,6 +9,7 @@ mod enrolment;
 mod frontends;
 mod generations;
 mod l7;
+mod notes;
 mod objects;
 mod peer;
 mod pods;
@@ -334,42 +335,6 @@ impl Index {
             .iter()
             .map(|(key, policy)| (key.clone(), unreadable::status(view, policy)));
         authorizations.chain(peers).chain(unreadable).collect()
-    }
-
-    /// What an operator may want to know of other objects: missing service accounts, visibility that cannot be expressed.
-    #[must_use]
-    pub fn notes(&self) -> Vec<(String, String)> {
-        let mut notes = Vec::new();
-        for (key, pod) in &self.objects.pods {
-            let account =
-                Key { namespace: key.namespace.clone(), name: pod.service_account.clone() };
-            let any_known =
-                in_namespace(&self.objects.service_accounts, &key.namespace).next().is_some();
-            if any_known
-                && *pod.service_account != *"default"
-                && !self.objects.service_accounts.contains_key(&account)
-            {
-                notes.push((
-                    format!("Pod {key}"),
-                    format!("service account {} does not exist", account.name),
-                ));
-            }
-        }
-        for (key, entry) in &self.objects.service_entries {
-            if entry.visibility_narrowed {
-                let text = "exportTo names other namespaces, which agents cannot tell apart: visible in its own only";
-                notes.push((format!("ServiceEntry {key}"), text.into()));
-            }
-        }
-        for (key, slice) in &self.objects.slices {
-            if slice.service.is_empty() {
-                notes.push((
-                    format!("EndpointSlice {key}"),
-                    "no label kubernetes.io/service-name: not used".into(),
-                ));
-            }
-        }
-        notes
     }
 
     const fn view(&self) -> View<'_> {

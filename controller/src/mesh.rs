@@ -230,7 +230,10 @@ impl Mesh {
                 .route_status()
                 .map(|(name, status)| (name.to_string(), status.clone()))
                 .collect(),
-            notes: state.index.notes(),
+            notes: state.index.notes(|network, ip| {
+                let holder = state.picture.index.workload_by_ip(network, ip)?;
+                Some(holder.uid.clone())
+            }),
         }
     }
 

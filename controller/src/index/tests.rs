@@ -58,6 +58,7 @@ fn listed(index: &Index, uid: &str) -> Vec<String> {
     workload(index, uid).authorization_policies.iter().map(ToString::to_string).collect()
 }
 
+mod notes;
 mod waypoints;
 
 const SHOP: &str = r#"

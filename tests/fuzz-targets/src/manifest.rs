@@ -68,7 +68,11 @@ fn check(text: &str, format: Format, file: &str) {
     for policy in &delta.policies {
         xds::check(&Resource::Policy(policy.as_ref().clone()));
     }
-    drop((index.policy_status(), index.notes()));
+    let holder = |_network: &_, ip| {
+        let found = index.workloads().find(|workload| workload.addresses.contains(&ip))?;
+        Some(found.uid.clone())
+    };
+    drop((index.policy_status(), index.notes(holder)));
     let store = Store::default();
     store.apply(&delta);
     let changes = scan.update(BTreeMap::new(), &mut memory);
