@@ -1,7 +1,9 @@
 //! Join and session tokens with their files: `token.key` and `tokens-spent.json` in the state directory.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -26,12 +28,12 @@ const PROOF_LASTS: Duration = Duration::from_secs(30 * 60);
 pub enum TokensError {
     /// The state directory cannot be used.
     #[error("the state directory cannot be used")]
-    Files(#[from] std::io::Error),
+    Files(#[from] io::Error),
     /// A file is not what this program wrote.
-    #[error("{file} cannot be read; restore it from a backup")]
+    #[error("{} cannot be read; {}", path.display(), remedy_of(path))]
     Format {
         /// The file.
-        file: &'static str,
+        path: PathBuf,
     },
     /// No random bytes.
     #[error(transparent)]
@@ -75,6 +77,22 @@ impl TokensError {
     }
 }
 
+/// What helps against a damaged file. Without the list of what is spent, tokens would be good twice: those that are out have
+/// to end with it.
+fn remedy_of(path: &Path) -> String {
+    if path.ends_with(SPENT_FILE) {
+        format!(
+            "restore it from a backup, or remove it together with {KEY_FILE}: join tokens and sessions that are out end \
+             then, and machines outside a cluster join again with new tokens"
+        )
+    } else {
+        format!(
+            "restore it from a backup, or remove it: join tokens and sessions that are out end then, and machines outside \
+             a cluster join again with new tokens"
+        )
+    }
+}
+
 const fn word(rejection: TokenRejection) -> &'static str {
     match rejection {
         TokenRejection::Malformed => "malformed",
@@ -112,8 +130,9 @@ impl Tokens {
     /// When a file cannot be used.
     pub fn open(files: StateDir) -> Result<Self, TokensError> {
         let _lock = files.lock()?;
-        let key = match files.read(KEY_FILE)?.map(Zeroizing::new) {
-            Some(text) => parse_key(&text).ok_or(TokensError::Format { file: KEY_FILE })?,
+        let key = match read(&files, KEY_FILE)?.map(Zeroizing::new) {
+            Some(text) => parse_key(&text)
+                .ok_or_else(|| TokensError::Format { path: files.path(KEY_FILE) })?,
             None => {
                 let key = TokenKey::generate()?;
                 let text: String =
@@ -122,6 +141,8 @@ impl Tokens {
                 key
             }
         };
+        // Looked at now, and not when the first node wants to join.
+        read_spent(&files)?;
         let sessions = SessionTokens::new(key.clone());
         Ok(Self { files, key, sessions })
     }
@@ -148,16 +169,12 @@ impl Tokens {
         let name: NodeName = node.parse()?;
         {
             let _lock = self.files.lock()?;
-            let invalid = || TokensError::Format { file: SPENT_FILE };
-            let spent: Vec<(TokenId, SystemTime)> = match self.files.read(SPENT_FILE)? {
-                Some(text) => serde_json::from_str(&text).map_err(|_source| invalid())?,
-                None => Vec::new(),
-            };
+            let spent = read_spent(&self.files)?;
             let mut tokens = JoinTokens::new(self.key.clone(), spent.into_iter().collect());
             tokens.spend(token, &name, now)?;
             let spent: Vec<_> = tokens.spent().iter().collect();
             self.files
-                .write(SPENT_FILE, &serde_json::to_string(&spent).map_err(|_source| invalid())?)?;
+                .write(SPENT_FILE, &serde_json::to_string(&spent).map_err(io::Error::from)?)?;
         }
         self.renew(node, now)
     }
@@ -197,6 +214,22 @@ impl Tokens {
     }
 }
 
+/// Reads a file; one that is no text is damaged, like one with other text than ours.
+fn read(files: &StateDir, name: &str) -> Result<Option<String>, TokensError> {
+    files.read(name).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => TokensError::Format { path: files.path(name) },
+        _ => error.into(),
+    })
+}
+
+fn read_spent(files: &StateDir) -> Result<Vec<(TokenId, SystemTime)>, TokensError> {
+    match read(files, SPENT_FILE)? {
+        Some(text) => serde_json::from_str(&text)
+            .map_err(|_source| TokensError::Format { path: files.path(SPENT_FILE) }),
+        None => Ok(Vec::new()),
+    }
+}
+
 fn parse_key(text: &str) -> Option<TokenKey> {
     let text = text.trim();
     let mut bytes = [0; 32];
@@ -230,6 +263,33 @@ mod tests {
         assert_eq!(restarted.node_of(&session.token, late).unwrap_err().word(), "expired");
     }
 
+    /// A token that was spent must not be good again because nobody can read so: not from the start on.
+    #[test]
+    fn damaged_files_are_named_at_the_start() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = StateDir::open(&directory.path().join("state")).unwrap();
+        let now = SystemTime::now();
+        let tokens = Tokens::open(files.clone()).unwrap();
+        let join = tokens.create("n1", Duration::from_secs(60), now).unwrap();
+        tokens.join(&join, "n1", now).unwrap();
+        let good = files.read(SPENT_FILE).unwrap().unwrap();
+        for damaged in [&b"["[..], b"", b"{}", b"\xff\xfe", &good.as_bytes()[..good.len() - 1]] {
+            std::fs::write(files.path(SPENT_FILE), damaged).unwrap();
+            let told = Tokens::open(files.clone()).unwrap_err().to_string();
+            let path = files.path(SPENT_FILE).display().to_string();
+            assert!(told.contains(&path) && told.contains("restore it"), "{told}");
+            assert!(told.contains("remove it together with token.key"), "{told}");
+            assert!(tokens.join(&join, "n1", now).is_err(), "it runs already");
+        }
+        // As the remedy says: what was out is good no more.
+        std::fs::remove_file(files.path(SPENT_FILE)).unwrap();
+        std::fs::write(files.path(KEY_FILE), b"\xff").unwrap();
+        assert!(Tokens::open(files.clone()).unwrap_err().to_string().contains(KEY_FILE));
+        std::fs::remove_file(files.path(KEY_FILE)).unwrap();
+        let anew = Tokens::open(files).unwrap();
+        assert_eq!(anew.join(&join, "n1", now).unwrap_err().word(), "bad_signature");
+    }
+
     #[test]
     fn whoever_cannot_join_is_told_what_helps() {
         let told = |error: TokensError, node: &str| error.with_remedy(node);
@@ -243,7 +303,7 @@ mod tests {
             "token is malformed; the token's file must hold what is printed by \
              culvert-controller token create --waypoint shop/w"
         );
-        let broken = TokensError::Format { file: SPENT_FILE };
+        let broken = TokensError::Format { path: SPENT_FILE.into() };
         assert_eq!(broken.with_remedy("n1"), broken.to_string());
     }
 }
