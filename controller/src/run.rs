@@ -48,7 +48,7 @@ use crate::mesh::{Mesh, SharedMesh, Trust};
 use crate::publish::Discovery;
 use crate::source::directory::{self, DirectorySettings};
 use crate::source::kubernetes::{self, KubernetesSettings};
-use crate::state_dir::StateDir;
+use crate::state_dir::{Occupancy, StateDir};
 
 /// Lifetime of the listener's certificate; it is replaced at half of it and whenever the authority changes.
 const SERVER_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -81,6 +81,8 @@ pub struct Controller {
     client: Option<Client>,
     uncaptured: Uncaptured,
     args: RunArgs,
+    /// Until the process ends: nobody else runs on the state directory.
+    _occupancy: Occupancy,
 }
 
 /// Closed when nothing reads the source any more.
@@ -101,6 +103,7 @@ impl Controller {
         raise_descriptor_limit().context("raising the limit of descriptors")?;
         let files = StateDir::open(&args.state_dir)
             .with_context(|| format!("state directory {}", args.state_dir.display()))?;
+        let occupancy = files.occupy().context("--state-dir")?;
         let client = client(&args).await?;
         let mut secret = match (&args.ca_secret, &client) {
             (Some(name), Some(client)) => Some(CaSecret::new(client, name, files.clone())),
@@ -172,6 +175,7 @@ impl Controller {
             listener,
             tls,
             args,
+            _occupancy: occupancy,
         })
     }
 

@@ -1,7 +1,7 @@
 //! The controller's files: owner-only, replaced atomically, changed under a lock.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Read as _, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,15 @@ use std::path::{Path, PathBuf};
 pub struct StateDir {
     root: PathBuf,
 }
+
+/// Held for the life of a running controller; the kernel lets it go with the process, however that ends.
+#[derive(Debug)]
+pub struct Occupancy {
+    _file: File,
+}
+
+/// The file of [`StateDir::occupy`], with the holder's process id.
+const OCCUPANT_FILE: &str = "controller.lock";
 
 /// Held while files are changed; `run`, `token` and `ca` may do so at the same time.
 #[derive(Debug)]
@@ -34,6 +43,39 @@ impl StateDir {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
         }
         Ok(Self { root: root.to_path_buf() })
+    }
+
+    /// Makes the directory this running controller's own.
+    ///
+    /// # Errors
+    /// When another one runs on it, named by its process id; or when the lock file cannot be made.
+    pub fn occupy(&self) -> io::Result<Occupancy> {
+        let path = self.path(OCCUPANT_FILE);
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(&path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) => {
+                // What is written there is a process id, or nothing yet.
+                let mut pid = String::new();
+                file.take(32).read_to_string(&mut pid)?;
+                let pid = if pid.trim().is_empty() { "that is starting" } else { pid.trim() };
+                let text = format!(
+                    "{} is in use by the controller with process id {pid}; stop that one, or give this one another --state-dir",
+                    self.root.display(),
+                );
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+            }
+        }
+        file.set_len(0)?;
+        file.write_all(format!("{}\n", std::process::id()).as_bytes())?;
+        Ok(Occupancy { _file: file })
     }
 
     /// Waits for the lock.
@@ -134,6 +176,20 @@ impl StateDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_controller_at_a_time_has_the_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(&directory.path().join("state")).unwrap();
+        let first = state.occupy().unwrap();
+        let refused = state.occupy().unwrap_err().to_string();
+        let named = format!("process id {};", std::process::id());
+        assert!(refused.contains(&named) && refused.contains("--state-dir"), "{refused}");
+        drop(state.lock().unwrap());
+        drop(first);
+        state.occupy().unwrap();
+        state.occupy().unwrap();
+    }
 
     #[test]
     fn files_are_private_and_replaced_whole() {
