@@ -1,5 +1,6 @@
 //! `culvert logs`: the lines of the agent's log that are about one pod.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -18,14 +19,28 @@ use crate::show;
 /// Prints the lines about the pod, as they are.
 ///
 /// # Errors
-/// When the log cannot be read.
+/// When the log cannot be read; when the agent knows no such pod and the log has nothing about it.
 pub(crate) fn run(args: &LogsArgs, reach: &Reach) -> Result<Ending, Failure> {
     let name = pod_name(&args.pod)?;
     let mut lines = PodLines::new(name.namespace(), name.name());
-    lines.learn(reach);
+    let is_unknown = lines.learn(reach) == Some(false);
+    let unknown = || Failure::Usage {
+        problem: format!(
+            "the agent of this machine knows no pod {name}, and its log has no line about it"
+        ),
+        remedy: "see what it knows: culvert pod list; the pod may run on another node".to_owned(),
+    };
+    if is_unknown && args.follow {
+        // It may come yet, and ends with the reader.
+        show::remark(&format!("the agent of this machine knows no pod {name} yet\n"));
+    }
+    let about = Cell::new(false);
     let print = |line: &str| -> Result<(), Failure> {
-        if lines.has(line) && (!args.refused || is_refusal(line)) {
-            show::text(&format!("{line}\n"))?;
+        if lines.has(line) {
+            about.set(true);
+            if !args.refused || is_refusal(line) {
+                show::text(&format!("{line}\n"))?;
+            }
         }
         Ok(())
     };
@@ -37,7 +52,8 @@ pub(crate) fn run(args: &LogsArgs, reach: &Reach) -> Result<Ending, Failure> {
         }
         None => journal(args, print)?,
     }
-    Ok(Ending::Yes)
+    // The log may tell of a pod that is gone.
+    if is_unknown && !about.get() { Err(unknown()) } else { Ok(Ending::Yes) }
 }
 
 /// Prints the lines about the pod that a program writes.
@@ -122,13 +138,11 @@ impl PodLines {
     }
 
     /// Asks the agent for the pod's uid and addresses, which is all that some lines have. Without an agent, or of a
-    /// pod that is gone, the names have to do.
-    fn learn(&mut self, reach: &Reach) {
+    /// pod that is gone, the names have to do. Whether the agent knows the pod; none when it does not answer.
+    fn learn(&mut self, reach: &Reach) -> Option<bool> {
         let agent = AdminClient::new(Daemon::Agent, reach);
-        let Ok(pods) = agent.get("/pods").and_then(|body| agent.read::<Vec<EnrolledPod>>(&body))
-        else {
-            return;
-        };
+        let answer = agent.get("/pods").and_then(|body| agent.read::<Vec<EnrolledPod>>(&body));
+        let pods = answer.ok()?;
         let same = |one: &&EnrolledPod| {
             one.pod.name.namespace() == self.namespace && one.pod.name.name() == self.name
         };
@@ -136,6 +150,7 @@ impl PodLines {
             self.words.insert(one.pod.uid.as_str().to_owned());
             self.words.extend(one.ips.iter().map(ToString::to_string));
         }
+        Some(pods.iter().any(|one| same(&one)))
     }
 
     fn has(&self, line: &str) -> bool {

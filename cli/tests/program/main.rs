@@ -505,6 +505,32 @@ fn logs_of_one_pod() {
 }
 
 #[test]
+fn logs_of_a_pod_that_nobody_knows() {
+    let daemon = Daemon::start();
+    let path = daemon.folder().join("agent.log");
+    std::fs::write(&path, "access src.workload=\"gone\" src.namespace=\"shop\" reason=x\n")
+        .unwrap();
+    let file = path.to_str().unwrap();
+    let logs = |pod: &str, more: &[&str]| {
+        culvert(&daemon, &[&["logs", "--pod", pod, "--file", file], more].concat())
+    };
+    // Without an agent nobody can tell.
+    ends(&logs("shop/nobody", &[]), 0);
+    let pods = json!([daemon::pod("shop", "quiet")]).to_string();
+    daemon.serve_http("admin.sock", &[("/pods", 200, pods)]);
+    let (stdout, stderr) = ends(&logs("shop/nobody", &[]), 2);
+    assert!(stdout.is_empty() && stderr.contains("knows no pod shop/nobody"), "{stderr}");
+    assert!(stderr.contains("remedy: see what it knows: culvert pod list"), "{stderr}");
+    ends(&logs("other/quiet", &[]), 2);
+    let (_, stderr) = ends(&logs("shop/quiet", &[]), 0);
+    assert!(stderr.is_empty(), "known, and nothing to tell: {stderr}");
+    // The log tells of one that is gone, also when none of its lines is wanted.
+    let (stdout, _) = ends(&logs("shop/gone", &[]), 0);
+    assert!(stdout.contains("src.workload=\"gone\""), "{stdout}");
+    ends(&logs("shop/gone", &["--refused"]), 0);
+}
+
+#[test]
 fn check_needs_no_agent_and_says_what_to_do() {
     let daemon = Daemon::start();
     let output = culvert(&daemon, &["check", "-o", "json"]);
