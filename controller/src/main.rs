@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use mesh_controller::ca::authority::{Authority, Order};
+use mesh_controller::ca::authority::{Authority, Done, Order};
 use mesh_controller::ca::tokens::Tokens;
 use mesh_controller::cli::{
     CaCommand, CaPlace, Cli, Command, RunArgs, Source, SourceCommand, TokenCommand,
@@ -25,9 +25,12 @@ use mesh_telemetry::LogFormat;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
+/// `ca revoke` of a serial that was never issued: done, and likely not what was meant.
+const NEVER_ISSUED: u8 = 5;
+
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
-        Command::Run(args) => run(*args),
+        Command::Run(args) => run(*args).map(|()| ExitCode::SUCCESS),
         Command::Token(TokenCommand::Create { node, waypoint, ttl, state_dir }) => {
             open(&state_dir).and_then(|files| {
                 let node = waypoint.map(|name| format!("waypoint/{name}")).or(node);
@@ -45,7 +48,7 @@ fn main() -> ExitCode {
         Command::Leave { daemonset, timeout } => leave(&daemonset, timeout),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             complain(&format!("culvert-controller: {error:#}"));
             ExitCode::FAILURE
@@ -79,7 +82,7 @@ fn run(args: RunArgs) -> Result<()> {
     outcome
 }
 
-fn leave(daemonset: &ObjectName, timeout: Duration) -> Result<()> {
+fn leave(daemonset: &ObjectName, timeout: Duration) -> Result<ExitCode> {
     in_runtime(async {
         let client = KubernetesSettings::new(None).client().await?;
         cluster::leave::leave(&client, daemonset, timeout).await
@@ -87,7 +90,7 @@ fn leave(daemonset: &ObjectName, timeout: Duration) -> Result<()> {
     say("every agent has left its node")
 }
 
-fn ca(command: CaCommand) -> Result<()> {
+fn ca(command: CaCommand) -> Result<ExitCode> {
     let now = SystemTime::now();
     match command {
         CaCommand::RotateRoot { overlap, place } => {
@@ -95,7 +98,14 @@ fn ca(command: CaCommand) -> Result<()> {
             say("the new root is believed at once and signs after the overlap")
         }
         CaCommand::Revoke { serial, place } => {
-            order(&place, &Order::Revoke { serial }, now)?;
+            if order(&place, &Order::Revoke { serial: serial.clone() }, now)? == Done::NeverIssued {
+                complain(&format!(
+                    "culvert-controller: {serial:?} is on the revocation lists, but this authority never issued it: \
+                     no certificate is revoked by that, unless one of before this version\n  \
+                     remedy: compare it with culvert certs -o json on the node of the pod"
+                ));
+                return Ok(ExitCode::from(NEVER_ISSUED));
+            }
             say("revoked")
         }
         CaCommand::Root { state_dir, trust_domain } => {
@@ -105,7 +115,7 @@ fn ca(command: CaCommand) -> Result<()> {
     }
 }
 
-fn order(place: &CaPlace, order: &Order, now: SystemTime) -> Result<()> {
+fn order(place: &CaPlace, order: &Order, now: SystemTime) -> Result<Done> {
     if let Some(folder) = &place.ca_dir {
         Authority::open_mounted(folder, "", now)?.order(order, now)?;
     }
@@ -134,9 +144,9 @@ fn open(state_dir: &Path) -> Result<StateDir> {
 
 #[expect(clippy::unnecessary_wraps, reason = "the last step of commands that can fail")]
 #[expect(clippy::print_stdout, reason = "the command's answer")]
-fn say(text: &str) -> Result<()> {
+fn say(text: &str) -> Result<ExitCode> {
     println!("{text}");
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 #[expect(clippy::print_stderr, reason = "there is no log yet, or it is gone")]

@@ -84,7 +84,16 @@ pub enum Order {
     },
 }
 
-/// The text of an authority's file after an order; for authorities that are kept elsewhere than in a state directory.
+/// What an order did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    /// What was ordered.
+    AsOrdered,
+    /// The serial is on the revocation lists; no certificate was ever issued under it by this authority.
+    NeverIssued,
+}
+
+/// The text of an authority's file after an order, and what that did; for authorities that are kept elsewhere than in a state directory.
 ///
 /// # Errors
 /// When the text is no authority, or it refuses.
@@ -92,12 +101,12 @@ pub fn carry_out(
     text: &str,
     order: &Order,
     now: SystemTime,
-) -> Result<Zeroizing<String>, AuthorityError> {
+) -> Result<(Zeroizing<String>, Done), AuthorityError> {
     let stored: Stored = serde_json::from_str(text).map_err(AuthorityError::Format)?;
     let mut core = CaCore::load(&stored.ca, CaConfig::default())?;
     let mut activate_root_at = stored.activate_root_at;
-    order.apply(&mut core, &mut activate_root_at, now)?;
-    written(&core, activate_root_at)
+    let done = order.apply(&mut core, &mut activate_root_at, now)?;
+    Ok((written(&core, activate_root_at)?, done))
 }
 
 impl Order {
@@ -106,7 +115,7 @@ impl Order {
         core: &mut CaCore,
         activate_root_at: &mut Option<SystemTime>,
         now: SystemTime,
-    ) -> Result<(), AuthorityError> {
+    ) -> Result<Done, AuthorityError> {
         match self {
             Self::RotateRoot { overlap } => {
                 core.begin_root_rotation(now)?;
@@ -115,12 +124,16 @@ impl Order {
             Self::Revoke { serial } => {
                 let bytes = parse_serial(serial)?;
                 match core.revoke_intermediate(&bytes, now) {
-                    Err(CaError::UnknownAuthority) => core.revoke_leaf(&bytes, now),
+                    Err(CaError::UnknownAuthority) => {
+                        if !core.revoke_leaf(&bytes, now) {
+                            return Ok(Done::NeverIssued);
+                        }
+                    }
                     outcome => outcome?,
                 }
             }
         }
-        Ok(())
+        Ok(Done::AsOrdered)
     }
 }
 
@@ -337,14 +350,14 @@ impl Authority {
     /// # Errors
     /// When one is under way, or the file cannot be used.
     pub fn rotate_root(&self, overlap: Duration, now: SystemTime) -> Result<(), AuthorityError> {
-        self.order(&Order::RotateRoot { overlap }, now)
+        self.order(&Order::RotateRoot { overlap }, now).map(drop)
     }
 
     /// Revokes a certificate by serial: an intermediate's with all it signed, otherwise a leaf's.
     ///
     /// # Errors
     /// When the text is no serial, or the file cannot be used.
-    pub fn revoke(&self, serial: &str, now: SystemTime) -> Result<(), AuthorityError> {
+    pub fn revoke(&self, serial: &str, now: SystemTime) -> Result<Done, AuthorityError> {
         self.order(&Order::Revoke { serial: serial.to_owned() }, now)
     }
 
@@ -352,25 +365,25 @@ impl Authority {
     ///
     /// # Errors
     /// When it cannot be done, or the file cannot be used.
-    pub fn order(&self, order: &Order, now: SystemTime) -> Result<(), AuthorityError> {
+    pub fn order(&self, order: &Order, now: SystemTime) -> Result<Done, AuthorityError> {
         self.change(now, |core, activate_root_at| order.apply(core, activate_root_at, now))
     }
 
     /// Changes the authority on disk, then in memory; nothing changes when one of them fails.
-    fn change(
+    fn change<T>(
         &self,
         now: SystemTime,
-        change: impl FnOnce(&mut CaCore, &mut Option<SystemTime>) -> Result<(), AuthorityError>,
-    ) -> Result<(), AuthorityError> {
+        change: impl FnOnce(&mut CaCore, &mut Option<SystemTime>) -> Result<T, AuthorityError>,
+    ) -> Result<T, AuthorityError> {
         let Place::Ours(files) = &self.place else {
             return Err(AuthorityError::Ca(CaError::NotOurs));
         };
         let _lock = files.lock()?;
         let mut loaded = load(files, &self.config, now)?;
-        change(&mut loaded.core, &mut loaded.activate_root_at)?;
+        let done = change(&mut loaded.core, &mut loaded.activate_root_at)?;
         store(files, &loaded.core, loaded.activate_root_at)?;
         *self.lock() = load(files, &self.config, now)?;
-        Ok(())
+        Ok(done)
     }
 
     fn lock(&self) -> MutexGuard<'_, Loaded> {
@@ -504,7 +517,7 @@ mod tests {
         let now = SystemTime::now();
         let authority = Authority::open(files, "td", now).unwrap();
         assert!(authority.crl_pem().is_empty());
-        authority.revoke("00:AB:cd", now).unwrap();
+        assert_eq!(authority.revoke("00:AB:cd", now).unwrap(), Done::NeverIssued);
         let list = authority.crl_pem();
         assert!(list.contains("X509 CRL"));
         assert!(!authority.tick(now).unwrap());
@@ -512,6 +525,36 @@ mod tests {
         for wrong in ["", "xyz", "0x", &"1".repeat(41)] {
             assert!(authority.revoke(wrong, now).is_err(), "{wrong}");
         }
+    }
+
+    /// It tells its own certificates from what it never issued, also those of an issuer that was replaced, and after a restart.
+    #[test]
+    fn a_serial_that_was_never_issued_is_told() {
+        let (_directory, files) = files();
+        let now = SystemTime::now();
+        let authority = Authority::open(files.clone(), "td", now).unwrap();
+        let id = SpiffeId::new("td", "shop", "cart").unwrap();
+        let hex =
+            |serial: &[u8]| serial.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let leaf = |authority: &Authority| {
+            let (key, request) = mesh_identity::csr(&id).unwrap();
+            let chain = authority.sign(&request, &id, Duration::from_secs(60), now).unwrap();
+            hex(mesh_identity::IssuedAnswer::check(&chain, &id, key, now).unwrap().svid.serial())
+        };
+        let first = leaf(&authority);
+        let issuer = hex(authority.lock().core.intermediate_serial());
+        assert_eq!(authority.revoke(&issuer, now).unwrap(), Done::AsOrdered);
+        let second = leaf(&authority);
+        let authority = Authority::open(files, "td", now).unwrap();
+        for known in [&first, &second] {
+            assert_eq!(authority.revoke(known, now).unwrap(), Done::AsOrdered, "{known}");
+            let digit = if known.ends_with('0') { "1" } else { "0" };
+            let near = format!("{}{digit}", &known[..known.len() - 1]);
+            assert_eq!(authority.revoke(&near, now).unwrap(), Done::NeverIssued, "{near}");
+        }
+        let (_other, others) = self::files();
+        let stranger = leaf(&Authority::open(others, "td", now).unwrap());
+        assert_eq!(authority.revoke(&stranger, now).unwrap(), Done::NeverIssued);
     }
 
     /// The files of an authority made here, as if cert-manager had written them.

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use zeroize::Zeroizing;
 
 use super::{ObjectName, refusal};
-use crate::ca::authority::{AuthorityError, FILE, Order, carry_out};
+use crate::ca::authority::{AuthorityError, Done, FILE, Order, carry_out};
 use crate::state_dir::StateDir;
 
 /// The Secret and the file cannot be kept the same.
@@ -151,7 +151,7 @@ impl CaSecret {
     /// # Errors
     /// When nothing is changed; or, [`CaSecretError::Files`], when the Secret is and the state directory is not: the
     /// controller takes the Secret's then.
-    pub async fn order(&self, order: &Order, now: SystemTime) -> Result<(), CaSecretError> {
+    pub async fn order(&self, order: &Order, now: SystemTime) -> Result<Done, CaSecretError> {
         // Of two orders at once the file must not keep the earlier one: it would go back to the Secret as a change of ours.
         let _orders = self.files.lock_orders()?;
         for _ in 0..MAX_TRIES {
@@ -159,12 +159,13 @@ impl CaSecret {
             let Some(mut secret) = found else {
                 return Err(CaSecretError::Missing { name: self.name.clone() });
             };
-            let changed = carry_out(&content(&secret)?, order, now)?;
+            let (changed, done) = carry_out(&content(&secret)?, order, now)?;
             fill(&mut secret, &changed);
             match self.secrets.replace(&self.name, &PostParams::default(), &secret).await {
                 Ok(_replaced) => {
                     let _lock = self.files.lock()?;
-                    return Ok(self.files.write(FILE, &changed)?);
+                    self.files.write(FILE, &changed)?;
+                    return Ok(done);
                 }
                 Err(error) if refusal(&error) == Some(409) => {}
                 Err(error) => return Err(error.into()),
@@ -241,26 +242,26 @@ mod tests {
         running.sync().await.unwrap();
 
         // Another replica revokes at the same time: both revocations stay.
-        let theirs = carry_out(&held(&api), &revoke("0b"), now).unwrap();
+        let (theirs, _) = carry_out(&held(&api), &revoke("0b"), now).unwrap();
         api.meddle(PATH, secret(&theirs));
         let command = CaSecret::new(&api.client(), &name(), files.clone());
         command.order(&revoke("0a"), now).await.unwrap();
         let both = held(&api);
         assert_ne!(*both, *theirs);
-        let expected = carry_out(&theirs, &revoke("0a"), now).unwrap();
+        let (expected, _) = carry_out(&theirs, &revoke("0a"), now).unwrap();
         assert_eq!(*both, *expected, "one is made from the other");
 
         // What a running controller does by itself, made from before the order, gives way.
         let overlap = Duration::from_secs(60);
         files
-            .write(FILE, &carry_out(&theirs, &Order::RotateRoot { overlap }, now).unwrap())
+            .write(FILE, &carry_out(&theirs, &Order::RotateRoot { overlap }, now).unwrap().0)
             .unwrap();
         running.sync().await.unwrap();
         assert_eq!(*held(&api), *both);
         assert_eq!(files.read(FILE).unwrap().as_deref(), Some(both.as_str()));
 
         // A command that ended before it wrote the file.
-        let later = carry_out(&both, &revoke("0c"), now).unwrap();
+        let (later, _) = carry_out(&both, &revoke("0c"), now).unwrap();
         api.put(PATH, Some(secret(&later)));
         running.sync().await.unwrap();
         assert_eq!(files.read(FILE).unwrap().as_deref(), Some(later.as_str()));

@@ -26,7 +26,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, X509CertificationRequest};
 
-use self::authority::{Authority, Revocation, random_serial};
+use self::authority::{Authority, Revocation};
 use self::mounted::Above;
 pub use self::mounted::MountedFiles;
 pub use self::state::{AuthorityState, CaState, RevocationState};
@@ -362,11 +362,12 @@ impl CaCore {
     }
 
     /// Revokes a leaf by serial. The serial goes on the lists of all intermediates: who issued it need not be known,
-    /// serials are random.
-    pub fn revoke_leaf(&mut self, serial: &[u8], now: SystemTime) {
+    /// serials are random. Whether one of them issued it; another's serial goes on the lists as well.
+    pub fn revoke_leaf(&mut self, serial: &[u8], now: SystemTime) -> bool {
         for intermediate in &mut self.intermediates {
             intermediate.revoke(Revocation::new(serial, now));
         }
+        self.intermediates.iter().any(|known| known.has_given(serial))
     }
 
     /// Revokes an intermediate by serial, and with it all its leaves; a new one takes over if it was the signing one.
@@ -453,7 +454,7 @@ fn leaf_params(
     params.subject_alt_names = names;
     params.not_before = now.checked_sub(BACKDATE).unwrap_or(SystemTime::UNIX_EPOCH).into();
     params.not_after = (now + ttl).min(issuer.not_after()).into();
-    params.serial_number = Some(random_serial()?);
+    params.serial_number = Some(issuer.leaf_serial()?);
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

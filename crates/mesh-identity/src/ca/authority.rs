@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::hmac;
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CertificateRevocationListParams, IsCa,
     Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData,
@@ -15,7 +16,9 @@ use super::{AuthorityState, BACKDATE, CaError, RevocationState, authority_name, 
 use crate::certificate::{parse, validity};
 
 /// Bytes of a serial number; 20 is the most allowed. Source: RFC 5280 §4.1.2.2.
-const SERIAL_BYTES: usize = 16;
+const SERIAL_BYTES: usize = 20;
+/// How much of a leaf's serial is a tag: to hit it by accident is one chance in 2^64.
+const SERIAL_TAG_BYTES: usize = 8;
 
 pub(super) struct Authority {
     cert_pem: String,
@@ -136,6 +139,30 @@ impl Authority {
         Ok(params.clone().signed_by(key, &self.issuer)?)
     }
 
+    /// A serial for a leaf: random bytes and a tag over them, by which [`has_given`](Self::has_given) knows it again.
+    pub(super) fn leaf_serial(&self) -> Result<SerialNumber, CaError> {
+        let mut bytes = random_bytes()?;
+        let (random, tag) = bytes.split_at_mut(SERIAL_BYTES - SERIAL_TAG_BYTES);
+        tag.copy_from_slice(&self.serial_tag(random).as_ref()[..SERIAL_TAG_BYTES]);
+        Ok(SerialNumber::from_slice(&bytes))
+    }
+
+    /// Whether it gave that serial to a leaf. There is no list: the serial itself tells whoever has the key.
+    pub(super) fn has_given(&self, serial: &[u8]) -> bool {
+        serial.len() == SERIAL_BYTES && {
+            let (random, tag) = serial.split_at(SERIAL_BYTES - SERIAL_TAG_BYTES);
+            self.serial_tag(random).as_ref()[..SERIAL_TAG_BYTES] == *tag
+        }
+    }
+
+    fn serial_tag(&self, random: &[u8]) -> hmac::Tag {
+        let mut context =
+            hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, self.key_pem.as_bytes()));
+        context.update(b"culvert serial of a leaf\0");
+        context.update(random);
+        context.sign()
+    }
+
     pub(super) fn cert_pem(&self) -> &str {
         &self.cert_pem
     }
@@ -224,17 +251,17 @@ fn authority_params(
     ];
     params.not_before = now.checked_sub(BACKDATE).unwrap_or(SystemTime::UNIX_EPOCH).into();
     params.not_after = not_after.into();
-    let serial = random_serial()?;
+    let serial = SerialNumber::from_slice(&random_bytes()?);
     params.distinguished_name = authority_name(trust_domain, role, &serial);
     params.serial_number = Some(serial);
     params.use_authority_key_identifier_extension = true;
     Ok(params)
 }
 
-/// A random serial: positive, and of full length.
-pub(super) fn random_serial() -> Result<SerialNumber, CaError> {
+/// Random bytes of a serial: positive, and of full length.
+fn random_bytes() -> Result<[u8; SERIAL_BYTES], CaError> {
     let mut bytes = [0; SERIAL_BYTES];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_unspecified| CaError::Random)?;
     bytes[0] = bytes[0] & 0x7f | 0x40;
-    Ok(SerialNumber::from_slice(&bytes))
+    Ok(bytes)
 }
