@@ -445,5 +445,6 @@ fn readiness(event: &Event) -> Readiness {
         writable: event.is_writable(),
         read_closed: event.is_read_closed(),
         error: event.is_error(),
+        urgent: event.is_priority(),
     }
 }

@@ -134,7 +134,7 @@ fn listen_on(
     socket.set_tcp_nodelay(true)?;
     options.keepalive.apply(&socket)?;
     if options.far == Far::App {
-        socket.set_linger(Some(Duration::ZERO))?;
+        suit_apps(&socket)?;
     }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
@@ -281,9 +281,16 @@ fn prepare(target: SocketAddr, label: &dyn SocketLabel, far: Far) -> io::Result<
     label.label(socket.as_fd())?;
     socket.set_tcp_nodelay(true)?;
     if far == Far::App {
-        socket.set_linger(Some(Duration::ZERO))?;
+        suit_apps(&socket)?;
     }
     Ok(socket)
+}
+
+/// What sockets towards applications have. When the process dies the kernel resets them, so that nobody takes a stump for the
+/// whole; urgent data stays in its place among the other, or it would be lost (RFC 6093 §3.4).
+fn suit_apps(socket: &Socket) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_out_of_band_inline(true)
 }
 
 /// Behind the ports that Linux chooses by itself (`ip_local_port_range`, 32768 to 60999 unless set).

@@ -395,9 +395,10 @@ impl Engine {
                     let flags = &mut stream.flags;
                     flags.read_closed |= ready.read_closed;
                     flags.writable |= ready.writable;
+                    flags.urgent |= ready.urgent;
                     flags.failed |= ready.error;
                     let connecting = stream.phase == Phase::Connecting;
-                    if ready.readable || ready.read_closed {
+                    if ready.readable || ready.read_closed || ready.error {
                         flags.readable = true;
                     }
                     if ready.error || (ready.writable && (connecting || !stream.queue.is_empty())) {

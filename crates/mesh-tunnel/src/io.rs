@@ -19,24 +19,28 @@ pub struct Readiness {
     pub writable: bool,
     /// The peer has ended its direction (`EPOLLRDHUP`, `EPOLLHUP`).
     pub read_closed: bool,
-    /// The socket has failed (`EPOLLERR`): reset, timed out, or its connect failed.
+    /// The socket has failed (`EPOLLERR`): reset, timed out, or its connect failed. What came before that can still be read.
     pub error: bool,
+    /// Urgent data has come (`EPOLLPRI`): reads stop short in front of it.
+    pub urgent: bool,
 }
 
 impl Readiness {
     /// Everything that is no failure; what a new socket is taken for until a call says otherwise.
-    pub const ALL: Self = Self { readable: true, writable: true, read_closed: false, error: false };
+    pub const ALL: Self =
+        Self { readable: true, writable: true, read_closed: false, error: false, urgent: false };
 }
 
 /// Non-blocking socket calls, as the driver offers them.
 ///
 /// `WouldBlock` means: ask again after the next readiness. `Interrupted` must be handled by the driver. A read or write that
-/// moved fewer bytes than were offered is taken as "drained" or "full" until the next edge, as epoll(7) permits for streams.
+/// moved fewer bytes than were offered is taken as "drained" or "full" until the next edge, as epoll(7) permits for streams; a
+/// read not after `read_closed`, `error` or `urgent`.
 pub trait Io {
     /// Reads into `bufs`, in order. `Ok(0)` is the end of the stream.
     ///
     /// # Errors
-    /// As `readv(2)`; `ConnectionReset` when the peer reset.
+    /// As `readv(2)`; `ConnectionReset` when the peer reset, once: whoever was told by a write reads `Ok(0)`.
     fn readv(&mut self, sock: SockId, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
 
     /// Writes from `bufs`, in order. Must not raise `SIGPIPE`.

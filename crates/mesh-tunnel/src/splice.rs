@@ -17,6 +17,12 @@ struct Lane {
     queue: ByteQueue,
     readable: bool,
     read_closed: bool,
+    /// Reads stop short at urgent data.
+    urgent: bool,
+    /// The source has failed: what it said before is still carried, as far as the target takes it now.
+    source_failed: bool,
+    /// The target has failed: nothing is carried any more.
+    target_failed: bool,
     writable: bool,
     ended: bool,
     shut: bool,
@@ -53,8 +59,6 @@ pub(crate) struct Splice {
     pub(crate) connecting: bool,
     pub(crate) deadline: Option<Instant>,
     pub(crate) scheduled: bool,
-    app_failed: bool,
-    upstream_failed: bool,
     /// app -> upstream
     out: Lane,
     /// upstream -> app
@@ -70,8 +74,6 @@ impl Splice {
             connecting: true,
             deadline: None,
             scheduled: false,
-            app_failed: false,
-            upstream_failed: false,
             out: lane(),
             back: lane(),
         }
@@ -88,8 +90,8 @@ impl Splice {
             upstream: self.upstream.0,
             connecting: self.connecting,
             deadline_in: self.deadline.map(|at| ahead(at, now)),
-            app_failed: self.app_failed,
-            upstream_failed: self.upstream_failed,
+            app_failed: self.out.source_failed,
+            upstream_failed: self.back.source_failed,
             out: Some(self.out.state()),
             back: Some(self.back.state()),
         }
@@ -102,15 +104,20 @@ impl Splice {
         now: Instant,
     ) -> Result<Self, HandOverError> {
         const NO_LANE: HandOverError = HandOverError::Inconsistent("a relay without a lane");
-        Ok(Self {
+        let mut splice = Self {
             connecting: state.connecting,
             deadline: state.deadline_in.and_then(|ahead| later(ahead, now)),
-            app_failed: state.app_failed,
-            upstream_failed: state.upstream_failed,
             out: Lane::from_state(&state.out.ok_or(NO_LANE)?),
             back: Lane::from_state(&state.back.ok_or(NO_LANE)?),
             ..Self::new(app, upstream)
-        })
+        };
+        for (failed, end) in [(state.app_failed, End::App), (state.upstream_failed, End::Upstream)]
+        {
+            if failed {
+                splice.fail(end);
+            }
+        }
+        Ok(splice)
     }
 
     /// Bytes kept for sockets that do not take them.
@@ -119,47 +126,58 @@ impl Splice {
     }
 
     pub(crate) fn on_event(&mut self, end: End, ready: Readiness) {
-        let (reads, writes, failed) = match end {
-            End::App => (&mut self.out, &mut self.back, &mut self.app_failed),
-            End::Upstream => (&mut self.back, &mut self.out, &mut self.upstream_failed),
-        };
+        let (reads, writes) = self.lanes(end);
         reads.readable |= ready.readable || ready.read_closed;
         reads.read_closed |= ready.read_closed;
+        reads.urgent |= ready.urgent;
         writes.writable |= ready.writable;
-        *failed |= ready.error;
+        if ready.error {
+            self.fail(end);
+        }
+    }
+
+    /// The lane that reads from a socket, and the one that writes to it.
+    const fn lanes(&mut self, end: End) -> (&mut Lane, &mut Lane) {
+        match end {
+            End::App => (&mut self.out, &mut self.back),
+            End::Upstream => (&mut self.back, &mut self.out),
+        }
+    }
+
+    /// A socket has failed. What it had said before may still be read.
+    pub(crate) fn fail(&mut self, end: End) {
+        let (reads, writes) = self.lanes(end);
+        reads.source_failed = true;
+        reads.readable = true;
+        writes.target_failed = true;
     }
 
     /// Moves up to `scratch.len()` bytes each way. Not to be called while connecting.
     pub(crate) fn turn(&mut self, io: &mut impl Io, scratch: &mut [u8]) -> Progress {
-        if self.upstream_failed {
-            return Progress::Failed(End::Upstream);
-        }
-        if self.app_failed {
-            return Progress::Failed(End::App);
-        }
         let out = self.out.turn(io, self.app, self.upstream, scratch);
         let back = self.back.turn(io, self.upstream, self.app, scratch);
+        let mut more = out == LaneProgress::More || back == LaneProgress::More;
         for (lane, reads, writes) in
             [(out, End::App, End::Upstream), (back, End::Upstream, End::App)]
         {
             match lane {
                 LaneProgress::ReadFailed => return Progress::Failed(reads),
-                LaneProgress::WriteFailed => return Progress::Failed(writes),
+                LaneProgress::WriteFailed => {
+                    self.fail(writes);
+                    more = true;
+                }
                 LaneProgress::Blocked | LaneProgress::More => {}
             }
         }
         if self.out.shut && self.back.shut {
             return Progress::Complete;
         }
-        if out == LaneProgress::More || back == LaneProgress::More {
-            return Progress::More;
-        }
-        Progress::Blocked
+        if more { Progress::More } else { Progress::Blocked }
     }
 
     /// True when the app socket itself has failed while the upstream is still connecting.
     pub(crate) fn app_failed(&self) -> bool {
-        self.app_failed
+        self.out.source_failed
     }
 }
 
@@ -194,6 +212,7 @@ impl Lane {
             ended: state.ended,
             shut: state.shut,
             bytes: state.bytes,
+            ..Self::default()
         }
     }
 
@@ -204,6 +223,24 @@ impl Lane {
         target: SockId,
         scratch: &mut [u8],
     ) -> LaneProgress {
+        match self.carry(io, source, target, scratch) {
+            // The target's room is not waited for: without a mesh, what its kernel has no room for is lost as well.
+            LaneProgress::Blocked if self.source_failed => LaneProgress::ReadFailed,
+            progress => progress,
+        }
+    }
+
+    fn carry(
+        &mut self,
+        io: &mut impl Io,
+        source: SockId,
+        target: SockId,
+        scratch: &mut [u8],
+    ) -> LaneProgress {
+        if self.target_failed {
+            self.queue.clear();
+            return LaneProgress::Blocked;
+        }
         if !self.queue.is_empty() {
             if !self.writable {
                 return LaneProgress::Blocked;
@@ -226,6 +263,8 @@ impl Lane {
                 return LaneProgress::Blocked;
             }
             match io.readv(source, &mut [IoSliceMut::new(scratch)]) {
+                // A write was told why.
+                Ok(0) if self.source_failed => return LaneProgress::ReadFailed,
                 Ok(0) => self.ended = true,
                 Ok(read) => return self.forward(io, target, &scratch[..read], scratch.len()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -251,7 +290,8 @@ impl Lane {
         bytes: &[u8],
         offered: usize,
     ) -> LaneProgress {
-        let drained = bytes.len() < offered && !self.read_closed;
+        let short_is_all = !(self.read_closed || self.urgent || self.source_failed);
+        let drained = bytes.len() < offered && short_is_all;
         self.readable = !drained;
         let mut written = 0;
         if self.writable {

@@ -97,7 +97,9 @@ pub(crate) struct Flags {
     pub(crate) writable: bool,
     /// Its peer has sent FIN: a short read is no proof that all was read.
     pub(crate) read_closed: bool,
-    /// It has failed.
+    /// Its peer has sent urgent data, at which reads stop short: neither is it then.
+    pub(crate) urgent: bool,
+    /// It has failed and takes nothing more; what it had said before is still read.
     pub(crate) failed: bool,
     /// The last read filled all it was offered: offer more.
     pub(crate) bulk: bool,
@@ -168,6 +170,13 @@ impl Stream {
             return !self.flags.end_sent;
         }
         self.flags.readable && self.send_window.available() > 0 && self.appetite(early_limit, 1) > 0
+    }
+}
+
+impl Flags {
+    /// Whether a read that came back short has read all there was.
+    pub(crate) const fn short_is_all(self) -> bool {
+        !(self.read_closed || self.urgent || self.failed)
     }
 }
 

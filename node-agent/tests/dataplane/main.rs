@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod attack;
+mod last_words;
 mod netlab;
 mod node;
 mod plaintext;

@@ -65,7 +65,7 @@ impl Net {
         let sock = self.sock(id);
         sock.reset = true;
         sock.inbox.clear();
-        self.edge(id, Readiness { readable: true, writable: true, read_closed: true, error: true });
+        self.edge(id, Readiness { read_closed: true, error: true, ..Readiness::ALL });
     }
 
     pub(crate) fn connected(&mut self, id: SockId) {

@@ -60,6 +60,8 @@ pub(super) struct Sockets {
     budget: Arc<DescriptorBudget>,
 }
 
+/// What a socket is watched for.
+const EVERYTHING: Interest = Interest::READABLE.add(Interest::WRITABLE).add(Interest::PRIORITY);
 /// Generations live in 31 bits.
 const GENERATION_MASK: u32 = 0x7fff_ffff;
 /// Most sockets of one worker; far above any descriptor limit.
@@ -88,9 +90,7 @@ impl Sockets {
         let index = slot as usize;
         let id = u64::from(self.slots[index].generation) << 32 | u64::from(slot);
         let token = Token(usize::try_from(id).map_err(io::Error::other)?);
-        if let Err(error) =
-            self.registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)
-        {
+        if let Err(error) = self.registry.register(&mut stream, token, EVERYTHING) {
             self.free.push_back(slot);
             return Err(error);
         }
@@ -142,6 +142,7 @@ impl Sockets {
             missed.writable |= readiness.writable;
             missed.read_closed |= readiness.read_closed;
             missed.error |= readiness.error;
+            missed.urgent |= readiness.urgent;
         }
     }
 

@@ -109,7 +109,33 @@ impl Engine {
         self.end_stream(key, reason, Doom::Abort);
     }
 
-    /// The application's socket has failed.
+    /// The application takes no more. What it said before may still be read, and goes to the peer in front of the reset.
+    pub(super) fn app_refuses(&mut self, key: u64) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        stream.flags.failed = true;
+        stream.flags.readable = true;
+        stream.flags.writable = false;
+        self.queued -= stream.queue.clear();
+        let (tunnel, withheld) = (stream.tunnel, std::mem::take(&mut stream.withheld));
+        self.release_credit(tunnel, withheld);
+        self.enter_round(key);
+        self.end_failed(key);
+    }
+
+    /// Ends a stream whose application has failed, unless what it said before can still be taken now. The peer's window is not
+    /// waited for: without a mesh, what the peer's kernel has no room for is lost as well.
+    pub(super) fn end_failed(&mut self, key: u64) {
+        let early = self.config.early_data;
+        if self
+            .streams
+            .get(key)
+            .is_some_and(|stream| stream.flags.failed && !stream.wants_turn(early))
+        {
+            self.app_reset(key);
+        }
+    }
+
+    /// The application's socket has failed, and all it said has been read.
     pub(super) fn app_reset(&mut self, key: u64) {
         let Some(stream) = self.streams.get(key) else { return };
         let reason = match stream.side {
@@ -167,7 +193,7 @@ impl Engine {
             if let Some(app) = stream.app
                 && io.shutdown_write(app).is_err()
             {
-                self.app_reset(key);
+                self.app_refuses(key);
             }
         }
     }

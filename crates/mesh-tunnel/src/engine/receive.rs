@@ -315,6 +315,9 @@ impl Engine {
         let Some(stream) = self.streams.get_mut(key) else {
             return self.release_credit(id, total);
         };
+        if stream.flags.failed && stream.phase == Phase::Open {
+            return self.release_credit(id, total);
+        }
         let mut written = 0;
         let direct = stream.phase == Phase::Open && stream.queue.is_empty();
         if direct
@@ -325,7 +328,7 @@ impl Engine {
                 Ok(count) => written = count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => {
-                    self.app_reset(key);
+                    self.app_refuses(key);
                     return self.release_credit(id, total);
                 }
             }

@@ -109,6 +109,11 @@ impl Engine {
             match io.connect_result(app) {
                 Poll::Pending => return,
                 Poll::Ready(Ok(())) => self.connected(key),
+                Poll::Ready(Err(error)) if is_later_reset(&error) => {
+                    stream.flags.failed = true;
+                    stream.flags.readable = true;
+                    self.connected(key);
+                }
                 Poll::Ready(Err(error)) => {
                     let reason = connect_reason(error.kind());
                     return self.connect_failed(key, reason, error.raw_os_error());
@@ -116,7 +121,7 @@ impl Engine {
             }
         }
         if self.streams.get(key).is_some_and(|stream| stream.flags.failed) {
-            return self.app_reset(key);
+            return self.app_refuses(key);
         }
         self.deliver_queue(key, io);
     }
@@ -175,7 +180,7 @@ impl Engine {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     stream.flags.writable = false;
                 }
-                Err(_) => return self.app_reset(key),
+                Err(_) => return self.app_refuses(key),
             }
         }
         self.finish(key, io);
@@ -209,19 +214,19 @@ impl Engine {
                     return self.end_splice(key, CloseReason::ClientReset, Doom::Abort);
                 }
                 Poll::Pending => return,
-                Poll::Ready(Ok(())) => {
-                    splice.connecting = false;
-                    if let Some(at) = splice.deadline.take() {
-                        self.timers.remove(at, TimerKey::Splice(key));
-                    }
-                    let relay = RelayId(key | SPLICE_BIT);
-                    self.events.push_back(EngineEvent::Established { relay, baggage: None });
-                }
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) if is_later_reset(&error) => splice.fail(End::Upstream),
                 Poll::Ready(Err(error)) => {
                     let reason = connect_reason(error.kind());
                     return self.end_splice_for(key, reason, error.raw_os_error(), Doom::Abort);
                 }
             }
+            splice.connecting = false;
+            if let Some(at) = splice.deadline.take() {
+                self.timers.remove(at, TimerKey::Splice(key));
+            }
+            let relay = RelayId(key | SPLICE_BIT);
+            self.events.push_back(EngineEvent::Established { relay, baggage: None });
         }
         // A lane keeps what its target does not take: less, when there is little memory left for that.
         let scarce = self.queued > self.config.queue_budget;
@@ -285,6 +290,11 @@ impl Engine {
 
 fn splice_queued(splices: &crate::slab::Slab<Splice>, key: u64) -> usize {
     splices.get(key).map_or(0, Splice::queued)
+}
+
+/// A reset of a connection that had been made: a connect itself is refused. Source: `tcp_reset`, Linux 6.1.
+fn is_later_reset(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
 
 /// What a failed connect means to the flow.

@@ -56,6 +56,7 @@ impl Engine {
             };
             budget = budget.saturating_sub(moved);
             self.enter_round(key);
+            self.end_failed(key);
             if let Some(tunnel) = self.tunnels.get(id)
                 && tunnel.out.sealed().len() >= self.config.quantum
             {
@@ -82,6 +83,11 @@ impl Engine {
             std::array::from_fn(|_| IoSliceMut::new(&mut []));
         let (count, offered) = tunnel.out.places(max, &mut places, &mut self.buffers)?;
         let taken = match io.readv(app, &mut places[..count]) {
+            // A write was told why.
+            Ok(0) if stream.flags.failed => {
+                self.app_reset(key);
+                return Ok(0);
+            }
             Ok(0) => {
                 stream.flags.app_ended = true;
                 self.send_end(id, key, io);
@@ -98,7 +104,7 @@ impl Engine {
             }
         };
         stream.flags.bulk = taken == offered;
-        stream.flags.readable = taken == offered || stream.flags.read_closed;
+        stream.flags.readable = taken == offered || !stream.flags.short_is_all();
         if stream.phase == Phase::Asked
             && let Some(opening) = stream.opening_mut()
         {

@@ -130,6 +130,7 @@ impl StreamState {
             // What the successor finds out by itself.
             readable: _,
             writable: _,
+            urgent: _,
             bulk: _,
             in_round: _,
             in_attention: _,
@@ -183,6 +184,7 @@ impl StreamState {
             writable: true,
             read_closed: has(flag::READ_CLOSED),
             failed: has(flag::FAILED),
+            urgent: false,
             bulk: false,
             in_round: false,
             in_attention: false,

@@ -32,6 +32,10 @@ pub struct Sock {
     pub capacity: usize,
     fin: bool,
     reset: bool,
+    /// The reset was told to a call: none after it is told, reads end.
+    told: bool,
+    /// How many bytes of `inbox` stand in front of an urgent one: reads stop there once.
+    mark: Option<usize>,
     pub closed: bool,
     pub aborted: bool,
     shut: bool,
@@ -63,6 +67,8 @@ impl Net {
                 capacity,
                 fin: false,
                 reset: false,
+                told: false,
+                mark: None,
                 closed: false,
                 aborted: false,
                 shut: false,
@@ -115,6 +121,14 @@ impl Net {
         self.writev(sock, &[IoSlice::new(bytes)])
     }
 
+    /// Writes an urgent byte, which the reader keeps among the others (`SO_OOBINLINE`).
+    pub fn urge(&mut self, sock: SockId, byte: u8) {
+        let peer = self.socks[Self::index(sock)].peer;
+        self.socks[peer].mark = Some(self.socks[peer].inbox.len());
+        self.socks[peer].inbox.push_back(byte);
+        self.edge(peer, Readiness { readable: true, urgent: true, ..Readiness::default() });
+    }
+
     fn part(&mut self, whole: usize) -> usize {
         if !self.fickle || whole == 0 {
             return whole;
@@ -153,16 +167,22 @@ impl Io for Net {
         assert!(room > 0, "a read without room looks like an end");
         let have = self.socks[sock].inbox.len();
         if have == 0 {
-            if self.socks[sock].reset {
+            if self.socks[sock].reset && !std::mem::replace(&mut self.socks[sock].told, true) {
                 return Err(io::ErrorKind::ConnectionReset.into());
             }
-            return if self.socks[sock].fin {
+            return if self.socks[sock].fin || self.socks[sock].reset {
                 Ok(0)
             } else {
                 Err(io::ErrorKind::WouldBlock.into())
             };
         }
-        let count = self.part(room.min(have));
+        let mut count = self.part(room.min(have));
+        let mark = self.socks[sock].mark;
+        let stopped = mark.is_some_and(|mark| 0 < mark && mark <= count);
+        if stopped {
+            count = count.min(mark.unwrap_or(count));
+        }
+        self.socks[sock].mark = mark.and_then(|mark| mark.checked_sub(count));
         let mut left = count;
         for buf in bufs {
             let take = left.min(buf.len());
@@ -174,7 +194,8 @@ impl Io for Net {
             inbox.drain(..take);
             left -= take;
         }
-        if count < room && (count < have || self.socks[sock].fin) {
+        // At the mark nobody is woken: all of it has been announced.
+        if !stopped && count < room && (count < have || self.socks[sock].fin) {
             let fin = self.socks[sock].fin;
             self.edge(sock, Readiness { readable: true, read_closed: fin, ..Readiness::default() });
         }
@@ -191,7 +212,10 @@ impl Io for Net {
         assert!(!self.socks[sock].shut, "write behind FIN on socket {sock}");
         let peer = self.socks[sock].peer;
         if self.socks[sock].reset {
-            return Err(io::ErrorKind::ConnectionReset.into());
+            let told = std::mem::replace(&mut self.socks[sock].told, true);
+            let kind =
+                if told { io::ErrorKind::BrokenPipe } else { io::ErrorKind::ConnectionReset };
+            return Err(kind.into());
         }
         if self.socks[peer].closed {
             self.socks[sock].reset = true;

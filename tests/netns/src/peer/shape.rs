@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 
 const BANNER: &[u8] = b"220 the server speaks first\n";
+/// Said in front of a reset. No more than a new connection may send at once, or the sender's kernel drops some.
+const LAST_WORDS: [u8; 10_000] = [b'l'; 10_000];
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Serves the connection shapes on their ports (see [`super::ports`]) in threads of their own.
@@ -18,17 +20,18 @@ pub fn serve(listen: impl Fn(u16) -> anyhow::Result<TcpListener>) -> anyhow::Res
     use super::ports;
     let last_ending = Arc::new(Mutex::new("none".to_owned()));
     spawn(listen(ports::ECHO)?, |mut stream| {
-        let count = copy_until_end(&mut stream, true)?;
+        let mut count = 0;
+        copy_until_end(&mut stream, true, &mut count)?;
         stream.write_all(format!("\nsaw {count}").as_bytes())?;
         Ok(())
     });
     spawn(listen(ports::SERVER_FIRST)?, |mut stream| {
         stream.write_all(BANNER)?;
-        copy_until_end(&mut stream, true)?;
-        Ok(())
+        copy_until_end(&mut stream, true, &mut 0)
     });
     spawn(listen(ports::RESET)?, |mut stream| {
         stream.read_exact(&mut [0; 1])?;
+        stream.write_all(&LAST_WORDS)?;
         reset(&stream)
     });
     spawn(listen(ports::WHO)?, |mut stream| {
@@ -40,9 +43,12 @@ pub fn serve(listen: impl Fn(u16) -> anyhow::Result<TcpListener>) -> anyhow::Res
     spawn(listen(ports::WATCH)?, move |mut stream| {
         // The client may go on: the connection is there.
         stream.write_all(b"+")?;
-        let ending = match copy_until_end(&mut stream, false) {
-            Ok(count) => format!("end {count}"),
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => "reset".to_owned(),
+        let mut count = 0;
+        let ending = match copy_until_end(&mut stream, false, &mut count) {
+            Ok(()) => format!("end {count}"),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                format!("reset after {count}")
+            }
             Err(error) => format!("error {error}"),
         };
         if let Ok(mut last) = watched.lock() {
@@ -58,7 +64,8 @@ pub fn serve(listen: impl Fn(u16) -> anyhow::Result<TcpListener>) -> anyhow::Res
     spawn(listen(ports::SERVER_HALF_CLOSE)?, move |mut stream| {
         stream.write_all(b"goodbye")?;
         stream.shutdown(Shutdown::Write)?;
-        let count = copy_until_end(&mut stream, false)?;
+        let mut count = 0;
+        copy_until_end(&mut stream, false, &mut count)?;
         if let Ok(mut last) = half_closed.lock() {
             *last = format!("end {count} after goodbye");
         }
@@ -89,15 +96,15 @@ fn spawn(
     });
 }
 
-fn copy_until_end(stream: &mut TcpStream, echo: bool) -> std::io::Result<u64> {
+/// Reads until the end, or an error, and counts the bytes that came before it.
+fn copy_until_end(stream: &mut TcpStream, echo: bool, count: &mut u64) -> std::io::Result<()> {
     let mut buffer = vec![0; 64 * 1024];
-    let mut count = 0;
     loop {
         let length = stream.read(&mut buffer)?;
         if length == 0 {
-            return Ok(count);
+            return Ok(());
         }
-        count += length as u64;
+        *count += length as u64;
         if echo {
             stream.write_all(&buffer[..length])?;
         }
@@ -177,20 +184,22 @@ pub fn check_server_first(target: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The server resets: the client must see a reset, not an orderly end.
+/// The server resets: the client must hear what came before, and see a reset, not an orderly end.
 ///
 /// # Errors
 /// When it sees anything else.
 pub fn check_server_reset(target: SocketAddr) -> anyhow::Result<()> {
     let mut stream = connect(target)?;
     stream.write_all(b"x")?;
+    let mut heard = [0; LAST_WORDS.len()];
+    stream.read_exact(&mut heard).context("what the server said before its reset")?;
     match stream.read(&mut [0; 1]) {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
         other => bail!("instead of a reset: {other:?}"),
     }
 }
 
-/// The client resets: the server must see a reset, not an orderly end.
+/// The client resets: the server must hear what came before, and see a reset, not an orderly end.
 ///
 /// # Errors
 /// When the server says otherwise (asked at `endings`).
@@ -201,10 +210,10 @@ pub fn check_client_reset(target: SocketAddr, endings: SocketAddr) -> anyhow::Re
     drop(first);
     wait_for_ending(endings, "end 3")?;
     let mut second = watched(target)?;
-    second.write_all(b"x")?;
+    second.write_all(&LAST_WORDS)?;
     reset(&second)?;
     drop(second);
-    wait_for_ending(endings, "reset")
+    wait_for_ending(endings, &format!("reset after {}", LAST_WORDS.len()))
 }
 
 /// A connection that the server has.
