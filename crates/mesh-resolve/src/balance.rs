@@ -110,13 +110,27 @@ struct Candidate<'i> {
     rank: (bool, usize),
 }
 
-/// Chooses an endpoint of `service`, at random among the best by capacity.
-pub(crate) fn choose(
-    index: &WorkloadIndex,
+impl Candidate<'_> {
+    fn choice(&self) -> Choice {
+        let Self { workload, port, address, .. } = self;
+        Choice { workload: Arc::clone(workload), port: *port, address: *address }
+    }
+}
+
+/// The endpoints of a service that are equally near, and what is known of the others.
+struct Best<'i> {
+    candidates: Vec<Candidate<'i>>,
+    other_network: Option<NetworkId>,
+    port_known: bool,
+}
+
+/// The endpoints of `service` among which one is chosen: the nearest usable ones, in the order of their keys.
+fn best<'i>(
+    index: &'i WorkloadIndex,
     service: &Service,
     wanted: &Wanted<'_>,
     trace: &mut Trace,
-) -> Result<Choice, NoChoice> {
+) -> Best<'i> {
     let mut best: Vec<Candidate<'_>> = Vec::new();
     let mut other_network = None;
     let mut port_known = service.ports.iter().any(|port| port.service_port == wanted.port);
@@ -144,6 +158,17 @@ pub(crate) fn choose(
             }
         }
     }
+    Best { candidates: best, other_network, port_known }
+}
+
+/// Chooses an endpoint of `service`, at random among the best by capacity.
+pub(crate) fn choose(
+    index: &WorkloadIndex,
+    service: &Service,
+    wanted: &Wanted<'_>,
+    trace: &mut Trace,
+) -> Result<Choice, NoChoice> {
+    let Best { candidates: best, other_network, port_known } = best(index, service, wanted, trace);
     let weights = best.iter().map(|candidate| candidate.workload.capacity);
     let chosen = wanted.dice.weighted(wanted.purpose, weights).and_then(|index| best.get(index));
     match (chosen, other_network) {
@@ -154,13 +179,24 @@ pub(crate) fn choose(
                 port: chosen.port,
                 address: chosen.address,
             });
-            let Candidate { workload, port, address, .. } = chosen;
-            Ok(Choice { workload: Arc::clone(workload), port: *port, address: *address })
+            Ok(chosen.choice())
         }
         (None, Some(network)) => Err(NoChoice::OtherNetwork(network)),
         (None, None) if !port_known => Err(NoChoice::NoSuchPort),
         (None, None) => Err(NoChoice::NoEndpoint),
     }
+}
+
+/// All that [`choose`] may give, each with the same chance; none when the chances differ, or when there is none.
+pub(crate) fn equal_choices(
+    index: &WorkloadIndex,
+    service: &Service,
+    wanted: &Wanted<'_>,
+) -> Option<Vec<Choice>> {
+    let Best { candidates, .. } = best(index, service, wanted, &mut Trace::off());
+    let capacity = candidates.first()?.workload.capacity;
+    let are_equal = candidates.iter().all(|one| one.workload.capacity == capacity);
+    are_equal.then(|| candidates.iter().map(Candidate::choice).collect())
 }
 
 /// Where somebody who dials a service without the mesh may be led: its ready endpoints on the client's network, in the

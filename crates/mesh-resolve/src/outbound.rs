@@ -26,13 +26,16 @@ use mesh_model::{
 };
 
 use crate::authority::Authority;
-use crate::balance::{Choice, Dice, NoChoice, Purpose, Wanted, choose, speaks_hbone};
+use crate::balance::{
+    Choice, Dice, NoChoice, Purpose, Wanted, choose, equal_choices, speaks_hbone,
+};
 use crate::gateway;
 use crate::index::WorkloadIndex;
 use crate::lookup::Addressed;
 use crate::pending::PendingDns;
 use crate::route::{ResolvedFlow, Route, TunnelRoute};
 use crate::settings::{ResolveSettings, WaypointEnforcement};
+use crate::spread::{NotSpread, Spread};
 use crate::trace::{Step, Trace};
 use crate::unroutable::Unroutable;
 use crate::waypoint::{self, Found, NotFound, alternative_names};
@@ -73,6 +76,18 @@ pub fn resolve_traced(
     outcome
 }
 
+/// As [`resolve_spread`](crate::resolve_spread).
+pub(crate) fn spread(
+    index: &WorkloadIndex,
+    settings: &ResolveSettings,
+    flow: &Flow,
+    source: &Arc<Workload>,
+) -> Result<Spread, NotSpread> {
+    // Nothing is drawn: what depends on entropy is no spread.
+    let entropy = 0;
+    Outbound { index, settings, flow, source, entropy, trace: &mut Trace::off() }.spread()
+}
+
 struct Outbound<'a> {
     index: &'a WorkloadIndex,
     settings: &'a ResolveSettings,
@@ -108,6 +123,36 @@ impl<'a> Outbound<'a> {
                 Ok(self.passthrough(false, None))
             }
         }
+    }
+
+    /// Takes the way of [`route`](Self::route) to a service and all of its endpoints at once.
+    fn spread(mut self) -> Result<Spread, NotSpread> {
+        let dialled = self.flow.orig_dst.addr();
+        let source = self.source;
+        if is_this_host(dialled.ip()) || source.addresses.contains(&dialled.ip()) {
+            return Err(NotSpread::NoService);
+        }
+        let found = self.index.find_address(&source.network, dialled.ip(), &source.namespace);
+        let Some(Addressed::Service(service)) = found else { return Err(NotSpread::NoService) };
+        if waypoint::bound_to(&service).next().is_some() {
+            return Err(NotSpread::Waypoint);
+        }
+        if keeps_destination(&service) {
+            return Err(NotSpread::KeepsDestination);
+        }
+        let wanted = self.wanted(dialled.port());
+        let choices =
+            equal_choices(self.index, &service, &wanted).ok_or(NotSpread::NoEqualEndpoints)?;
+        let endpoints = choices.into_iter().map(|choice| {
+            if choice.workload.network != source.network {
+                return Err(NotSpread::OtherNetwork);
+            }
+            let leg = Leg { choice, families: service.ip_families, hop: Hop::Endpoint };
+            self.walk(leg, Some(&service))
+                .map_err(|unroutable| NotSpread::Unroutable(unroutable.to_string().into()))
+        });
+        let endpoints = endpoints.collect::<Result<_, _>>()?;
+        Ok(Spread { service, endpoints })
     }
 
     fn service(&mut self, service: &Arc<Service>) -> Result<ResolvedFlow, Unroutable> {

@@ -14,7 +14,8 @@ use mesh_model::{
 };
 use mesh_resolve::{
     Authority, IndexDelta, ResolveSettings, ResolvedFlow, Route, Trace, Unroutable,
-    WaypointEnforcement, WorkloadIndex, resolve_inbound, resolve_inbound_traced, resolve_traced,
+    WaypointEnforcement, WorkloadIndex, resolve_inbound, resolve_inbound_traced, resolve_spread,
+    resolve_traced,
 };
 
 const HOSTS: [&str; 4] = ["cart.a.svc", "web.b.svc", "*.example.com", "db.a.svc"];
@@ -200,6 +201,13 @@ fn outbound(
     let mut trace = Trace::on();
     assert_eq!(found, resolve_traced(index, settings, &flow, local, entropy, &mut trace));
     assert!(!trace.steps().is_empty(), "nothing to explain");
+    if let Ok(spread) = resolve_spread(index, settings, &flow, local) {
+        let answer = found.as_ref().ok();
+        assert!(
+            answer.is_some_and(|one| spread.endpoints.contains(one)),
+            "an endpoint is left out"
+        );
+    }
     let found = match found {
         Err(Unroutable::NeedsDns(pending)) => {
             let addresses = list(u, 2, ip)?;

@@ -5,4 +5,5 @@
 mod inbound;
 mod index;
 mod outbound;
+mod spread;
 mod support;
