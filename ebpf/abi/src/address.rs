@@ -192,6 +192,12 @@ impl Endpoint {
         Self { address, port, padding: 0, more_padding: 0 }
     }
 
+    /// Equality that compiles to word compares.
+    #[inline(always)]
+    pub const fn same(&self, other: &Self) -> bool {
+        self.address.same(&other.address) && self.port.0 == other.port.0
+    }
+
     /// As a socket address; mapped ones as IPv4.
     pub const fn socket_addr(&self) -> SocketAddr {
         SocketAddr::new(self.address.ip(), self.port.get())

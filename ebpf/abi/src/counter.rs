@@ -90,6 +90,10 @@ counters! {
     DirectRevoked = "direct_refused_revoked",
     /// Events of direct connections that found no room in the queue for the agent.
     DirectEventsLost = "direct_events_lost",
+    /// Outbound TCP connections to a service's virtual address that went straight to an endpoint of it.
+    DirectVip = "direct_service_dialled",
+    /// Direct connections whose virtual address found no room in the table for the agent.
+    DialledLost = "direct_service_lost",
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The direct path between two pods of one node: verdicts that the agent has taken, and what is told
 //! of the connections that were made by them.
 
-use crate::{Address, FlowKey, Port};
+use crate::{Address, Endpoint, FlowKey, Port};
 
 /// A pair of pods that may talk without the agent, at one port.
 ///
@@ -37,6 +37,90 @@ impl DirectKey {
         Self { client_cookie, server_cookie, client, server, port, padding: 0, more_padding: 0 }
     }
 }
+
+/// A virtual address and port of a service, as one client dials it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VipKey {
+    /// The client's network namespace.
+    pub client_cookie: u64,
+    /// The virtual address.
+    pub vip: Endpoint,
+}
+
+const _: () = assert!(size_of::<VipKey>() == 32);
+
+impl VipKey {
+    /// From its parts.
+    #[inline(always)]
+    pub const fn new(client_cookie: u64, vip: Endpoint) -> Self {
+        Self { client_cookie, vip }
+    }
+
+    /// Equality that compiles to word compares.
+    #[inline(always)]
+    pub const fn same(&self, other: &Self) -> bool {
+        self.client_cookie == other.client_cookie && self.vip.same(&other.vip)
+    }
+}
+
+/// Endpoints of a virtual address at most; with more of them the agent chooses.
+pub const VIP_ENDPOINTS: usize = 8;
+
+/// The endpoints of a service among which the kernel's side may choose, each with the same chance. Each
+/// still needs its pair's own verdict.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VipEndpoints {
+    /// Whose they are. The kernel may reuse an element while a program reads it: who compares this after
+    /// everything else has read one and the same element.
+    pub key: VipKey,
+    /// How many there are.
+    pub count: u32,
+    padding: u32,
+    endpoints: [Endpoint; VIP_ENDPOINTS],
+}
+
+const _: () = assert!(size_of::<VipEndpoints>() == 232);
+
+impl VipEndpoints {
+    /// Of these endpoints; none when there are none or too many.
+    #[must_use]
+    pub fn new(key: VipKey, endpoints: &[Endpoint]) -> Option<Self> {
+        let mut all = [Endpoint::default(); VIP_ENDPOINTS];
+        all.get_mut(..endpoints.len())?.copy_from_slice(endpoints);
+        let count = u32::try_from(endpoints.len()).ok().filter(|count| *count > 0)?;
+        Some(Self { key, count, padding: 0, endpoints: all })
+    }
+
+    /// The endpoints.
+    pub fn endpoints(&self) -> &[Endpoint] {
+        let count = usize::try_from(self.count).unwrap_or(VIP_ENDPOINTS);
+        self.endpoints.get(..count).unwrap_or(&self.endpoints)
+    }
+
+    /// The one that a random number picks, evenly.
+    #[inline(always)]
+    pub const fn pick(&self, random: u32) -> &Endpoint {
+        let nth = ((random as u64 * self.count as u64) >> 32) as usize;
+        // Masked by the array's length, so that the verifier sees the bound whatever `count` says.
+        &self.endpoints[nth & (VIP_ENDPOINTS - 1)]
+    }
+}
+
+const _: () = assert!(VIP_ENDPOINTS.is_power_of_two());
+
+/// By which virtual address a direct connection was dialled.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DialledVip {
+    /// The virtual address.
+    pub vip: Endpoint,
+    /// When its SYN left. Nanoseconds of the monotonic clock.
+    pub since_ns: u64,
+}
+
+const _: () = assert!(size_of::<DialledVip>() == 32);
 
 /// What happened to a direct connection.
 #[repr(u32)]
@@ -107,6 +191,27 @@ pub const fn payload_acknowledged(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_endpoint_is_picked_as_often_as_the_others() {
+        let key = VipKey::new(1, Endpoint::default());
+        let endpoint =
+            |port: usize| Endpoint::new(Address::NONE, Port::new(u16::try_from(port).unwrap()));
+        assert_eq!(VipEndpoints::new(key, &[]), None);
+        assert_eq!(VipEndpoints::new(key, &[endpoint(1); VIP_ENDPOINTS + 1]), None);
+        for count in 1..=VIP_ENDPOINTS {
+            let all: Vec<_> = (0..count).map(endpoint).collect();
+            let vip = VipEndpoints::new(key, &all).unwrap();
+            assert_eq!(vip.endpoints(), all);
+            let mut picked = vec![0; count];
+            const ROUNDS: u32 = 1 << 16;
+            for round in 0..ROUNDS {
+                picked[usize::from(vip.pick(round << 16).port.get())] += 1;
+            }
+            let (least, most) = (picked.iter().min().unwrap(), picked.iter().max().unwrap());
+            assert!(most - least <= 1, "{picked:?}");
+        }
+    }
 
     #[test]
     fn sequence_numbers_of_syn_and_fin_are_no_payload() {

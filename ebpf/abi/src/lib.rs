@@ -17,7 +17,10 @@ mod pod;
 
 pub use address::{Address, Endpoint, Port};
 pub use counter::Counter;
-pub use direct::{DirectEvent, DirectEventKind, DirectKey, payload_acknowledged, tcp_state};
+pub use direct::{
+    DialledVip, DirectEvent, DirectEventKind, DirectKey, VIP_ENDPOINTS, VipEndpoints, VipKey,
+    payload_acknowledged, tcp_state,
+};
 pub use flow::{
     ClientKey, FlowKey, FlowOrigin, FlowState, Remains, admits_payload, permits_after_close,
 };

@@ -1,8 +1,8 @@
 //! The pinned maps: names, shapes, bounds, and what happens at the bound.
 
 use crate::{
-    Address, ClientKey, Counter, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey,
-    NetworkKey, Pod, PortKey, SocketNote,
+    Address, ClientKey, Counter, DialledVip, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState,
+    ListenerKey, NetworkKey, Pod, PortKey, SocketNote, VipEndpoints, VipKey,
 };
 
 /// Kind of a map, with the kernel's number for it (`enum bpf_map_type`).
@@ -85,6 +85,17 @@ pub mod maps {
     pub const DIRECT: MapSpec = spec::<DirectKey, u64>("DIRECT", MapKind::Hash, 65_536);
     /// One element: until when verdicts in `DIRECT` are in force, nanoseconds of the monotonic clock.
     pub const DIRECT_LEASE: MapSpec = spec::<u32, u64>("DIRECT_LEASE", MapKind::Array, 1);
+    /// Client and virtual address of a service → endpoints among which the kernel's side chooses. Full:
+    /// the address goes on through the agent.
+    pub const VIPS: MapSpec = spec::<VipKey, VipEndpoints>("VIPS", MapKind::Hash, 16_384);
+    /// One element: until when `VIPS` is in force, nanoseconds of the monotonic clock. Apart from that of
+    /// `DIRECT`, since an agent that knows nothing of `VIPS` would keep what it does not look after.
+    pub const VIPS_LEASE: MapSpec = spec::<u32, u64>("VIPS_LEASE", MapKind::Array, 1);
+    /// Direct connections, as their clients see them → the virtual address that was dialled. The agent
+    /// removes them, after it has heard of their end. Full: counted, and the connection is told of under
+    /// its endpoint's address only.
+    pub const DIALLED: MapSpec =
+        spec::<FlowKey, DialledVip>("DIALLED", MapKind::Hash, FLOWS.max_entries);
     /// What happened to direct connections. Full: counted, and the event is lost.
     pub const DIRECT_EVENTS: MapSpec =
         spec::<(), DirectEvent>("DIRECT_EVENTS", MapKind::Queue, 32_768);
@@ -100,7 +111,7 @@ pub mod maps {
     const _: () = assert!(Counter::ALL.len() <= COUNTER_SLOTS as usize);
 
     /// All of them.
-    pub const ALL: [MapSpec; 17] = [
+    pub const ALL: [MapSpec; 20] = [
         PODS,
         ADDRESSES,
         GUARDS,
@@ -114,6 +125,9 @@ pub mod maps {
         REMAINS,
         DIRECT,
         DIRECT_LEASE,
+        VIPS,
+        VIPS_LEASE,
+        DIALLED,
         DIRECT_EVENTS,
         LABELS,
         NOTES,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use mesh_ebpf_abi::{Address, ClientKey, Counter, LAYOUT, Port, maps as shapes, port};
 
-use crate::direct::{self, DirectEnd, DirectEvent, DirectFlow, DirectPair};
+use crate::direct::{self, DirectEnd, DirectEvent, DirectFlow, DirectPair, DirectVip};
 use crate::foreign::ForeignLayouts;
 use crate::guard::{self, Guards};
 use crate::maps::{self, Maps};
@@ -275,6 +275,47 @@ impl Capture {
     /// The verdicts that are there, an earlier process's too, with their revisions.
     pub fn direct_pairs(&self) -> Result<Vec<(DirectPair, u64)>, CaptureError> {
         direct::pairs(&self.maps)
+    }
+
+    /// Lets connections of a pod to a virtual address of a service go straight to one of `endpoints`, picked at
+    /// random for each, while verdicts are [in force](Self::keep_direct_until). They have to be all that the
+    /// agent would choose among, each as likely as the others. Where the pair of the one that is picked has no
+    /// verdict, the connection goes through the agent. Replaces what was said of the address before.
+    ///
+    /// # Errors
+    /// [`CaptureError::Full`] at 16,384; [`CaptureError::TooMany`] with more than eight, or none.
+    pub fn spread_direct(
+        &self,
+        vip: &DirectVip,
+        endpoints: &[SocketAddr],
+    ) -> Result<(), CaptureError> {
+        direct::spread(&self.maps, vip, endpoints)
+    }
+
+    /// Takes that back: the agent chooses again. Whether there was something.
+    pub fn gather_direct(&self, vip: &DirectVip) -> Result<bool, CaptureError> {
+        direct::gather(&self.maps, vip)
+    }
+
+    /// The virtual addresses that are there with their endpoints, an earlier process's too.
+    pub fn direct_vips(&self) -> Result<Vec<(DirectVip, Vec<SocketAddr>)>, CaptureError> {
+        direct::vips(&self.maps)
+    }
+
+    /// By which virtual address a direct connection was dialled, if by one. Kept until
+    /// [`forget_dialled`](Self::forget_dialled), also beyond the connection's end.
+    pub fn dialled(&self, flow: &DirectFlow) -> Result<Option<SocketAddr>, CaptureError> {
+        Ok(direct::dialled(&self.maps, flow)?.map(|(vip, _since)| vip))
+    }
+
+    /// Forgets it of a connection that was over at `until`, not of a later one by the same ports.
+    pub fn forget_dialled(&self, flow: &DirectFlow, until: Duration) -> Result<(), CaptureError> {
+        direct::forget_dialled(&self.maps, flow, until)
+    }
+
+    /// The connections of which a virtual address is kept. Walks the table.
+    pub fn all_dialled(&self) -> Result<Vec<DirectFlow>, CaptureError> {
+        direct::all_dialled(&self.maps)
     }
 
     /// Until when verdicts are in force, by [`monotonic_now`](crate::monotonic_now). To be renewed

@@ -6,7 +6,8 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
-    DirectEvent as RawEvent, DirectEventKind, DirectKey, FlowKey, FlowOrigin, Port, protocol,
+    DirectEvent as RawEvent, DirectEventKind, DirectKey, Endpoint, FlowKey, FlowOrigin, Port,
+    VIP_ENDPOINTS, VipEndpoints, VipKey, protocol,
 };
 
 use crate::capture::NetnsCookie;
@@ -24,6 +25,15 @@ pub struct DirectPair {
     pub client_address: IpAddr,
     /// The server's address and port.
     pub target: SocketAddr,
+}
+
+/// A virtual address of a service, as a pod of the node dials it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DirectVip {
+    /// The client's namespace.
+    pub client: NetnsCookie,
+    /// The virtual address and port.
+    pub vip: SocketAddr,
 }
 
 /// A direct connection.
@@ -94,7 +104,64 @@ pub(crate) fn pairs(maps: &Maps) -> Result<Vec<(DirectPair, u64)>, CaptureError>
 
 pub(crate) fn keep_until(maps: &Maps, until: Duration) -> Result<(), CaptureError> {
     let until = u64::try_from(until.as_nanos()).unwrap_or(u64::MAX);
-    maps.direct_lease.insert(&0, &until)
+    maps.direct_lease.insert(&0, &until)?;
+    maps.vips_lease.insert(&0, &until)
+}
+
+pub(crate) fn spread(
+    maps: &Maps,
+    vip: &DirectVip,
+    endpoints: &[SocketAddr],
+) -> Result<(), CaptureError> {
+    let key = vip_key(vip);
+    let endpoints: Vec<Endpoint> = endpoints.iter().copied().map(Endpoint::from).collect();
+    let listed = VipEndpoints::new(key, &endpoints).ok_or(CaptureError::TooMany {
+        list: "endpoints of a virtual address",
+        count: endpoints.len(),
+        bound: VIP_ENDPOINTS,
+    })?;
+    maps.vips.insert(&key, &listed)
+}
+
+pub(crate) fn gather(maps: &Maps, vip: &DirectVip) -> Result<bool, CaptureError> {
+    maps.vips.remove(&vip_key(vip))
+}
+
+pub(crate) fn vips(maps: &Maps) -> Result<Vec<(DirectVip, Vec<SocketAddr>)>, CaptureError> {
+    let vip = |key: &VipKey| DirectVip {
+        client: NetnsCookie(key.client_cookie),
+        vip: key.vip.socket_addr(),
+    };
+    let endpoints =
+        |listed: &VipEndpoints| listed.endpoints().iter().map(Endpoint::socket_addr).collect();
+    let elements = maps.vips.elements()?;
+    Ok(elements.iter().map(|(key, listed)| (vip(key), endpoints(listed))).collect())
+}
+
+/// The virtual address by which a connection was dialled, and since when.
+pub(crate) fn dialled(
+    maps: &Maps,
+    flow: &DirectFlow,
+) -> Result<Option<(SocketAddr, Duration)>, CaptureError> {
+    let dialled = maps.dialled.get(&flow_key(flow.client, flow.target))?;
+    Ok(dialled.map(|one| (one.vip.socket_addr(), Duration::from_nanos(one.since_ns))))
+}
+
+/// Forgets what was dialled no later than `until`.
+pub(crate) fn forget_dialled(
+    maps: &Maps,
+    flow: &DirectFlow,
+    until: Duration,
+) -> Result<(), CaptureError> {
+    if dialled(maps, flow)?.is_some_and(|(_, since)| since <= until) {
+        maps.dialled.remove(&flow_key(flow.client, flow.target))?;
+    }
+    Ok(())
+}
+
+/// The connections of which a virtual address is noted, also those that are over.
+pub(crate) fn all_dialled(maps: &Maps) -> Result<Vec<DirectFlow>, CaptureError> {
+    Ok(maps.dialled.keys()?.iter().map(flow).collect())
 }
 
 /// At most `limit` events, oldest first.
@@ -175,6 +242,10 @@ fn key(pair: &DirectPair) -> DirectKey {
         (pair.server.0, pair.target.ip().into()),
         Port::new(pair.target.port()),
     )
+}
+
+fn vip_key(vip: &DirectVip) -> VipKey {
+    VipKey::new(vip.client.0, vip.vip.into())
 }
 
 const fn pair(key: &DirectKey) -> DirectPair {

@@ -29,9 +29,12 @@ pub use config::{
     CaptureConfig, GuardPreference, MAX_ADDRESSES, MAX_NETWORKS, MAX_PORTS, PodCapture,
     PodSettings, Selection,
 };
-pub use direct::{DirectClose, DirectEnd, DirectEvent, DirectFlow, DirectOutcome, DirectPair};
+pub use direct::{
+    DirectClose, DirectEnd, DirectEvent, DirectFlow, DirectOutcome, DirectPair, DirectVip,
+};
 pub use error::CaptureError;
 pub use kept::KeptRecords;
+pub use mesh_ebpf_abi::VIP_ENDPOINTS;
 pub use mesh_ebpf_abi::{DELIVERY_MARK, LAYOUT, port};
 pub use probe::{Attachments, Probes, probe};
 

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, LAYOUT,
-    ListenerKey, MapSpec, NetworkKey, Pod, PortKey, maps,
+    Address, ClientKey, Counter, DialledVip, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState,
+    LAYOUT, ListenerKey, MapSpec, NetworkKey, Pod, PortKey, VipEndpoints, VipKey, maps,
 };
 
 use crate::CaptureError;
@@ -93,6 +93,9 @@ pub(crate) struct Maps {
     pub(crate) labels: Map<u32, u32>,
     pub(crate) direct: Map<DirectKey, u64>,
     pub(crate) direct_lease: Map<u32, u64>,
+    pub(crate) vips: Map<VipKey, VipEndpoints>,
+    pub(crate) vips_lease: Map<u32, u64>,
+    pub(crate) dialled: Map<FlowKey, DialledVip>,
     direct_events: OwnedFd,
     counters: OwnedFd,
 }
@@ -115,6 +118,9 @@ impl Maps {
             labels: Map::open(directory, maps::LABELS)?,
             direct: Map::open(directory, maps::DIRECT)?,
             direct_lease: Map::open(directory, maps::DIRECT_LEASE)?,
+            vips: Map::open(directory, maps::VIPS)?,
+            vips_lease: Map::open(directory, maps::VIPS_LEASE)?,
+            dialled: Map::open(directory, maps::DIALLED)?,
             direct_events: open_checked(directory, maps::DIRECT_EVENTS)?,
             counters: open_checked(directory, maps::COUNTERS)?,
         })

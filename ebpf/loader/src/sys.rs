@@ -9,8 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use mesh_ebpf_abi::{
-    Address, ClientKey, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey, MapSpec,
-    NetworkKey, Pod, PortKey, SocketNote,
+    Address, ClientKey, DialledVip, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState,
+    ListenerKey, MapSpec, NetworkKey, Pod, PortKey, SocketNote, VipEndpoints, VipKey,
 };
 
 /// Plain bytes: any bit pattern is a value, and there is no padding.
@@ -32,6 +32,7 @@ plain!(
     u64,
     Address,
     ClientKey,
+    DialledVip,
     DirectEvent,
     DirectKey,
     Endpoint,
@@ -41,7 +42,9 @@ plain!(
     NetworkKey,
     Pod,
     PortKey,
-    SocketNote
+    SocketNote,
+    VipEndpoints,
+    VipKey,
 );
 
 // Commands and flags of bpf(2), include/uapi/linux/bpf.h.

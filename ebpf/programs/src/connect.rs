@@ -8,7 +8,7 @@ use mesh_ebpf_abi::{
     Address, ClientKey, Counter, Endpoint, Pod, PodFlags, Port, Verdict, port, protocol,
 };
 
-use crate::direct::may_dial;
+use crate::direct;
 use crate::flows::register_datagrams;
 use crate::maps::{RESOLVERS, count, is_own, pod};
 use crate::rules::selects_outbound;
@@ -31,7 +31,11 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn connect(call: &Call<'_>) -> i32 {
     let cookie = call.netns_cookie();
-    let Some(pod) = pod(cookie) else { return PROCEED };
+    let Some(pod) = pod(cookie) else {
+        // That of a connect by the same socket while its pod was enrolled.
+        call.forget();
+        return PROCEED;
+    };
     let target = call.read();
     let transport = call.protocol();
     if transport == u32::from(protocol::TCP) {
@@ -73,12 +77,18 @@ fn connect_tcp(call: &Call<'_>, cookie: u64, pod: &Pod, target: Endpoint) -> i32
     let Some(agent) = address_of_family(pod, &target.address) else {
         return refuse_family();
     };
-    if listener == port::OUTBOUND
-        && may_dial(call, cookie, &agent, &target)
-        && call.annotate(Verdict::Direct, target)
-    {
-        count(Counter::DirectDialled);
-        return PROCEED;
+    if listener == port::OUTBOUND {
+        let destination = direct::destination(cookie, &target);
+        if direct::may_dial(call, cookie, &agent, &destination)
+            && call.annotate(Verdict::Direct, target)
+        {
+            count(Counter::DirectDialled);
+            if !destination.same(&target) {
+                call.write(&destination);
+                count(Counter::DirectVip);
+            }
+            return PROCEED;
+        }
     }
     if !call.annotate(Verdict::Captured, target) {
         count(Counter::OutboundNoMemory);

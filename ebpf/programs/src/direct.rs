@@ -2,14 +2,18 @@
 //! pair before. The verdict is looked up where the client connects, when its SYN is about to leave,
 //! and where the server's side finds its listener; each time by who owns the addresses now.
 
+use core::ptr::{addr_of, read_volatile};
+
 use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
-use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_sk_storage_get};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_sk_storage_get};
 use mesh_ebpf_abi::{
-    Address, Counter, DirectEvent, DirectEventKind, DirectKey, Endpoint, FlowKey, FlowOrigin,
-    PodFlags, Port, SocketNote, Verdict, port, protocol,
+    Address, Counter, DialledVip, DirectEvent, DirectEventKind, DirectKey, Endpoint, FlowKey,
+    FlowOrigin, PodFlags, Port, SocketNote, Verdict, VipKey, port, protocol,
 };
 
-use crate::maps::{DIRECT, DIRECT_EVENTS, DIRECT_LEASE, FLOWS, NOTES, count, owner, pod};
+use crate::maps::{
+    DIALLED, DIRECT, DIRECT_EVENTS, DIRECT_LEASE, FLOWS, NOTES, VIPS, VIPS_LEASE, count, owner, pod,
+};
 use crate::sock_addr::Call;
 
 /// Whether a pod's socket may connect straight to another pod. `own` is the pod's address of that
@@ -27,6 +31,42 @@ pub fn may_dial(call: &Call<'_>, cookie: u64, own: &Address, target: &Endpoint) 
     let from = (*own, Port::new(0));
     let flow = FlowKey::new(protocol::TCP, from, (target.address, target.port));
     owner(own).is_some_and(|owner| owner == cookie) && is_granted(&flow)
+}
+
+/// Where a pod that dials `target` may try to connect to without the agent: to an endpoint, picked at
+/// random, where `target` is a service's virtual address of which the agent has listed all; else there.
+/// No more than a proposal: see [`may_dial`].
+#[inline(always)]
+pub fn destination(cookie: u64, target: &Endpoint) -> Endpoint {
+    // SAFETY: a call without arguments.
+    let (now, random) = unsafe { (bpf_ktime_get_ns(), bpf_get_prandom_u32()) };
+    if !VIPS_LEASE.get(0).is_some_and(|until| now < *until) {
+        return *target;
+    }
+    let key = VipKey::new(cookie, *target);
+    // SAFETY: values are replaced, never written into; one that is used again for another key is
+    // recognised below.
+    let Some(listed) = (unsafe { VIPS.get(key) }) else { return *target };
+    // SAFETY: both are inside the element. Volatile: the order is the point.
+    let (picked, of) =
+        unsafe { (read_volatile(listed.pick(random)), read_volatile(addr_of!(listed.key))) };
+    let same_family = picked.address.is_v4() == target.address.is_v4();
+    if of.same(&key) && same_family { picked } else { *target }
+}
+
+/// Notes by which virtual address a direct connection was dialled, if by one, for the agent's records.
+#[inline(always)]
+pub fn note_dialled(flow: &FlowKey, dialled: &Endpoint) {
+    if dialled.address.same(&flow.remote) {
+        // What an earlier connection by the same ports may have left.
+        DIALLED.remove(flow).ok();
+        return;
+    }
+    // SAFETY: a call without arguments.
+    let since_ns = unsafe { bpf_ktime_get_ns() };
+    if DIALLED.insert(flow, DialledVip { vip: *dialled, since_ns }, 0).is_err() {
+        count(Counter::DialledLost);
+    }
 }
 
 /// Whether a connection that arrived at the server comes from the socket of a pod that was let

@@ -1,13 +1,14 @@
-//! cgroup/getpeername4 and getpeername6: the peer of a captured socket is who it connected to.
+//! cgroup/getpeername4 and getpeername6: the peer of a captured socket is who it connected to, and so is
+//! that of a direct one, which may have dialled a service.
 //!
 //! The pod's settings are not looked at: a connection that was captured stays so after its pod was
 //! unenrolled.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_ebpf_abi::{ClientKey, port};
+use mesh_ebpf_abi::{ClientKey, Endpoint, FlowKey, port, protocol};
 
-use crate::maps::{ORIGINALS, is_own};
+use crate::maps::{DIALLED, ORIGINALS, is_own};
 use crate::sock_addr::{Call, Family, PROCEED};
 
 #[cgroup_sock_addr(getpeername4)]
@@ -25,6 +26,7 @@ fn getpeername(call: &Call<'_>) -> i32 {
     let peer = call.read();
     let port = peer.port.get();
     if port != port::OUTBOUND && port != port::RESOLVER {
+        direct(call, &peer);
         return PROCEED;
     }
     if let Some(target) = call.captured_target() {
@@ -45,3 +47,25 @@ fn getpeername(call: &Call<'_>) -> i32 {
     }
     PROCEED
 }
+
+/// The peer of a connection that goes straight to another pod of the node.
+#[inline(always)]
+fn direct(call: &Call<'_>, peer: &Endpoint) {
+    if let Some(target) = call.direct_target() {
+        call.write(target);
+        return;
+    }
+    if call.protocol() != IPPROTO_MPTCP {
+        return;
+    }
+    // As above: its first subflow carries the note.
+    let client = call.source();
+    let flow =
+        FlowKey::new(protocol::TCP, (client.address, client.port), (peer.address, peer.port));
+    // SAFETY: as above.
+    if let Some(dialled) = unsafe { DIALLED.get(flow) } {
+        call.write(&dialled.vip);
+    }
+}
+
+const IPPROTO_MPTCP: u32 = 262;

@@ -5,8 +5,8 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SockHash};
 use mesh_ebpf_abi::{
-    Address, ClientKey, Counter, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState, ListenerKey,
-    NetworkRule, Pod, PortKey, SocketNote, maps,
+    Address, ClientKey, Counter, DialledVip, DirectEvent, DirectKey, Endpoint, FlowKey, FlowState,
+    ListenerKey, NetworkRule, Pod, PortKey, SocketNote, VipEndpoints, VipKey, maps,
 };
 
 #[map]
@@ -45,6 +45,14 @@ pub static DIRECT: HashMap<DirectKey, u64> =
     HashMap::with_max_entries(maps::DIRECT.max_entries, BPF_F_NO_PREALLOC);
 #[map]
 pub static DIRECT_LEASE: Array<u64> = Array::with_max_entries(maps::DIRECT_LEASE.max_entries, 0);
+#[map]
+pub static VIPS: HashMap<VipKey, VipEndpoints> =
+    HashMap::with_max_entries(maps::VIPS.max_entries, BPF_F_NO_PREALLOC);
+#[map]
+pub static VIPS_LEASE: Array<u64> = Array::with_max_entries(maps::VIPS_LEASE.max_entries, 0);
+#[map]
+pub static DIALLED: HashMap<FlowKey, DialledVip> =
+    HashMap::with_max_entries(maps::DIALLED.max_entries, BPF_F_NO_PREALLOC);
 #[map]
 pub static DIRECT_EVENTS: Queue<DirectEvent> =
     Queue::with_max_entries(maps::DIRECT_EVENTS.max_entries, 0);

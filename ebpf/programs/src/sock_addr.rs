@@ -142,6 +142,12 @@ impl<'a> Call<'a> {
         note(self.socket).filter(|note| note.captured()).map(|note| &note.target)
     }
 
+    /// Whom the socket dialled, if it goes straight to another pod of the node.
+    #[inline(always)]
+    pub fn direct_target(&self) -> Option<&Endpoint> {
+        note(self.socket).filter(|note| note.direct()).map(|note| &note.target)
+    }
+
     /// Writes the note of the socket; `false` when the kernel has no memory for it.
     #[inline(always)]
     pub fn annotate(&self, verdict: Verdict, target: Endpoint) -> bool {

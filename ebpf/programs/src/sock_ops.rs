@@ -74,8 +74,12 @@ fn connecting(ctx: &SockOpsContext, cookie: u64, key: &FlowKey, socket: *mut bpf
         watch_state(ctx);
         return;
     }
-    if note.is_some_and(SocketNote::direct) && !labelled {
+    if let Some(note) = note
+        && note.direct()
+        && !labelled
+    {
         if direct::is_granted(key) {
+            direct::note_dialled(key, &note.target);
             register(cookie, key, FlowOrigin::Direct);
             watch_state(ctx);
         } else {

@@ -18,19 +18,19 @@ use crate::lab::{
     listener, read_line, scaled,
 };
 
-const PORT: u16 = 8080;
+pub(crate) const PORT: u16 = 8080;
 const LONG: Duration = Duration::from_secs(3600);
 
 /// Two captured pods, an application in the first on [`PORT`], and a verdict for both families.
-struct Pair {
-    lab: Lab,
-    capture: Arc<Capture>,
-    server: Agent,
-    client: Agent,
+pub(crate) struct Pair {
+    pub(crate) lab: Lab,
+    pub(crate) capture: Arc<Capture>,
+    pub(crate) server: Agent,
+    pub(crate) client: Agent,
 }
 
 impl Pair {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(PodSettings::default(), PodSettings::default())
     }
 
@@ -46,7 +46,7 @@ impl Pair {
         pair
     }
 
-    fn verdicts(&self, server: NetnsCookie) -> [DirectPair; 2] {
+    pub(crate) fn verdicts(&self, server: NetnsCookie) -> [DirectPair; 2] {
         [(OUTSIDE_V4, POD_V4), (OUTSIDE_V6, POD_V6)].map(|(from, to)| DirectPair {
             client: self.client.cookie,
             server,
@@ -55,7 +55,7 @@ impl Pair {
         })
     }
 
-    fn in_force(&self) {
+    pub(crate) fn in_force(&self) {
         self.capture.keep_direct_until(monotonic_now() + LONG).unwrap();
     }
 
@@ -66,11 +66,11 @@ impl Pair {
         application
     }
 
-    fn dial(&self, target: SocketAddr) -> String {
+    pub(crate) fn dial(&self, target: SocketAddr) -> String {
         self.lab.outside.inside(|| dial(target)).unwrap()
     }
 
-    fn counter(&self, name: &str) -> u64 {
+    pub(crate) fn counter(&self, name: &str) -> u64 {
         self.capture.counters().unwrap()[name]
     }
 

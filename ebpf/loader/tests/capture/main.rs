@@ -12,4 +12,5 @@ mod kept;
 mod lab;
 mod outbound;
 mod probes;
+mod services;
 mod sniffer;

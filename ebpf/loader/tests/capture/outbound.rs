@@ -139,7 +139,7 @@ fn a_socket_that_connects_again_leaves_no_trace_of_its_first_target() {
 }
 
 /// `connect` to `AF_UNSPEC` dissolves a connection.
-fn disconnect(socket: &Socket) {
+pub(crate) fn disconnect(socket: &Socket) {
     // SAFETY: a zeroed `sockaddr_storage` is one of family `AF_UNSPEC`, which is 0.
     #[expect(unsafe_code, reason = "no safe constructor for AF_UNSPEC")]
     let ((), unspecified) = unsafe {
