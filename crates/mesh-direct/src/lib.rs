@@ -7,9 +7,10 @@
 //! **Invariants.** A pair has a verdict only when it was judged to [`Judgement::Grant`] on the picture
 //! that is current, the ledger's own; nobody else's answer is taken. A change judges every pair again.
 //! While a verdict that has to go cannot be taken back, the lease that keeps verdicts in force is not
-//! renewed, so that it lapses by itself.
+//! renewed, so that it lapses by itself. A virtual address of a service leads straight to endpoints only
+//! while they are all that the agent would choose among and each of them has its pair's verdict.
 #![forbid(unsafe_code)]
 
 mod ledger;
 
-pub use ledger::{Bounds, Command, Flow, Input, Judgement, Ledger, Pair, Pod, Refused};
+pub use ledger::{Bounds, Command, Flow, Input, Judge, Judgement, Ledger, Pair, Pod, Refused, Vip};

@@ -1,14 +1,16 @@
 //! A node's kernel, its pods, a policy that changes, pods that join and leave, an agent that comes and
 //! goes and hands over, a queue of events that overflows, and faults, from a seed. After every step: no
-//! verdict in force that the policy of now does not grant, and no connection of a denied pair lives
-//! longer than a second.
+//! verdict in force that the policy of now does not grant, no virtual address of a service that leads
+//! elsewhere than to all of its endpoints of now, and no connection of a denied pair lives longer than a second.
 #![expect(clippy::cast_possible_truncation, reason = "numbers of pods and connections, all small")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_direct::{Bounds, Command, Flow, Input, Judgement, Ledger, Pair, Pod, Refused};
+use mesh_direct::{
+    Bounds, Command, Flow, Input, Judge, Judgement, Ledger, Pair, Pod, Refused, Vip,
+};
 
 const SEEDS: u64 = 100_000;
 const STEPS: usize = 60;
@@ -42,6 +44,7 @@ impl Dice {
 #[derive(Default)]
 struct Kernel {
     verdicts: BTreeSet<Pair>,
+    vips: BTreeMap<Vip, Vec<Pair>>,
     lease: Duration,
     open: BTreeSet<(Pair, Flow)>,
     /// What the agent has not read yet.
@@ -77,6 +80,9 @@ struct World {
     at: Vec<Pod>,
     next_pod: u64,
     membership: Vec<Membership>,
+    /// Which pods are endpoints of the service, and whether some pod of another node is.
+    endpoints: Vec<bool>,
+    elsewhere: bool,
     /// When the pair was denied or its pod replaced, for the second it may take.
     denied_since: BTreeMap<Pair, Duration>,
 }
@@ -99,6 +105,19 @@ impl World {
         }
     }
 
+    /// All endpoints of the service for one client, which is none itself.
+    fn spread(&self, vip: &Vip) -> Option<Vec<Pair>> {
+        let client = self.at.iter().position(|at| *at == vip.client)?;
+        let is_meant = |place: &u64| self.endpoints[*place as usize] && *place != client as u64;
+        let places = (0..PODS).filter(is_meant);
+        let pairs = places.map(|server| self.pair(client as u64, server)).collect();
+        (!self.elsewhere).then_some(pairs)
+    }
+
+    fn vip(&self, client: u64) -> Vip {
+        Vip { client: self.at[client as usize], address: SocketAddr::from(([10, 96, 0, 1], 80)) }
+    }
+
     /// The kernel's own look: both are captured, and have the addresses.
     fn are_captured(&self, pair: &Pair) -> bool {
         [pair.client, pair.server].iter().all(|pod| {
@@ -118,8 +137,18 @@ impl World {
     }
 }
 
+impl Judge for &World {
+    fn pair(&mut self, pair: &Pair) -> Judgement {
+        self.judge(pair)
+    }
+
+    fn vip(&mut self, vip: &Vip) -> Option<Vec<Pair>> {
+        self.spread(vip)
+    }
+}
+
 fn new_ledger() -> Ledger {
-    Ledger::new(Bounds { verdicts: 4, ..Bounds::default() })
+    Ledger::new(Bounds { verdicts: 4, vips: 2, endpoints: 2, ..Bounds::default() })
 }
 
 struct Node {
@@ -147,6 +176,8 @@ impl Node {
             at: (0..PODS).map(Pod).collect(),
             next_pod: PODS,
             membership: vec![Membership::Captured; PODS as usize],
+            endpoints: vec![true; PODS as usize],
+            elsewhere: false,
             denied_since: BTreeMap::new(),
         };
         Self {
@@ -166,7 +197,7 @@ impl Node {
 
     fn tell(&mut self, input: Input) {
         let Some(ledger) = &mut self.agent else { return };
-        ledger.handle(input, self.now, |pair| self.world.judge(pair));
+        ledger.handle(input, self.now, &self.world);
         while let Some(command) = ledger.poll_command() {
             if self.faulty && self.dice.one_in(2) {
                 ledger.refused(Refused(command), self.now);
@@ -178,6 +209,12 @@ impl Node {
                 }
                 Command::Revoke(pair) => {
                     self.kernel.verdicts.remove(&pair);
+                }
+                Command::Spread(vip, pairs) => {
+                    self.kernel.vips.insert(vip, pairs);
+                }
+                Command::Gather(vip) => {
+                    self.kernel.vips.remove(&vip);
                 }
                 Command::Cut(pair, flow) => {
                     if self.kernel.open.remove(&(pair, flow)) {
@@ -256,7 +293,7 @@ impl Node {
     fn step(&mut self) {
         let (client, server) = (self.dice.below(PODS), self.dice.below(PODS));
         let pair = self.world.pair(client, server);
-        match self.dice.below(13) {
+        match self.dice.below(16) {
             0 | 1 => {
                 let judgement = match self.dice.below(4) {
                     0 => Judgement::Deny,
@@ -264,6 +301,11 @@ impl Node {
                     _ => Judgement::Grant,
                 };
                 self.world.judgements.insert((client, server), judgement);
+                if self.dice.one_in(3) {
+                    // One word about all that the client dials.
+                    let all = (0..PODS).map(|server| ((client, server), judgement));
+                    self.world.judgements.extend(all);
+                }
                 self.changed();
                 if self.dice.one_in(2) {
                     self.connect(pair);
@@ -289,6 +331,16 @@ impl Node {
             11 => self.hand_over(),
             12 if self.dice.one_in(2) => self.full = !self.full,
             12 => self.compare(),
+            13 | 14 => self.connect_to_service(client),
+            // An endpoint comes or goes, here or elsewhere.
+            15 => {
+                let place = server as usize;
+                match self.dice.below(4) {
+                    0 => self.world.elsewhere = !self.world.elsewhere,
+                    _ => self.world.endpoints[place] = !self.world.endpoints[place],
+                }
+                self.changed();
+            }
             7 => self.read_events(),
             8 if self.dice.one_in(3) && self.frozen.is_none() => self.restart(),
             8 => self.faulty = !self.faulty && self.dice.one_in(2),
@@ -325,6 +377,30 @@ impl Node {
         }
     }
 
+    /// The kernel picks among the endpoints that it knows; else the agent chooses among all.
+    fn connect_to_service(&mut self, client: u64) {
+        let vip = self.world.vip(client);
+        let in_force = self.now < self.kernel.lease;
+        let picked = self
+            .kernel
+            .vips
+            .get(&vip)
+            .filter(|_| in_force)
+            .map(|pairs| pairs[self.dice.below(pairs.len() as u64) as usize]);
+        if let Some(pair) = picked
+            && self.kernel.verdicts.contains(&pair)
+        {
+            self.connect(pair);
+        } else {
+            if let Some(pairs) = self.world.spread(&vip)
+                && let Some(pair) = pairs.first()
+            {
+                self.connect(*pair);
+            }
+            self.tell(Input::OfferedVip(vip));
+        }
+    }
+
     fn read_events(&mut self) {
         if self.agent.is_none() {
             return;
@@ -357,6 +433,9 @@ impl Node {
         for pair in self.kernel.verdicts.clone() {
             self.tell(Input::Adopted(pair));
         }
+        for (vip, pairs) in self.kernel.vips.clone() {
+            self.tell(Input::AdoptedVip(vip, pairs));
+        }
     }
 
     fn check(&mut self) {
@@ -367,7 +446,18 @@ impl Node {
             let lapses = self.agent.is_none() || stuck;
             assert!(granted || lapses, "a verdict that nobody grants: {pair:?}");
         }
+        for (vip, pairs) in &self.kernel.vips {
+            let granted = pairs.iter().all(|pair| self.world.judge(pair) == Judgement::Grant);
+            let right = granted && self.world.spread(vip).as_ref() == Some(pairs);
+            let lapses = self.agent.is_none() || stuck;
+            assert!(right || lapses, "a virtual address that leads elsewhere: {vip:?} {pairs:?}");
+        }
         if let Some(ledger) = self.agent.as_ref().filter(|ledger| ledger.next_try().is_none()) {
+            let believed: BTreeMap<Vip, Vec<Pair>> =
+                ledger.vips().map(|(vip, pairs)| (*vip, pairs.to_vec())).collect();
+            assert_eq!(believed, self.kernel.vips, "ledger and kernel differ");
+            let permitted = ledger.vips().flat_map(|(_, pairs)| pairs);
+            assert!(permitted.into_iter().all(|pair| ledger.is_permitted(pair)), "without verdict");
             let believed: BTreeSet<Pair> = ledger.permitted().copied().collect();
             assert_eq!(believed, self.kernel.verdicts, "ledger and kernel differ");
         }
@@ -395,7 +485,7 @@ fn no_seed_leaves_a_verdict_that_the_policy_does_not_grant() {
             for _ in 0..STEPS {
                 node.step();
             }
-            node.kernel.verdicts.len() + node.kernel.open.len()
+            node.kernel.verdicts.len() + node.kernel.vips.len() + node.kernel.open.len()
         });
         assert!(outcome.is_ok(), "seed {seed}");
     }
@@ -403,14 +493,20 @@ fn no_seed_leaves_a_verdict_that_the_policy_does_not_grant() {
 
 #[test]
 fn the_simulation_reaches_what_it_judges() {
-    let (mut verdicts, mut open) = (0, 0);
-    for seed in 0..100 {
+    let (mut verdicts, mut vips, mut widest, mut open) = (0, 0, 0, 0);
+    for seed in 0..1000 {
         let mut node = Node::new(seed);
         for _ in 0..STEPS {
             node.step();
-            verdicts = verdicts.max(node.kernel.verdicts.len());
-            open = open.max(node.kernel.open.len());
+            let Kernel { verdicts: held, vips: spread, open: alive, .. } = &node.kernel;
+            verdicts = verdicts.max(held.len());
+            vips = vips.max(spread.len());
+            widest = widest.max(spread.values().map(Vec::len).max().unwrap_or(0));
+            open = open.max(alive.len());
         }
     }
-    assert!(verdicts >= 2 && open >= 2, "{verdicts} verdicts, {open} connections at most");
+    assert!(
+        verdicts >= 2 && vips >= 2 && widest >= 2 && open >= 2,
+        "{verdicts} verdicts, {vips} virtual addresses of {widest} endpoints, {open} connections at most"
+    );
 }

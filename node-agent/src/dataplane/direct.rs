@@ -5,15 +5,18 @@
 //!  workers ── offers ──►  keeper ── judge(picture) ──► Ledger ── commands ──► kernel: verdicts, cuts, lease
 //!  picture ── changed ─►  (a thread)  ◄── opened, closed, octets ──────────── kernel: queue of events
 //! ```
+//! A service's virtual address goes with the pairs of its endpoints: [`spread`](spread::spread) lists all of them.
+//!
 //! **Invariants.** A pair gets a verdict only by [`judge`] on the current picture, which asks the very functions that carry
 //! its connections otherwise; what changes judges every pair again. Nothing is in force while the keeper does not turn: its
 //! lease lapses. Each connection has one record of each reporter, also over a change of processes.
 
+mod answers;
 mod connections;
 mod judge;
 mod keeper;
+mod spread;
 
-use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, OnceLock};
@@ -30,7 +33,7 @@ use connections::WrittenConnection;
 use keeper::{Keeper, Message};
 
 use crate::dataplane::Drain;
-use crate::dataplane::flows::ConnectionView;
+use crate::dataplane::flows::{ConnectionView, ToPod};
 use crate::dataplane::shared::{PodSockets, Shared};
 
 /// Reaches the keeper of the direct path; there is none in a data plane without a kernel's side.
@@ -53,6 +56,7 @@ struct State {
     /// Offers that wait.
     offers: AtomicUsize,
     verdicts: AtomicUsize,
+    vips: AtomicUsize,
     open: AtomicUsize,
     cut: AtomicU64,
     /// As set on the command line.
@@ -77,6 +81,8 @@ pub struct DirectStatus {
     pub lacking: Option<String>,
     /// Verdicts in the kernel.
     pub verdicts: usize,
+    /// Virtual addresses of services in the kernel, for one client each, that lead straight to endpoints.
+    pub virtual_addresses: usize,
     /// Connections open.
     pub open: usize,
     /// Connections ended by force.
@@ -126,6 +132,7 @@ impl DirectPath {
             changed: AtomicBool::new(false),
             offers: AtomicUsize::new(0),
             verdicts: AtomicUsize::new(0),
+            vips: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             cut: AtomicU64::new(0),
             setting,
@@ -149,7 +156,7 @@ impl DirectPath {
     }
 
     /// The agent has carried a connection of a pod to a pod of this node. Never waits.
-    pub(super) fn offer(&self, cookie: u64, client: IpAddr, target: SocketAddr) {
+    pub(super) fn offer(&self, carried: &ToPod) {
         let Some(handle) = self.handle.get() else { return };
         if !handle.state.is_active() {
             return;
@@ -158,7 +165,7 @@ impl DirectPath {
             handle.state.offers.fetch_sub(1, Ordering::Relaxed);
             return;
         }
-        self.send(Message::Offer { cookie, client, target });
+        self.send(Message::Offer(*carried));
     }
 
     /// True when pairs may talk directly.
@@ -278,6 +285,7 @@ impl DirectPath {
             active: state.is_active(),
             lacking: state.lacking.clone(),
             verdicts: state.verdicts.load(Ordering::Relaxed),
+            virtual_addresses: state.vips.load(Ordering::Relaxed),
             open: state.open.load(Ordering::Relaxed),
             cut: state.cut.load(Ordering::Relaxed),
         })

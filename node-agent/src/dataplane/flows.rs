@@ -213,6 +213,18 @@ impl LiveFlow {
     }
 }
 
+/// A connection that goes to a pod by a tunnel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ToPod {
+    /// The client's namespace, and its address.
+    pub(super) cookie: u64,
+    pub(super) client: IpAddr,
+    pub(super) dialled: SocketAddr,
+    pub(super) pod_ip: IpAddr,
+    /// `dialled` is a service's virtual address.
+    pub(super) by_service: bool,
+}
+
 /// The open flows, in order of their relays.
 pub(super) struct FlowTable {
     flows: BTreeMap<RelayId, LiveFlow>,
@@ -310,18 +322,23 @@ impl FlowTable {
         flow.announced = self.sink.report(FlowEvent::Opened { facts, path });
     }
 
-    /// A pod's own connection that goes to the very pod that was dialled: the pod's cookie, its address, and that one.
-    pub(super) fn to_pod(&self, relay: RelayId) -> Option<(u64, IpAddr, SocketAddr)> {
+    /// A pod's own connection that goes to a pod by a tunnel, dialled by that one's address or by a service's.
+    pub(super) fn to_pod(&self, relay: RelayId) -> Option<ToPod> {
         let LiveFlow { story, pod, .. } = self.flows.get(&relay)?;
+        let resolved = story.resolved.as_ref()?;
         let dialled = story.flow.orig_dst.addr();
-        match &story.resolved.as_ref()?.route {
-            Route::Tunnel(route) if route.next_hop.ip() == dialled.ip() => {
-                Some((pod.sockets.cookie, story.flow.client.ip(), dialled))
+        match &resolved.route {
+            Route::Tunnel(route) => {
+                let pod_ip = route.next_hop.ip();
+                let by_service = pod_ip != dialled.ip();
+                (!by_service || (resolved.service.is_some() && route.gateway.is_none())).then(
+                    || {
+                        let client = story.flow.client.ip();
+                        ToPod { cookie: pod.sockets.cookie, client, dialled, pod_ip, by_service }
+                    },
+                )
             }
-            Route::Tunnel(_)
-            | Route::ViaWaypoint { .. }
-            | Route::Passthrough { .. }
-            | Route::Deliver { .. } => None,
+            Route::ViaWaypoint { .. } | Route::Passthrough { .. } | Route::Deliver { .. } => None,
         }
     }
 

@@ -719,10 +719,10 @@ impl Handler for NodeWorker {
     fn established(&mut self, ops: &mut Ops, relay: RelayId, baggage: Option<String>) {
         let proved = ops.engine.relay_tunnel(relay).and_then(|tunnel| self.tunnels.peer(tunnel));
         self.flows.established(relay, proved, baggage.as_deref());
-        if let Some((cookie, client, target)) = self.flows.to_pod(relay)
-            && self.serves(target.ip())
+        if let Some(carried) = self.flows.to_pod(relay)
+            && self.serves(carried.pod_ip)
         {
-            self.direct.offer(cookie, client, target);
+            self.direct.offer(&carried);
         }
     }
 

@@ -1,6 +1,7 @@
 //! The direct connections that are open, and what both reporters say of them when they end.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ use crate::dataplane::telemetry::policy_ref;
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) pair: Pair,
+    /// The virtual address that was dialled, if one was.
+    pub(super) vip: Option<SocketAddr>,
     /// Its names at source and destination.
     pub(super) ids: [FlowId; 2],
     /// By the kernel's monotonic clock.
@@ -120,8 +123,11 @@ pub(super) struct Connections {
 /// A connection on its way to a successor process.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct WrittenConnection {
-    client: std::net::SocketAddr,
-    target: std::net::SocketAddr,
+    client: SocketAddr,
+    target: SocketAddr,
+    /// Agents that knew of no virtual addresses say nothing.
+    #[serde(default)]
+    vip: Option<SocketAddr>,
     cookies: [u64; 2],
     ids: [FlowId; 2],
     opened_at: Duration,
@@ -170,16 +176,16 @@ impl Connections {
         self.open.insert(flow, connection);
     }
 
-    /// A connection has ended: both records. Its pair, when it was known.
+    /// A connection has ended: both records. What it was, when it was known.
     pub(super) fn ended(
         &mut self,
         flow: &DirectFlow,
         at: Duration,
         sink: &dyn FlowSink,
-    ) -> Option<Pair> {
+    ) -> Option<Connection> {
         let connection = self.open.remove(flow)?;
         report(&connection, flow, at, true, sink);
-        Some(connection.pair)
+        Some(connection)
     }
 
     /// How many have an end in the pod.
@@ -213,6 +219,7 @@ impl Connections {
         let write = |(flow, connection): (&DirectFlow, &Connection)| WrittenConnection {
             client: flow.client,
             target: flow.target,
+            vip: connection.vip,
             cookies: [connection.pair.client.0, connection.pair.server.0],
             ids: connection.ids,
             opened_at: connection.opened_at,
@@ -232,9 +239,9 @@ impl Connections {
             for end in [DirectEnd::Client, DirectEnd::Server] {
                 let record = connection.record(flow, end, now);
                 let Sides { client, server, .. } = &*connection.sides;
-                let Name { namespace, name, .. } = match end {
-                    DirectEnd::Client => client,
-                    DirectEnd::Server => server,
+                let (Name { namespace, name, .. }, destination) = match end {
+                    DirectEnd::Client => (client, connection.vip.unwrap_or(flow.target)),
+                    DirectEnd::Server => (server, flow.target),
                 };
                 views.push(ConnectionView {
                     id: record.id.to_string(),
@@ -243,7 +250,7 @@ impl Connections {
                     pod_namespace: Arc::clone(namespace),
                     pod_name: Arc::clone(name),
                     client: flow.client,
-                    destination: flow.target,
+                    destination,
                     source_principal: record.facts.source_principal,
                     destination_principal: record.facts.destination_principal,
                     service: record.facts.service.map(|service| service.hostname.to_string()),
@@ -272,6 +279,7 @@ impl WrittenConnection {
         };
         let connection = Connection {
             pair: pair(&flow, Pod(self.cookies[0]), Pod(self.cookies[1])),
+            vip: self.vip,
             ids: self.ids,
             opened_at: self.opened_at,
             sides: Arc::new(self.sides),
@@ -350,6 +358,7 @@ mod tests {
         };
         Connection {
             pair: pair(&flow(), Pod(1), Pod(2)),
+            vip: Some("10.96.0.1:80".parse().unwrap()),
             ids: [FlowId(7), FlowId(8)],
             opened_at: Duration::from_secs(10),
             sides: Arc::new(Sides {
@@ -407,6 +416,7 @@ mod tests {
         first.get_mut(&flow()).unwrap().closed(DirectEnd::Server, close(70, true));
         let written = serde_json::to_string(&first.written()).unwrap();
         let written: Vec<WrittenConnection> = serde_json::from_str(&written).unwrap();
+        assert_eq!(written[0].vip, connection().vip);
         let mut second = Connections::default();
         for (flow, connection) in written.into_iter().map(WrittenConnection::read) {
             second.opened(flow, connection, true, &sink);

@@ -2,7 +2,7 @@
 //! the agent, asked for both sides, and what the direct path needs beyond that.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -270,12 +270,18 @@ fn identity(workload: &Workload) -> Result<SpiffeId, No> {
     workload.identity().map_err(|_invalid| hold("a workload has no valid identity"))
 }
 
-fn flow(pair: &Pair, direction: Direction, pod: &LocalPod) -> Flow {
+/// A connection that was captured in `pod`.
+pub(super) fn flow(
+    client: IpAddr,
+    target: SocketAddr,
+    direction: Direction,
+    pod: &LocalPod,
+) -> Flow {
     Flow {
         id: FlowId(0),
         direction,
-        client: ClientAddr::new(SocketAddr::new(pair.client_address, 0)),
-        orig_dst: OrigDst::new(pair.target),
+        client: ClientAddr::new(SocketAddr::new(client, 0)),
+        orig_dst: OrigDst::new(target),
         pod: pod.sockets.uid.clone(),
         accepted_at: Instant::now(),
     }
@@ -288,7 +294,7 @@ fn resolve_outbound(
     client: &LocalPod,
     source: &Arc<Workload>,
 ) -> Result<ResolvedFlow, No> {
-    let flow = flow(pair, Direction::Outbound, client);
+    let flow = flow(pair.client_address, pair.target, Direction::Outbound, client);
     match resolve(&snapshot.index, &snapshot.settings, &flow, source, 0) {
         Ok(ResolvedFlow { route: Route::ViaWaypoint { waypoint, .. }, .. }) => {
             Err(deny(CloseReason::PolicyChanged, format!("the waypoint {waypoint} is on the way")))
@@ -309,7 +315,7 @@ fn resolve_delivery(
     target: &Arc<Workload>,
 ) -> Result<ResolvedFlow, No> {
     // As through the tunnel: the client's identity is known.
-    let flow = flow(pair, Direction::InboundTunnel, server);
+    let flow = flow(pair.client_address, pair.target, Direction::InboundTunnel, server);
     let authority = Authority::Address(pair.target);
     resolve_inbound(&snapshot.index, &snapshot.settings, &flow, target, Some(&authority))
         .map_err(|unroutable| hold(unroutable.to_string()))
@@ -353,7 +359,7 @@ fn captured(pair: &Pair, client: &LocalPod, server: &LocalPod) -> Result<(), No>
     Ok(())
 }
 
-const DNS: u16 = 53;
+pub(super) const DNS: u16 = 53;
 const _: () = assert!(DNS != port::RESOLVER);
 
 /// The agent would reach exactly this pod, by a tunnel to it.

@@ -1,38 +1,35 @@
 //! The keeper: a thread that feeds the ledger, carries out its commands in the kernel, and tells what the kernel tells.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use mesh_direct::{Bounds, Command, Flow, Input, Judgement, Ledger, Pair, Pod, Refused};
+use mesh_direct::{Bounds, Command, Flow, Input, Judgement, Ledger, Pair, Pod, Refused, Vip};
 use mesh_ebpf::{
     Capture, CaptureError, DirectClose, DirectEnd, DirectEvent, DirectFlow, DirectOutcome,
-    DirectPair, NetnsCookie, PodSettings, monotonic_now,
+    DirectPair, DirectVip, NetnsCookie, PodSettings, monotonic_now,
 };
 use mesh_model::{CloseReason, FlowId};
 use mesh_net::Netns;
 use tokio::sync::oneshot;
 
+use super::answers::{Answers, Bench};
 use super::connections::{Connection, Connections, pair, refused};
-use super::judge::{Certificates, Ground, Judged, LocalPod, LocalPods, judge};
+use super::judge::{Judged, LocalPod, LocalPods};
 use super::{DirectExplanation, State, Written};
 use crate::dataplane::Drain;
-use crate::dataplane::flows::ConnectionView;
+use crate::dataplane::flows::{ConnectionView, ToPod};
 use crate::dataplane::rejudge::live_reason;
-use crate::dataplane::shared::{PodSockets, Shared, Snapshot};
+use crate::dataplane::shared::{PodSockets, Shared};
 use crate::error::error_chain;
 
 /// What the keeper is told.
 pub(super) enum Message {
-    Offer {
-        cookie: u64,
-        client: IpAddr,
-        target: SocketAddr,
-    },
+    Offer(ToPod),
     Wake,
     Adopt,
     Succeed(Written),
@@ -118,54 +115,6 @@ pub(super) struct Keeper {
     lost: u64,
 }
 
-/// Answers on one picture.
-#[derive(Default)]
-struct Answers {
-    picture: Option<Arc<Snapshot>>,
-    judged: HashMap<Pair, Arc<Judged>>,
-    certificates: Certificates,
-}
-
-impl Answers {
-    fn forget(&mut self) {
-        self.judged.clear();
-        self.certificates.forget();
-    }
-
-    fn ask(
-        &mut self,
-        shared: &Shared,
-        state: &State,
-        pods: &LocalPods,
-        pair: &Pair,
-    ) -> Arc<Judged> {
-        let picture = shared.snapshot.load_full();
-        if !self.picture.as_ref().is_some_and(|known| Arc::ptr_eq(known, &picture)) {
-            self.judged.clear();
-            self.picture = Some(Arc::clone(&picture));
-        }
-        if let Some(judged) = self.judged.get(pair) {
-            return Arc::clone(judged);
-        }
-        let mut ground = Ground {
-            same_node: state.in_effect(),
-            snapshot: &picture,
-            pods,
-            certificates: &mut self.certificates,
-            wall: SystemTime::now(),
-        };
-        let judged = Arc::new(judge(&mut ground, pair));
-        // Pairs that are only asked about must not pile up.
-        if self.judged.len() >= MAX_ANSWERS {
-            self.judged.clear();
-        }
-        self.judged.insert(*pair, Arc::clone(&judged));
-        judged
-    }
-}
-
-const MAX_ANSWERS: usize = 65_536;
-
 impl Keeper {
     pub(super) fn new(
         capture: Arc<Capture>,
@@ -249,9 +198,9 @@ impl Keeper {
 
     fn take(&mut self, message: Message) -> std::ops::ControlFlow<()> {
         match message {
-            Message::Offer { cookie, client, target } => {
+            Message::Offer(carried) => {
                 self.state.offers.fetch_sub(1, Ordering::Relaxed);
-                self.offered(Pod(cookie), client, target);
+                self.offered(&carried);
             }
             Message::Wake => {}
             Message::Adopt => {
@@ -359,6 +308,7 @@ impl Keeper {
         }
         self.renew(now);
         self.state.verdicts.store(self.ledger.verdicts(), Ordering::Relaxed);
+        self.state.vips.store(self.ledger.vips().len(), Ordering::Relaxed);
         self.state.open.store(self.connections.len(), Ordering::Relaxed);
     }
 
@@ -370,7 +320,7 @@ impl Keeper {
     }
 
     fn pods_changed(&mut self) {
-        self.answers.judged.clear();
+        self.answers.forget_pods();
         if self.phase == Phase::Running {
             self.changed();
         }
@@ -379,17 +329,20 @@ impl Keeper {
     /// Feeds the ledger and carries out what it commands.
     fn tell(&mut self, input: Input) {
         let Self { ledger, answers, shared, state, pods, .. } = self;
-        ledger.handle(input, monotonic_now(), |pair| {
-            answers.ask(shared, state, pods, pair).judgement
-        });
+        ledger.handle(input, monotonic_now(), Bench { answers, shared, state, pods });
         while let Some(command) = self.ledger.poll_command() {
-            let done = match command {
+            let done = match &command {
                 Command::Permit(pair) => {
                     let revision = self.shared.snapshot.load().index.revision().0;
-                    self.capture.permit_direct(&in_kernel(&pair), revision)
+                    self.capture.permit_direct(&in_kernel(pair), revision)
                 }
-                Command::Revoke(pair) => self.capture.revoke_direct(&in_kernel(&pair)).map(drop),
-                Command::Cut(pair, flow) => self.cut(&pair, flow),
+                Command::Revoke(pair) => self.capture.revoke_direct(&in_kernel(pair)).map(drop),
+                Command::Cut(pair, flow) => self.cut(pair, *flow),
+                Command::Spread(vip, pairs) => {
+                    let endpoints: Vec<_> = pairs.iter().map(|pair| pair.target).collect();
+                    self.capture.spread_direct(&vip_in_kernel(vip), &endpoints)
+                }
+                Command::Gather(vip) => self.capture.gather_direct(&vip_in_kernel(vip)).map(drop),
             };
             if let Err(error) = done {
                 let error = error_chain(&error);
@@ -399,9 +352,13 @@ impl Keeper {
         }
     }
 
-    fn ask(&mut self, pair: &Pair) -> Arc<Judged> {
+    fn bench(&mut self) -> Bench<'_> {
         let Self { answers, shared, state, pods, .. } = self;
-        answers.ask(shared, state, pods, pair)
+        Bench { answers, shared, state, pods }
+    }
+
+    fn ask(&mut self, pair: &Pair) -> Arc<Judged> {
+        self.bench().ask(pair)
     }
 
     fn renew(&mut self, now: Instant) {
@@ -419,18 +376,28 @@ impl Keeper {
 
     // ---- what others say --------------------------------------------------------------------------------------------
 
-    fn offered(&mut self, client: Pod, address: IpAddr, target: SocketAddr) {
+    fn offered(&mut self, carried: &ToPod) {
         if self.phase != Phase::Running {
             return;
         }
-        let Some(server) = self.pods.owner(target.ip()) else { return };
-        let pair = Pair { client, client_address: address, server, target };
-        let judged = self.ask(&pair);
-        if judged.judgement != Judgement::Grant {
-            tracing::trace!(?pair, because = %judged.because, "stays with the agent");
-        }
+        let ToPod { cookie, client: client_address, dialled: target, by_service, .. } = *carried;
+        let client = Pod(cookie);
         let before = self.ledger.verdicts();
-        self.tell(Input::Offered(pair));
+        if by_service {
+            let vip = Vip { client, address: target };
+            if let Err(because) = &*self.bench().ask_vip(&vip) {
+                tracing::trace!(?vip, %because, "stays with the agent");
+            }
+            self.tell(Input::OfferedVip(vip));
+        } else {
+            let Some(server) = self.pods.owner(target.ip()) else { return };
+            let pair = Pair { client, client_address, server, target };
+            let judged = self.ask(&pair);
+            if judged.judgement != Judgement::Grant {
+                tracing::trace!(?pair, because = %judged.because, "stays with the agent");
+            }
+            self.tell(Input::Offered(pair));
+        }
         if before == 0 {
             // The lease has lapsed since the last one.
             self.renew_at = Instant::now();
@@ -481,6 +448,7 @@ impl Keeper {
                 for (pair, _revision) in pairs {
                     self.tell(Input::Adopted(in_ledger(&pair)));
                 }
+                self.adopt_vips();
             }
             // Without a renewal they lapse.
             Err(error) => {
@@ -488,16 +456,47 @@ impl Keeper {
             }
         }
         tracing::info!(
-            verdicts = self.ledger.verdicts(), connections = self.connections.len(),
+            verdicts = self.ledger.verdicts(), virtual_addresses = self.ledger.vips().len(),
+            connections = self.connections.len(),
             same_node = ?self.state.in_effect(), "the direct path is kept"
         );
+    }
+
+    /// Virtual addresses that an earlier process left are judged, once its verdicts have been.
+    fn adopt_vips(&mut self) {
+        let vips = match self.capture.direct_vips() {
+            Ok(vips) => vips,
+            // Without a renewal they lapse.
+            Err(error) => {
+                tracing::error!(error = %error_chain(&error), "services on the direct path of an earlier agent are not known");
+                return;
+            }
+        };
+        for (DirectVip { client: NetnsCookie(client), vip: address }, endpoints) in vips {
+            let client = Pod(client);
+            let own = self.address_towards(client, address.ip());
+            // Of a client that is not here it only has to differ from what is judged.
+            let client_address = own.unwrap_or_else(|| address.ip());
+            let pair = |target: SocketAddr| {
+                let server = self.pods.owner(target.ip()).unwrap_or(NOBODY);
+                Pair { client, client_address, server, target }
+            };
+            let pairs = endpoints.into_iter().map(pair).collect();
+            self.tell(Input::AdoptedVip(Vip { client, address }, pairs));
+        }
+    }
+
+    /// The address of a pod by which it dials `target`.
+    fn address_towards(&self, pod: Pod, target: IpAddr) -> Option<IpAddr> {
+        let addresses = &self.pods.get(pod)?.sockets.addresses;
+        addresses.iter().copied().find(|own| own.is_ipv4() == target.is_ipv4())
     }
 
     /// A pod is gone: its verdicts and connections go.
     fn leave(&mut self, cookie: u64) {
         // While its namespace is known: connections are cut in it.
         let Some(pod) = self.pods.remove(cookie) else { return };
-        self.answers.judged.clear();
+        self.answers.forget_pods();
         let gone = Arc::clone(&pod.sockets.netns);
         self.leaving = Some((cookie, gone));
         self.pods_changed();
@@ -513,7 +512,10 @@ impl Keeper {
             Err(_name) => pods.named(name).map(|pod| (pod, None)),
         };
         let (client, dials_from) = find(&self.pods, from)?;
-        let (server, dialled) = find(&self.pods, to)?;
+        let Some((server, dialled)) = find(&self.pods, to) else {
+            let address = SocketAddr::new(to.parse::<IpAddr>().ok()?.to_canonical(), port);
+            return self.explain_vip(&Vip { client, address });
+        };
         let first = |pods: &LocalPods, pod: Pod, like: Option<IpAddr>| {
             let addresses = &pods.get(pod)?.sockets.addresses;
             let alike = |one: &&IpAddr| like.is_none_or(|like| like.is_ipv4() == one.is_ipv4());
@@ -532,6 +534,33 @@ impl Keeper {
             because: judged.because.clone().into_owned(),
             rule: judged.rule.as_ref().map(ToString::to_string),
         })
+    }
+
+    /// Of a virtual address; none when nobody has it, or none of its endpoints is here.
+    fn explain_vip(&mut self, vip: &Vip) -> Option<DirectExplanation> {
+        let spreading = self.bench().ask_vip(vip);
+        let stays = |because: String, rule| {
+            Some(DirectExplanation { direct: false, in_force: false, because, rule })
+        };
+        match &*spreading {
+            Ok(pairs) => {
+                for pair in pairs {
+                    let judged = self.ask(pair);
+                    if judged.judgement != Judgement::Grant {
+                        let because = format!("endpoint {}: {}", pair.target, judged.because);
+                        return stays(because, judged.rule.as_ref().map(ToString::to_string));
+                    }
+                }
+                Some(DirectExplanation {
+                    direct: true,
+                    in_force: self.ledger.endpoints(vip).is_some(),
+                    because: "all endpoints that count are captured here and policy allows each"
+                        .to_owned(),
+                    rule: None,
+                })
+            }
+            Err(because) => stays(because.clone().into_owned(), None),
+        }
     }
 
     // ---- what the kernel says ---------------------------------------------------------------------------------------
@@ -577,8 +606,11 @@ impl Keeper {
                         known.opened_at = at;
                         return;
                     }
-                    // The end of an earlier one by the same ports found no room in the queue.
-                    self.ended(&flow, at);
+                    // The end of an earlier one by the same ports found no room in the queue. What it dialled is
+                    // forgotten since this one left.
+                    if let Some(earlier) = self.connections.ended(&flow, at, &*self.shared.flows) {
+                        self.tell(Input::Closed(earlier.pair, Flow(flow.client)));
+                    }
                 }
                 self.found(flow, pair, at, false);
             }
@@ -593,19 +625,28 @@ impl Keeper {
 
     /// A connection is open.
     fn found(&mut self, flow: DirectFlow, pair: Pair, at: Duration, taken_over: bool) {
-        let connection = self.connection(pair, at);
+        let connection = self.connection(&flow, pair, at);
         self.connections.opened(flow, connection, taken_over, &*self.shared.flows);
         self.tell(Input::Opened(pair, Flow(flow.client)));
     }
 
-    fn connection(&mut self, pair: Pair, opened_at: Duration) -> Connection {
+    fn connection(&mut self, flow: &DirectFlow, pair: Pair, opened_at: Duration) -> Connection {
         let judged = self.ask(&pair);
+        let vip = self.capture.dialled(flow).unwrap_or_else(|error| {
+            tracing::warn!(error = %error_chain(&error), ?flow, "which service a direct connection dialled is not known");
+            None
+        });
+        let sides = match vip {
+            Some(vip) => self.bench().sides(&pair, vip),
+            None => Arc::clone(&judged.sides),
+        };
         let first = self.next_flow.fetch_add(2, Ordering::Relaxed);
         Connection {
             pair,
+            vip,
             ids: [FlowId(first), FlowId(first + 1)],
             opened_at,
-            sides: Arc::clone(&judged.sides),
+            sides,
             rule: judged.rule.clone(),
             client: None,
             server: None,
@@ -627,9 +668,10 @@ impl Keeper {
         if !self.connections.contains(flow) {
             let untouched = !close.orderly && close.sent_octets == 0;
             if end == DirectEnd::Client && untouched {
-                let mut connection = self.connection(pair, at);
+                let mut connection = self.connection(flow, pair, at);
                 connection.cut = Some((CloseReason::ConnectRefused, None));
-                return refused(&connection, flow, at, &*self.shared.flows);
+                refused(&connection, flow, at, &*self.shared.flows);
+                return self.forget_dialled(&connection, flow, at);
             }
             // It was opened before an earlier agent died, which has told of it.
             self.found(*flow, pair, at, true);
@@ -643,8 +685,18 @@ impl Keeper {
     }
 
     fn ended(&mut self, flow: &DirectFlow, at: Duration) {
-        if let Some(pair) = self.connections.ended(flow, at, &*self.shared.flows) {
-            self.tell(Input::Closed(pair, Flow(flow.client)));
+        if let Some(ended) = self.connections.ended(flow, at, &*self.shared.flows) {
+            self.forget_dialled(&ended, flow, at);
+            self.tell(Input::Closed(ended.pair, Flow(flow.client)));
+        }
+    }
+
+    fn forget_dialled(&self, ended: &Connection, flow: &DirectFlow, at: Duration) {
+        if ended.vip.is_some()
+            && let Err(error) = self.capture.forget_dialled(flow, at)
+        {
+            // Until it is looked for among what is over.
+            tracing::warn!(error = %error_chain(&error), ?flow, "which service was dialled stays noted");
         }
     }
 
@@ -729,7 +781,7 @@ impl Keeper {
         self.compare_at = now + COMPARE;
         match self.capture.direct_ends() {
             Ok(ends) => {
-                let known = ends.into_iter().map(|(flow, _)| flow).collect();
+                let known: BTreeSet<_> = ends.into_iter().map(|(flow, _)| flow).collect();
                 let Self { connections, pods, .. } = self;
                 for flow in connections.compare(&known, |pair| !pods.has_left(pair)) {
                     self.ended(&flow, monotonic_now());
@@ -739,6 +791,28 @@ impl Keeper {
                 tracing::warn!(error = %error_chain(&error), "direct connections are not compared with the kernel's table");
             }
         }
+        if let Err(error) = self.forget_leftovers() {
+            tracing::warn!(error = %error_chain(&error), "what was dialled by connections that are over stays noted");
+        }
+    }
+
+    /// Of connections whose end was not told, which virtual address they dialled is noted for ever: those that are over by
+    /// now are forgotten.
+    fn forget_leftovers(&mut self) -> Result<(), CaptureError> {
+        let now = monotonic_now();
+        let noted = self.capture.all_dialled()?;
+        if noted.is_empty() {
+            return Ok(());
+        }
+        let open: BTreeSet<_> =
+            self.capture.direct_ends()?.into_iter().map(|(flow, _)| flow).collect();
+        self.read_events();
+        for flow in noted {
+            if !open.contains(&flow) && !self.connections.contains(&flow) {
+                self.capture.forget_dialled(&flow, now)?;
+            }
+        }
+        Ok(())
     }
 
     /// Of pods that are captured no more the kernel tells nothing: what they have open is read from their own tables.
@@ -792,6 +866,10 @@ const fn in_kernel(pair: &Pair) -> DirectPair {
         client_address: pair.client_address,
         target: pair.target,
     }
+}
+
+const fn vip_in_kernel(vip: &Vip) -> DirectVip {
+    DirectVip { client: NetnsCookie(vip.client.0), vip: vip.address }
 }
 
 const fn in_ledger(pair: &DirectPair) -> Pair {

@@ -20,14 +20,17 @@ use crate::mesh::{Held, Mesh};
 use crate::watch::{End, Scope, Watch};
 
 /// What the mesh promises of a change that denies.
-const LIMIT: Duration = Duration::from_secs(1);
+pub(crate) const LIMIT: Duration = Duration::from_secs(1);
 /// How long verdicts are in force after their agent's last word.
 const LEASE: Duration = Duration::from_secs(2);
 /// What is said between two pods of the node; a sniffer may see it there, and nowhere else.
 const ASIDE: &str = "said-between-two-pods";
 
 /// Runs `work` with the direct path on node a, and goes back to tunnels.
-fn with_direct(mesh: &mut Mesh, work: fn(&mut Mesh) -> anyhow::Result<()>) -> anyhow::Result<()> {
+pub(crate) fn with_direct(
+    mesh: &mut Mesh,
+    work: fn(&mut Mesh) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     switch(mesh, "direct")?;
     let outcome = work(mesh);
     // A trial that failed may have left no agent.
@@ -40,7 +43,7 @@ fn with_direct(mesh: &mut Mesh, work: fn(&mut Mesh) -> anyhow::Result<()>) -> an
 }
 
 /// Hands node a over to an agent with another setting.
-fn switch(mesh: &mut Mesh, setting: &str) -> anyhow::Result<()> {
+pub(crate) fn switch(mesh: &mut Mesh, setting: &str) -> anyhow::Result<()> {
     let index = mesh.lab.node_index("a");
     let predecessor = mesh.lab.start_successor(index, &["--same-node", setting])?;
     ended_well(predecessor)?;
@@ -55,14 +58,14 @@ fn ended_well(mut predecessor: Process) -> anyhow::Result<()> {
 }
 
 /// A pod by IPv4, IPv6, and IPv4 in an IPv6 socket.
-fn three_ways(mesh: &Mesh, pod: &str, port: u16) -> [SocketAddr; 3] {
+pub(crate) fn three_ways(mesh: &Mesh, pod: &str, port: u16) -> [SocketAddr; 3] {
     let [v4, v6] = mesh.targets(pod, port);
     let IpAddr::V4(ip) = v4.ip() else { return [v4, v6, v4] };
     [v4, v6, SocketAddr::new(Ipv4Addr::to_ipv6_mapped(&ip).into(), port)]
 }
 
 /// The pod's open connections that lead straight to `target`, as its own socket table has them.
-fn straight(mesh: &Mesh, pod: &str, target: SocketAddr) -> anyhow::Result<usize> {
+pub(crate) fn straight(mesh: &Mesh, pod: &str, target: SocketAddr) -> anyhow::Result<usize> {
     let line = format!("ss -Htn state established dport = :{}", target.port());
     let sockets = mesh.pod(pod).shell(&line)?.output()?;
     let address = target.ip().to_canonical().to_string();
@@ -75,7 +78,7 @@ fn straight(mesh: &Mesh, pod: &str, target: SocketAddr) -> anyhow::Result<usize>
 }
 
 /// Waits until a new connection of the pair goes directly.
-fn wait_for_direct(mesh: &Mesh, pod: &str, target: SocketAddr) -> anyhow::Result<()> {
+pub(crate) fn wait_for_direct(mesh: &Mesh, pod: &str, target: SocketAddr) -> anyhow::Result<()> {
     until(&format!("{pod} reaching {target} directly"), PATIENCE, || {
         let before = straight(mesh, pod, target)?;
         let Ok(held) = mesh.hold(pod, target, 1) else { return Ok(None) };
@@ -86,7 +89,7 @@ fn wait_for_direct(mesh: &Mesh, pod: &str, target: SocketAddr) -> anyhow::Result
 }
 
 /// What became of one connection of a pod on which a byte is echoed.
-fn try_once(mesh: &Mesh, pod: &str, target: SocketAddr) -> Result<(), String> {
+pub(crate) fn try_once(mesh: &Mesh, pod: &str, target: SocketAddr) -> Result<(), String> {
     let tried = mesh.peer(pod, &["idle", &target.to_string(), "1"]);
     tried.map(drop).map_err(|error| format!("{error:#}"))
 }
@@ -113,7 +116,7 @@ fn wait_for_open(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
 }
 
 /// A counter of the agent of node a, summed over the series with all of `labels`.
-fn counted(mesh: &Mesh, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
+pub(crate) fn counted(mesh: &Mesh, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
     let metrics = mesh.lab.node("a").metrics()?;
     let is_it = |line: &&str| {
         line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
@@ -125,16 +128,16 @@ fn counted(mesh: &Mesh, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u
     Ok(sum as u64)
 }
 
-fn dialled(mesh: &Mesh) -> anyhow::Result<u64> {
+pub(crate) fn dialled(mesh: &Mesh) -> anyhow::Result<u64> {
     counted(mesh, "culvert_capture_total", &[("event", "direct_dialled")])
 }
 
 /// The access log of node a from now on.
-struct Log(usize);
+pub(crate) struct Log(usize);
 
 impl Log {
     /// Lines about what is over may wait to be written: from when the log rests.
-    fn from_now(mesh: &Mesh) -> anyhow::Result<Self> {
+    pub(crate) fn from_now(mesh: &Mesh) -> anyhow::Result<Self> {
         let length = || mesh.lab.node("a").agent_log(usize::MAX).len();
         let seen = std::cell::Cell::new(length());
         until("the log resting", PATIENCE, || {
@@ -145,14 +148,19 @@ impl Log {
         Ok(Self(seen.get()))
     }
 
-    fn lines(&self, mesh: &Mesh, parts: &[&str]) -> Vec<String> {
+    pub(crate) fn lines(&self, mesh: &Mesh, parts: &[&str]) -> Vec<String> {
         let log = mesh.lab.node("a").agent_log(usize::MAX);
         let new = log.get(self.0..).unwrap_or_default().lines();
         new.filter(|line| parts.iter().all(|part| line.contains(part))).map(str::to_owned).collect()
     }
 
     /// Waits until there are `count` lines with all of `parts`; more of them is an error.
-    fn exactly(&self, mesh: &Mesh, count: usize, parts: &[&str]) -> anyhow::Result<Vec<String>> {
+    pub(crate) fn exactly(
+        &self,
+        mesh: &Mesh,
+        count: usize,
+        parts: &[&str],
+    ) -> anyhow::Result<Vec<String>> {
         let what = format!("{count} lines with {parts:?}");
         until(&what, PATIENCE, || Ok((self.lines(mesh, parts).len() >= count).then_some(())))?;
         let lines = self.lines(mesh, parts);
@@ -167,13 +175,13 @@ fn field<'l>(line: &'l str, key: &str) -> Option<&'l str> {
     value.trim_start_matches('"').split(['"', ' ', '\n']).next()
 }
 
-fn deny_client(name: &str) -> Value {
+pub(crate) fn deny_client(name: &str, labels: &Value) -> Value {
     let client = json!({ "source": { "principals": ["cluster.local/ns/mesh/sa/client"] } });
     manifest::authorization_policy(
         "mesh",
         name,
         &json!({
-            "selector": { "matchLabels": { "app": "mate" } },
+            "selector": { "matchLabels": labels },
             "action": "DENY", "rules": [{ "from": [client] }],
         }),
     )
@@ -216,7 +224,7 @@ pub(crate) fn second_connection_goes_directly(mesh: &mut Mesh) -> anyhow::Result
     })
 }
 
-fn canonical(address: SocketAddr) -> SocketAddr {
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
@@ -327,7 +335,7 @@ fn everything_is_told(mesh: &Mesh) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn same_node(lab: &Lab, url: &str) -> anyhow::Result<Value> {
+pub(crate) fn same_node(lab: &Lab, url: &str) -> anyhow::Result<Value> {
     let mut curl = std::process::Command::new("curl");
     curl.args(["-sS", "-m", "10", "--unix-socket"]).arg(lab.node("a").run_dir().join("admin.sock"));
     let said = mesh_netns::process::run(curl.arg(url), PATIENCE)?.output()?;
@@ -342,6 +350,10 @@ pub(crate) fn delivered_and_direct_ones_never_meet(mesh: &mut Mesh) -> anyhow::R
     const DIRECT: u32 = 4000;
     with_direct(mesh, |mesh| {
         let port = peer::IDLE;
+        // A second endpoint on another node, so that the agent has to choose.
+        let bin_dir = mesh.lab.bin_dir().to_owned();
+        let far = PodSpec { app: "mate".to_owned(), ..PodSpec::new("mesh", "far") };
+        let _serving = servers::peer(mesh.lab.run_pod("b", far)?, &bin_dir)?;
         let service =
             manifest::service("mesh", "mates", "mate", &[VIP.parse()?], &[("idle", port, port)]);
         mesh.lab.apply(&service)?;
@@ -349,8 +361,9 @@ pub(crate) fn delivered_and_direct_ones_never_meet(mesh: &mut Mesh) -> anyhow::R
         let vip = SocketAddr::new(VIP.parse()?, port);
         let look = || -> anyhow::Result<()> {
             until("the service answering", PATIENCE, || Ok(try_once(mesh, "client", vip).ok()))?;
-            let delivered = mesh.hold("client", vip, DELIVERED)?;
-            ensure!(straight(mesh, "client", vip)? == 0, "a service was reached directly");
+            let before = dialled(mesh)?;
+            let delivered = mesh.hold("client", vip, 2 * DELIVERED)?;
+            ensure!(dialled(mesh)? == before, "a service was reached directly");
             let direct = hold_direct(mesh, "client", target, DIRECT)?;
             let used = direct.use_all()?;
             ensure!(used.is_ok(), "a direct connection was disturbed: {used:?}");
@@ -360,6 +373,7 @@ pub(crate) fn delivered_and_direct_ones_never_meet(mesh: &mut Mesh) -> anyhow::R
         };
         let outcome = look();
         mesh.lab.delete(&service)?;
+        mesh.lab.delete_pod("far")?;
         outcome
     })
 }
@@ -384,7 +398,8 @@ fn deny_once(mesh: &Mesh) -> anyhow::Result<Duration> {
     let denied =
         [hold_direct(mesh, "client", targets[0], 3)?, hold_direct(mesh, "client", targets[1], 3)?];
     wait_for_open(mesh, 6)?;
-    let (log, deny) = (Log::from_now(mesh)?, deny_client("not-the-client"));
+    let (log, deny) =
+        (Log::from_now(mesh)?, deny_client("not-the-client", &json!({ "app": "mate" })));
     let applied = Instant::now();
     mesh.lab.apply(&deny)?;
     let look = || {

@@ -12,6 +12,7 @@ mod enrolment;
 mod hostile;
 mod mesh;
 mod policy;
+mod services;
 mod watch;
 
 use mesh_netns::trials::{self, Named};
@@ -41,6 +42,8 @@ const FAULTS: &[Named<Mesh>] = &[
     ),
     ("direct_second_connection_of_a_pair", direct::second_connection_goes_directly),
     ("direct_and_delivered_connections", direct::delivered_and_direct_ones_never_meet),
+    ("direct_services", services::services_go_directly),
+    ("direct_services_and_the_agent", services::the_agent_takes_services_back),
     ("direct_connections_are_cut_by_a_policy", direct::denying_cuts_direct_connections),
     ("direct_connections_outlive_the_agent", direct::killed_agent_leaves_direct_connections),
     ("direct_connections_end_with_a_waypoint", direct::waypoint_ends_direct_connections),

@@ -18,9 +18,9 @@ const CLIENT: &str = "10.0.0.1";
 const SERVER: &str = "10.0.0.2";
 
 /// Two pods of one node, both captured, with certificates, in a mesh without policies.
-struct Scene {
+pub(in crate::dataplane::direct) struct Scene {
     same_node: SameNode,
-    snapshot: Snapshot,
+    pub(in crate::dataplane::direct) snapshot: Snapshot,
     client: Workload,
     server: Workload,
     pods: [LocalPod; 2],
@@ -39,7 +39,7 @@ fn svid(ca: &CaCore, account: &str) -> Arc<Svid> {
     Arc::new(IssuedAnswer::check(&chain, &id(account), key, now).unwrap().svid)
 }
 
-fn workload(name: &str, address: &str) -> Workload {
+pub(in crate::dataplane::direct) fn workload(name: &str, address: &str) -> Workload {
     let mut workload = Workload::named(&format!("Kubernetes//Pod/shop/{name}"), "shop", name);
     workload.service_account = name.into();
     workload.addresses = vec![address.parse().unwrap()];
@@ -47,7 +47,7 @@ fn workload(name: &str, address: &str) -> Workload {
     workload
 }
 
-fn local(name: &str, address: &str, cookie: u64) -> LocalPod {
+pub(in crate::dataplane::direct) fn local(name: &str, address: &str, cookie: u64) -> LocalPod {
     LocalPod {
         sockets: PodSockets {
             uid: PodUid::new(name),
@@ -65,7 +65,7 @@ fn local(name: &str, address: &str, cookie: u64) -> LocalPod {
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(in crate::dataplane::direct) fn new() -> Self {
         let now = SystemTime::now();
         let ca = CaCore::create("cluster.local", CaConfig::default(), now).unwrap();
         let trust = TrustBundle::from_pem("cluster.local", &ca.root_bundle_pem(), "").unwrap();
@@ -114,7 +114,11 @@ impl Scene {
     }
 }
 
-fn policy(action: Action, dry_run: bool, principal: &str) -> Policy {
+pub(in crate::dataplane::direct) fn policy(
+    action: Action,
+    dry_run: bool,
+    principal: &str,
+) -> Policy {
     let principals = vec![StringMatch::Exact(principal.into())];
     let one = Match { principals, ..Match::default() };
     Policy {
@@ -127,7 +131,7 @@ fn policy(action: Action, dry_run: bool, principal: &str) -> Policy {
     }
 }
 
-const THE_CLIENT: &str = "cluster.local/ns/shop/sa/client";
+pub(in crate::dataplane::direct) const THE_CLIENT: &str = "cluster.local/ns/shop/sa/client";
 
 #[test]
 fn two_captured_pods_talk_directly_and_both_are_named() {
