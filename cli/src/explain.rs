@@ -4,6 +4,7 @@ mod question;
 mod source;
 
 use std::fmt::{Display, Write as _};
+use std::net::IpAddr;
 
 use mesh_authorize::{Explanation, Outcome};
 use mesh_resolve::Step;
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &ExplainArgs, reach: &Reach, output: Output) -> Result<E
     let target = format!("/explain{}", query(&asked_for));
     let body = controller.get(&target)?;
     let answer: Answer = controller.read(&body)?;
-    let same_node = if answer.allowed { same_node(&question, reach) } else { None };
+    let same_node = if answer.allowed { same_node(&question, &answer, reach) } else { None };
     match output {
         Output::Json => show::raw(&body)?,
         Output::Table => {
@@ -81,15 +82,17 @@ struct SameNode {
     because: String,
 }
 
-/// Asks the agent of this machine; none when there is none, or when the connection is not between two of its pods.
-fn same_node(question: &Question, reach: &Reach) -> Option<String> {
+/// Asks the agent of this machine; none when there is none, or when the connection is neither between two of its pods nor
+/// from one of them to a service.
+fn same_node(question: &Question, answer: &Answer, reach: &Reach) -> Option<String> {
     let agent = AdminClient::new(Daemon::Agent, reach);
     if !agent.is_there() {
         return None;
     }
     let port = question.port.to_string();
     let from = question.from.rsplit_once("//Pod/").map_or(&*question.from, |(_, name)| name);
-    let asked = query(&[("from", from), ("to", &question.to), ("port", &port)]);
+    let to = dialled(answer).map_or_else(|| question.to.clone(), |ip| ip.to_string());
+    let asked = query(&[("from", from), ("to", &to), ("port", &port)]);
     let answer: SameNode = agent.read(&agent.get(&format!("/same-node{asked}")).ok()?).ok()?;
     let SameNode { direct, in_force, because } = answer;
     Some(match (direct, in_force) {
@@ -98,6 +101,18 @@ fn same_node(question: &Question, reach: &Reach) -> Option<String> {
             format!("on this node: direct from the second connection on ({because})")
         }
         (false, _) => format!("on this node: through the agent, encrypted ({because})"),
+    })
+}
+
+/// The address that a name stands for: an agent knows names of pods only.
+fn dialled(answer: &Answer) -> Option<IpAddr> {
+    answer.stages.iter().flat_map(|stage| &stage.resolve).find_map(|step| {
+        match serde_json::from_value(step.clone()) {
+            Ok(Step::Dialled { destination, .. }) => Some(destination.ip()),
+            Ok(_other) => None,
+            // A step that a newer controller has invented.
+            Err(_unknown) => None,
+        }
     })
 }
 

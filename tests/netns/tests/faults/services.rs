@@ -3,10 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::ensure;
 use mesh_netns::peer::ports as peer;
+use mesh_netns::process::run;
 use mesh_netns::servers;
 use mesh_netns::wait::{PATIENCE, until};
 use mesh_netns::{Held, PodSpec, Process, manifest};
@@ -167,6 +169,12 @@ fn shown(mesh: &Mesh, vip: SocketAddr) -> anyhow::Result<()> {
     let asked = format!("http://agent/same-node?from=mesh/client&to={address}&port={}", vip.port());
     let answer = same_node(&mesh.lab, &asked)?;
     ensure!(answer["direct"] == true && answer["in_force"] == true, "explained: {answer}");
+    let mut explain = Command::new(mesh.lab.bin_dir().join("culvert"));
+    explain.args(["explain", "mesh/client", &format!("mates.mesh:{}", vip.port())]);
+    explain.env("CULVERT_CONTROLLER_SOCKET", mesh.lab.controller_socket());
+    explain.env("CULVERT_RUN_DIR", mesh.lab.node("a").run_dir());
+    let explained = run(&mut explain, PATIENCE)?.output()?;
+    ensure!(explained.contains("on this node: direct"), "explained: {explained}");
     Ok(())
 }
 
