@@ -1,6 +1,9 @@
 //! The keeper: a thread that feeds the ledger, carries out its commands in the kernel, and tells what the kernel tells.
 
-use std::collections::{BTreeSet, VecDeque};
+mod explain;
+mod tables;
+
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -506,63 +509,6 @@ impl Keeper {
         self.leaving = None;
     }
 
-    fn explain(&mut self, from: &str, to: &str, port: u16) -> Option<DirectExplanation> {
-        let find = |pods: &LocalPods, name: &str| match name.parse::<IpAddr>() {
-            Ok(address) => pods.owner(address.to_canonical()).map(|pod| (pod, Some(address))),
-            Err(_name) => pods.named(name).map(|pod| (pod, None)),
-        };
-        let (client, dials_from) = find(&self.pods, from)?;
-        let Some((server, dialled)) = find(&self.pods, to) else {
-            let address = SocketAddr::new(to.parse::<IpAddr>().ok()?.to_canonical(), port);
-            return self.explain_vip(&Vip { client, address });
-        };
-        let first = |pods: &LocalPods, pod: Pod, like: Option<IpAddr>| {
-            let addresses = &pods.get(pod)?.sockets.addresses;
-            let alike = |one: &&IpAddr| like.is_none_or(|like| like.is_ipv4() == one.is_ipv4());
-            addresses.iter().find(alike).copied()
-        };
-        let target = match dialled {
-            Some(address) => address.to_canonical(),
-            None => first(&self.pods, server, dials_from)?,
-        };
-        let client_address = first(&self.pods, client, Some(target))?;
-        let pair = Pair { client, client_address, server, target: SocketAddr::new(target, port) };
-        let judged = self.ask(&pair);
-        Some(DirectExplanation {
-            direct: judged.judgement == Judgement::Grant,
-            in_force: self.ledger.is_permitted(&pair),
-            because: judged.because.clone().into_owned(),
-            rule: judged.rule.as_ref().map(ToString::to_string),
-        })
-    }
-
-    /// Of a virtual address; none when nobody has it, or none of its endpoints is here.
-    fn explain_vip(&mut self, vip: &Vip) -> Option<DirectExplanation> {
-        let spreading = self.bench().ask_vip(vip);
-        let stays = |because: String, rule| {
-            Some(DirectExplanation { direct: false, in_force: false, because, rule })
-        };
-        match &*spreading {
-            Ok(pairs) => {
-                for pair in pairs {
-                    let judged = self.ask(pair);
-                    if judged.judgement != Judgement::Grant {
-                        let because = format!("endpoint {}: {}", pair.target, judged.because);
-                        return stays(because, judged.rule.as_ref().map(ToString::to_string));
-                    }
-                }
-                Some(DirectExplanation {
-                    direct: true,
-                    in_force: self.ledger.endpoints(vip).is_some(),
-                    because: "all endpoints that count are captured here and policy allows each"
-                        .to_owned(),
-                    rule: None,
-                })
-            }
-            Err(because) => stays(because.clone().into_owned(), None),
-        }
-    }
-
     // ---- what the kernel says ---------------------------------------------------------------------------------------
 
     fn read_events(&mut self) {
@@ -739,116 +685,7 @@ impl Keeper {
             }
         }
     }
-
-    /// Connections whose beginning found no room in the queue are looked up in the kernel's table: what is not known is not
-    /// cut when it is denied.
-    fn find_untold(&mut self) {
-        let lost = match self.capture.counters() {
-            Ok(counters) => counters.get(EVENTS_LOST).copied().unwrap_or(0),
-            Err(error) => {
-                tracing::warn!(error = %error_chain(&error), "whether direct connections were not told of is not known");
-                return;
-            }
-        };
-        if lost == self.lost {
-            return;
-        }
-        self.read_events();
-        match self.capture.direct_ends() {
-            Ok(ends) => {
-                self.lost = lost;
-                self.find(ends);
-            }
-            Err(error) => {
-                tracing::warn!(error = %error_chain(&error), "direct connections that were not told of are not known");
-            }
-        }
-    }
-
-    /// Takes up connections of the kernel's table that are not known, by who owns their addresses.
-    fn find(&mut self, ends: Vec<(DirectFlow, DirectEnd)>) {
-        for (flow, _end) in ends {
-            if !self.connections.contains(&flow) {
-                let owner = |ip| self.pods.owner(ip).unwrap_or(NOBODY);
-                let pair = pair(&flow, owner(flow.client.ip()), owner(flow.target.ip()));
-                self.found(flow, pair, monotonic_now(), true);
-            }
-        }
-    }
-
-    /// Connections whose end was not told are ended: the queue was full.
-    fn compare(&mut self, now: Instant) {
-        self.compare_at = now + COMPARE;
-        match self.capture.direct_ends() {
-            Ok(ends) => {
-                let known: BTreeSet<_> = ends.into_iter().map(|(flow, _)| flow).collect();
-                let Self { connections, pods, .. } = self;
-                for flow in connections.compare(&known, |pair| !pods.has_left(pair)) {
-                    self.ended(&flow, monotonic_now());
-                }
-            }
-            Err(error) => {
-                tracing::warn!(error = %error_chain(&error), "direct connections are not compared with the kernel's table");
-            }
-        }
-        if let Err(error) = self.forget_leftovers() {
-            tracing::warn!(error = %error_chain(&error), "what was dialled by connections that are over stays noted");
-        }
-    }
-
-    /// Of connections whose end was not told, which virtual address they dialled is noted for ever: those that are over by
-    /// now are forgotten.
-    fn forget_leftovers(&mut self) -> Result<(), CaptureError> {
-        let now = monotonic_now();
-        let noted = self.capture.all_dialled()?;
-        if noted.is_empty() {
-            return Ok(());
-        }
-        let open: BTreeSet<_> =
-            self.capture.direct_ends()?.into_iter().map(|(flow, _)| flow).collect();
-        self.read_events();
-        for flow in noted {
-            if !open.contains(&flow) && !self.connections.contains(&flow) {
-                self.capture.forget_dialled(&flow, now)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Of pods that are captured no more the kernel tells nothing: what they have open is read from their own tables.
-    fn look_at_leaving(&mut self, now: Instant) {
-        self.look_at_leaving = now + LOOK_AT_LEAVING;
-        let Self { connections, pods, .. } = self;
-        let mut gone = Vec::new();
-        for (pod, leaving) in pods.leaving() {
-            if connections.count_of(pod) == 0 {
-                continue;
-            }
-            match Capture::sockets_of(leaving.sockets.netns.as_fd()) {
-                Ok(sockets) => {
-                    let both_ways = |(own, peer)| {
-                        [
-                            DirectFlow { client: own, target: peer },
-                            DirectFlow { client: peer, target: own },
-                        ]
-                    };
-                    let known = sockets.into_iter().flat_map(both_ways).collect();
-                    let is_its = |pair: &Pair| pair.client == pod || pair.server == pod;
-                    gone.extend(connections.compare(&known, is_its));
-                }
-                Err(error) => {
-                    tracing::warn!(error = %error_chain(&error), pod = %leaving.sockets.uid, "what a pod that left has open is not known");
-                }
-            }
-        }
-        for flow in gone {
-            self.ended(&flow, monotonic_now());
-        }
-    }
 }
-
-/// The kernel's counter of events for which the queue had no room.
-const EVENTS_LOST: &str = "direct_events_lost";
 
 /// The pod of an address that is nobody's: never captured, so that all of its connections are cut.
 const NOBODY: Pod = Pod(0);
