@@ -10,7 +10,7 @@ use mesh_direct::{Judge, Judgement, Pair, Vip};
 
 use super::State;
 use super::judge::{Certificates, Ground, Judged, LocalPods, Sides, judge};
-use super::spread::{Spreading, by_service, spread};
+use super::spread::{Spreading, by_service, has_endpoint_here, spread};
 use crate::dataplane::shared::{Shared, Snapshot};
 
 /// Answers on one picture.
@@ -75,6 +75,11 @@ impl Bench<'_> {
         let sides = self.on_ground(|ground| by_service(ground, pair, vip, &judged.sides));
         keep(&mut self.answers.by_service, (*pair, vip), &sides);
         sides
+    }
+
+    pub(super) fn has_endpoint_here(&mut self, vip: &Vip) -> bool {
+        self.look();
+        self.on_ground(|ground| has_endpoint_here(ground, vip))
     }
 
     /// Forgets answers on another picture than that of now.

@@ -95,6 +95,19 @@ fn pair(
     Ok(Pair { client: vip.client, client_address, server, target: *target })
 }
 
+/// Whether a pod of this node is an endpoint of the service that has the virtual address.
+pub(super) fn has_endpoint_here(ground: &Ground<'_>, vip: &Vip) -> bool {
+    let index = &ground.snapshot.index;
+    let client = ground.pods.get(vip.client);
+    let Some(source) = client.and_then(|pod| pod.sockets.workload(ground.snapshot)) else {
+        return false;
+    };
+    let found = index.find_address(&source.network, vip.address.ip(), &source.namespace);
+    let Some(Addressed::Service(service)) = found else { return false };
+    let is_here = |ip: &IpAddr| ground.pods.owner(*ip).is_some();
+    index.endpoints(&service.key).any(|one| one.addresses.iter().any(is_here))
+}
+
 /// What both reporters say of a pair's connections, and the service by whose virtual address they were dialled: as through
 /// a tunnel, where the client's agent names the host that it meant.
 pub(super) fn by_service(

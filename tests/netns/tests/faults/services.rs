@@ -169,6 +169,11 @@ fn shown(mesh: &Mesh, vip: SocketAddr) -> anyhow::Result<()> {
     let asked = format!("http://agent/same-node?from=mesh/client&to={address}&port={}", vip.port());
     let answer = same_node(&mesh.lab, &asked)?;
     ensure!(answer["direct"] == true && answer["in_force"] == true, "explained: {answer}");
+    // What is elsewhere is no matter of this node.
+    let there = mesh.pod("server").ipv4;
+    let asked = format!("http://agent/same-node?from=mesh/client&to={there}&port=80");
+    let answer = same_node(&mesh.lab, &asked)?;
+    ensure!(answer.get("direct").is_none(), "explained: {answer}");
     let mut explain = Command::new(mesh.lab.bin_dir().join("culvert"));
     explain.args(["explain", "mesh/client", &format!("mates.mesh:{}", vip.port())]);
     explain.env("CULVERT_CONTROLLER_SOCKET", mesh.lab.controller_socket());

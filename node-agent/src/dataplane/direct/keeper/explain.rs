@@ -39,7 +39,7 @@ impl Keeper {
         })
     }
 
-    /// Of a virtual address; none when nobody has it, or none of its endpoints is here.
+    /// Of a virtual address; none when no service has it, or no pod of this node is an endpoint.
     fn explain_vip(&mut self, vip: &Vip) -> Option<DirectExplanation> {
         let spreading = self.bench().ask_vip(vip);
         let stays = |because: String, rule| {
@@ -62,7 +62,10 @@ impl Keeper {
                     rule: None,
                 })
             }
-            Err(because) => stays(because.clone().into_owned(), None),
+            Err(because) => {
+                let is_here = self.bench().has_endpoint_here(vip);
+                is_here.then(|| stays(because.clone().into_owned(), None)).flatten()
+            }
         }
     }
 }

@@ -174,6 +174,22 @@ fn a_pair_of_an_endpoint_is_judged_by_itself() {
 }
 
 #[test]
+fn a_service_without_endpoint_here_is_no_matter_of_this_node() {
+    let check = |expected: bool, change: Change| {
+        let mut mesh = Mesh::new();
+        change(&mut mesh);
+        mesh.on_ground(|ground, address| {
+            assert_eq!(has_endpoint_here(ground, &Vip { client: Pod(1), address }), expected);
+        });
+    };
+    check(true, |_| {});
+    check(true, |mesh| drop(mesh.pods.pop()));
+    check(false, |mesh| mesh.pods.truncate(1));
+    check(false, |mesh| mesh.dialled = "10.96.0.2:80".parse().unwrap());
+    check(false, |mesh| mesh.dialled = "10.0.9.9:8080".parse().unwrap());
+}
+
+#[test]
 fn records_name_the_service() {
     Mesh::new().on_ground(|ground, dialled| {
         let pair = pair_to(2, "10.0.0.2:8080");
