@@ -108,6 +108,8 @@ pub(super) struct Keeper {
     /// Connections that are cut, or closed at one end while the other end's pod is not told of any more: their last word is
     /// waited for.
     ending: VecDeque<(Instant, DirectFlow)>,
+    /// What an earlier agent left in the kernel could not be read: nothing is put into force, since that would be, too.
+    is_blind: bool,
     renew_at: Instant,
     round_at: Instant,
     compare_at: Instant,
@@ -139,6 +141,7 @@ impl Keeper {
             answers: Answers::default(),
             leaving: None,
             ending: VecDeque::new(),
+            is_blind: false,
             renew_at: now,
             round_at: now,
             compare_at: now,
@@ -365,7 +368,7 @@ impl Keeper {
     }
 
     fn renew(&mut self, now: Instant) {
-        if self.ledger.verdicts() == 0 || now < self.renew_at {
+        if self.is_blind || self.ledger.verdicts() == 0 || now < self.renew_at {
             return;
         }
         let Some(until) = self.ledger.lease(monotonic_now()) else { return };
@@ -453,9 +456,9 @@ impl Keeper {
                 }
                 self.adopt_vips();
             }
-            // Without a renewal they lapse.
             Err(error) => {
-                tracing::error!(error = %error_chain(&error), "verdicts of an earlier agent are not known")
+                self.is_blind = true;
+                tracing::error!(error = %error_chain(&error), "no direct path: verdicts of an earlier agent are not known")
             }
         }
         tracing::info!(
@@ -469,9 +472,9 @@ impl Keeper {
     fn adopt_vips(&mut self) {
         let vips = match self.capture.direct_vips() {
             Ok(vips) => vips,
-            // Without a renewal they lapse.
             Err(error) => {
-                tracing::error!(error = %error_chain(&error), "services on the direct path of an earlier agent are not known");
+                self.is_blind = true;
+                tracing::error!(error = %error_chain(&error), "no direct path: services on that of an earlier agent are not known");
                 return;
             }
         };
