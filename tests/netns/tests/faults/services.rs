@@ -121,7 +121,7 @@ fn answering(mesh: &Mesh, vip: SocketAddr, count: u32) -> anyhow::Result<BTreeMa
 // ---- the trials -------------------------------------------------------------------------------------------------------
 
 /// By IPv4, IPv6 and IPv4 in an IPv6 socket: spread over both endpoints, under the name that was dialled, told of as the
-/// service's, and so on after a change of agents.
+/// service's, and so on after a change of agents and after one that was killed.
 pub(crate) fn services_go_directly(mesh: &mut Mesh) -> anyhow::Result<()> {
     with_direct(mesh, |mesh| {
         let service = Service::start(mesh)?;
@@ -148,6 +148,7 @@ pub(crate) fn services_go_directly(mesh: &mut Mesh) -> anyhow::Result<()> {
         }
         names_whom_was_dialled(mesh)?;
         handed_over(mesh)?;
+        after_a_crash(mesh)?;
         service.stop(mesh)
     })
 }
@@ -237,14 +238,30 @@ fn handed_over(mesh: &mut Mesh) -> anyhow::Result<()> {
     told(mesh, &log)
 }
 
-/// An endpoint elsewhere, an endpoint that is denied: connections go through the agent, which chooses among all. An endpoint
-/// that left the service keeps what it has.
+/// An agent that finds no predecessor takes up what is in the kernel, and knows by which address it was dialled.
+fn after_a_crash(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let [_, vip] = vips(peer::IDLE)?;
+    let (held, before) = hold_spread(mesh, vip)?;
+    let log = Log::from_now(mesh)?;
+    mesh.lab.node_mut("a").kill_agent();
+    let index = mesh.lab.node_index("a");
+    mesh.lab.start_agent_with(index, &["--same-node", "direct"])?;
+    mesh.lab.node_mut("a").wait_ready()?;
+    wait_for_agents_end(mesh, vip, before)?;
+    let used = held.use_all()?;
+    ensure!(used.is_ok(), "a direct connection was disturbed: {used:?}");
+    told(mesh, &log)
+}
+
+/// An endpoint elsewhere, an endpoint that is denied, a waypoint: connections go through the agent, which chooses among all.
+/// An endpoint that left the service keeps what it has.
 pub(crate) fn the_agent_takes_services_back(mesh: &mut Mesh) -> anyhow::Result<()> {
     with_direct(mesh, |mesh| {
         let service = Service::start(mesh)?;
         an_endpoint_elsewhere(mesh)?;
         a_denied_endpoint(mesh)?;
         an_endpoint_that_left(mesh)?;
+        a_waypoint_for_the_service(mesh, &service)?;
         service.stop(mesh)
     })
 }
@@ -329,5 +346,32 @@ fn an_endpoint_that_left(mesh: &Mesh) -> anyhow::Result<()> {
     ensure!(open(mesh, vip)? == before, "a connection to the endpoint that left has ended");
     let used = held.use_all()?;
     ensure!(used.is_ok(), "a connection to the endpoint that left was disturbed: {used:?}");
-    mesh.lab.apply(&second)
+    mesh.lab.apply(&second)?;
+    until("both endpoints answering again", PATIENCE, || {
+        Ok((answering(mesh, who, 20)?.len() == 2).then_some(()))
+    })
+}
+
+/// A waypoint that nobody runs is bound to the service: it is required, so its connections end, and none is made without.
+fn a_waypoint_for_the_service(mesh: &Mesh, service: &Service) -> anyhow::Result<()> {
+    let [vip, _] = vips(peer::IDLE)?;
+    let (held, _) = hold_spread(mesh, vip)?;
+    let mut bound = service.manifest.clone();
+    bound["metadata"]["labels"] = json!({ "culvert.dev/use-waypoint": "nobody" });
+    mesh.lab.apply(&bound)?;
+    let applied = Instant::now();
+    until("the direct connections being cut", PATIENCE, || {
+        Ok((open(mesh, vip)? == [0, 0]).then_some(()))
+    })?;
+    let took = applied.elapsed();
+    ensure!(took < LIMIT * 2, "cut only after {took:?}");
+    ensure!(held.use_all()?.is_err(), "connections past the waypoint go on");
+    let count = dialled(mesh)?;
+    for _ in 0..5 {
+        let tried = try_once(mesh, "client", vip);
+        ensure!(tried.is_err(), "a connection past the waypoint is served");
+    }
+    ensure!(dialled(mesh)? == count, "a connection past the waypoint was direct");
+    mesh.lab.apply(&service.manifest)?;
+    until("the service answering again", PATIENCE, || Ok(try_once(mesh, "client", vip).ok()))
 }
