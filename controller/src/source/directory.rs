@@ -6,7 +6,8 @@
 //!
 //! A root that holds no manifest any more is more likely a volume that is not mounted, or a copy under way, than the wish to
 //! delete everything: what it held stays in use until an operator confirms (see [`accept_empty`]). The same goes for a
-//! folder on a volume of its own that is now empty.
+//! folder on a volume of its own that is now empty, and for whatever is still named and cannot be read: a link whose target
+//! is gone, a pipe in a manifest's place, a folder that became a file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -204,6 +205,7 @@ impl Tree {
     fn look(&mut self, events: &Sender<SourceEvent>, first: bool) -> bool {
         let mut walk = Walk::default();
         walk.directory(&self.root, 0);
+        walk.find_replaced(&self.files_before(first));
         walk.find_unmounted(&mut self.devices);
         self.unsettled = false;
         let missing = self.missing(&walk, first);
@@ -213,11 +215,7 @@ impl Tree {
             let content = self.content(&path, &metadata);
             files.insert(path, content);
         }
-        // Of an earlier run only the records know.
-        let mut known = std::mem::take(&mut self.remembered);
-        if first && !walk.unreadable.is_empty() {
-            known.append(&mut self.records.files(&self.root));
-        }
+        let known = self.files_before(first && !walk.unreadable.is_empty());
         for (directory, _) in &walk.unreadable {
             for path in known.iter().filter(|path| path.starts_with(directory)) {
                 files.entry(path.clone()).or_insert(FileContent::OutOfSight);
@@ -226,7 +224,7 @@ impl Tree {
         self.remembered = files.keys().cloned().collect();
         let fewer = known.iter().any(|path| !files.contains_key(path));
         for (directory, problem) in walk.unreadable {
-            files.entry(directory).or_insert(FileContent::Unreadable(problem));
+            files.insert(directory, FileContent::Unreadable(problem));
         }
         self.seen.retain(|path, _| files.contains_key(path));
         self.emptied.retain(|path, _| files.contains_key(path));
@@ -280,6 +278,15 @@ impl Tree {
         }
         self.records.sync();
         alive
+    }
+
+    /// Files of the look before; of an earlier run only the records know.
+    fn files_before(&self, recorded: bool) -> BTreeSet<PathBuf> {
+        let mut files = self.remembered.clone();
+        if recorded {
+            files.append(&mut self.records.files(&self.root));
+        }
+        files
     }
 
     /// Why the root is not believed, when it is not: there were manifests and now there is none, or not all are back.
@@ -368,6 +375,8 @@ pub(crate) const REMEDY: &str = "mount or fill the folder again; if it is meant 
 struct Walk {
     files: Vec<(PathBuf, Metadata)>,
     unreadable: Vec<(PathBuf, String)>,
+    /// What is named and neither a folder nor a manifest's file, and what it is.
+    odd: Vec<(PathBuf, String)>,
     visited: BTreeSet<(u64, u64)>,
     /// The folders, with their devices.
     devices: BTreeMap<PathBuf, u64>,
@@ -376,7 +385,8 @@ struct Walk {
 impl Walk {
     /// Holds a folder that lost both its files and its device for unreadable: its volume is not mounted.
     fn find_unmounted(&mut self, known: &mut BTreeMap<PathBuf, u64>) {
-        known.retain(|path, _| self.devices.contains_key(path));
+        let hidden = |path: &Path| self.unreadable.iter().any(|(above, _)| path.starts_with(above));
+        known.retain(|path, _| self.devices.contains_key(path) || hidden(path));
         let mut holders: BTreeSet<&Path> = BTreeSet::new();
         for (file, _) in &self.files {
             let folders = file.ancestors().skip(1).take(MAX_DEPTH + 1);
@@ -389,6 +399,22 @@ impl Walk {
                 let problem = "its volume is not mounted any more";
                 self.unreadable.push((path.clone(), problem.to_owned()));
             }
+        }
+    }
+
+    /// What is still named is not deleted: a manifest that became something else cannot be read, and neither can what held
+    /// manifests before.
+    fn find_replaced(&mut self, known: &BTreeSet<PathBuf>) {
+        for (path, problem) in std::mem::take(&mut self.odd) {
+            let was_ours = known.iter().any(|file| file.starts_with(&path));
+            if was_ours || is_manifest(&path) {
+                self.unreadable.push((path, problem));
+            }
+        }
+        for folder in
+            self.devices.keys().filter(|folder| is_manifest(folder) && known.contains(*folder))
+        {
+            self.unreadable.push((folder.clone(), "it is a folder now".to_owned()));
         }
     }
 
@@ -435,14 +461,24 @@ impl Walk {
                     }
                     self.files.push((path, metadata));
                 }
-                Ok(_) => {}
-                // Between listing and looking: the next look sees what it became.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) if is_manifest(&path) => self.unreadable.push((path, error.to_string())),
-                Err(_) => {}
+                Ok(metadata) => self.odd.push((path, format!("it is {} now", kind_of(&metadata)))),
+                Err(error) => match fs::symlink_metadata(&path) {
+                    // Between listing and looking: the next look sees what it became.
+                    Err(gone) if gone.kind() == io::ErrorKind::NotFound => {}
+                    // It may lead to a folder of manifests, whatever its name.
+                    Ok(link) if link.is_symlink() => {
+                        self.unreadable
+                            .push((path, format!("the link cannot be followed: {error}")));
+                    }
+                    Ok(_) | Err(_) => self.unreadable.push((path, error.to_string())),
+                },
             }
         }
     }
+}
+
+fn kind_of(metadata: &Metadata) -> &'static str {
+    if metadata.is_file() { "a file that is no manifest" } else { "a pipe, a socket or a device" }
 }
 
 fn is_visible(path: &Path) -> bool {

@@ -1,3 +1,5 @@
+use std::os::unix::fs::symlink;
+
 use tokio::sync::mpsc::{Receiver, channel};
 
 use super::super::{Change, SourceEvent};
@@ -119,4 +121,79 @@ fn a_folder_that_cannot_be_looked_into_keeps_its_objects() {
     assert_eq!((status.kept, status.refused.len()), (1, 1));
     fs::remove_dir(watched.path("sub")).unwrap();
     assert_eq!(watched.changes(), ["-b"], "the folder itself is gone");
+}
+
+/// What is still named is kept and told, whatever became of it; what is named no more is deleted.
+#[test]
+fn what_is_still_named_is_not_deleted() {
+    let mut watched = Watched::new();
+    let away = watched.directory.path().join("away");
+    fs::create_dir_all(away.join("folder")).unwrap();
+    fs::create_dir(watched.path("sub")).unwrap();
+    for (file, name) in [
+        (away.join("folder/b.yaml"), "b"),
+        (away.join("c.yaml"), "c"),
+        (watched.path("d.yaml"), "d"),
+        (watched.path("e.yaml"), "e"),
+        (watched.path("sub/f.yaml"), "f"),
+    ] {
+        fs::write(file, NS.replace("NAME", name)).unwrap();
+    }
+    symlink(away.join("folder"), watched.path("link")).unwrap();
+    symlink(away.join("c.yaml"), watched.path("c.yaml")).unwrap();
+    watched.write("a.yaml");
+    let all = ["+a", "+b", "+c", "+d", "+e", "+f"].map(str::to_owned).to_vec();
+    assert_eq!(watched.changes(), all);
+
+    fs::rename(&away, watched.directory.path().join("elsewhere")).unwrap();
+    fs::remove_file(watched.path("d.yaml")).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(watched.path("d.yaml")).unwrap();
+    fs::remove_file(watched.path("e.yaml")).unwrap();
+    fs::create_dir(watched.path("e.yaml")).unwrap();
+    fs::remove_dir_all(watched.path("sub")).unwrap();
+    fs::write(watched.path("sub"), "").unwrap();
+    // Neither is ours, nor ever was.
+    fs::write(watched.path("README"), "").unwrap();
+    fs::create_dir(watched.path("other.yaml")).unwrap();
+    let told = |watched: &Watched| {
+        let status = watched.tree.last_status.clone().unwrap();
+        (status.kept, status.refused.len())
+    };
+    assert_eq!(watched.look(), (vec![], false));
+    assert_eq!(told(&watched), (5, 5));
+    assert_eq!(watched.look(), (vec![], false), "and again");
+    watched.restart();
+    let (mut again, missing) = watched.look();
+    again.sort();
+    assert_eq!((again, missing), (all, false));
+    assert_eq!(told(&watched), (5, 5), "after a restart");
+
+    fs::rename(watched.directory.path().join("elsewhere"), &away).unwrap();
+    assert_eq!(watched.look(), (vec![], false));
+    assert_eq!(told(&watched), (3, 3), "the links lead somewhere again");
+    for name in ["link", "c.yaml", "d.yaml", "sub"] {
+        fs::remove_file(watched.path(name)).unwrap();
+    }
+    fs::remove_dir(watched.path("e.yaml")).unwrap();
+    assert_eq!(watched.changes(), ["-b", "-c", "-d", "-e", "-f"]);
+    assert_eq!(told(&watched), (0, 0));
+}
+
+/// A mounted ConfigMap: the swap of its link changes what it holds, with nothing deleted in between.
+#[test]
+fn a_mounted_config_map_is_swapped() {
+    let mut watched = Watched::new();
+    let version = |watched: &Watched, name: &str, text: &str| {
+        fs::create_dir(watched.path(name)).unwrap();
+        fs::write(watched.path(name).join("a.yaml"), text).unwrap();
+        symlink(name, watched.path("..new")).unwrap();
+        fs::rename(watched.path("..new"), watched.path("..data")).unwrap();
+    };
+    version(&watched, "..1", &NS.replace("NAME", "a"));
+    symlink("..data/a.yaml", watched.path("a.yaml")).unwrap();
+    assert_eq!(watched.changes(), ["+a"]);
+    let labelled = NS.replace("{name: NAME}", "{name: a, labels: {x: y}}");
+    version(&watched, "..2", &labelled);
+    fs::remove_dir_all(watched.path("..1")).unwrap();
+    assert_eq!(watched.look(), (vec!["+a".to_owned()], false));
 }
