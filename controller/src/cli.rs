@@ -287,9 +287,6 @@ pub enum CaCommand {
         /// The controller's state directory
         #[arg(long, env = "CULVERT_STATE_DIR", default_value = "/var/lib/culvert-controller")]
         state_dir: PathBuf,
-        /// Trust domain of an authority that this command makes
-        #[arg(long, env = "CULVERT_TRUST_DOMAIN", default_value = "cluster.local")]
-        trust_domain: String,
     },
 }
 

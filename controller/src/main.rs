@@ -108,8 +108,9 @@ fn ca(command: CaCommand) -> Result<ExitCode> {
             }
             say("revoked")
         }
-        CaCommand::Root { state_dir, trust_domain } => {
-            let authority = Authority::open(open(&state_dir)?, &trust_domain, now)?;
+        CaCommand::Root { state_dir } => {
+            let authority = Authority::open_existing(open(&state_dir)?, now)
+                .with_context(|| format!("state directory {}", state_dir.display()))?;
             say(authority.root_bundle_pem().trim_end())
         }
     }
@@ -138,8 +139,14 @@ fn in_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     runtime.block_on(work)
 }
 
+/// The directory of a controller; a command never makes one, lest a misspelt name passes for an empty mesh.
 fn open(state_dir: &Path) -> Result<StateDir> {
-    StateDir::open(state_dir).with_context(|| format!("state directory {}", state_dir.display()))
+    StateDir::open_existing(state_dir).with_context(|| {
+        format!(
+            "state directory {}; start the controller once, or give the right --state-dir",
+            state_dir.display()
+        )
+    })
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "the last step of commands that can fail")]

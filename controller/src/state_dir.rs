@@ -33,6 +33,14 @@ impl StateDir {
     /// When it cannot be made, or others may write to it.
     pub fn open(root: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(root)?;
+        Self::open_existing(root)
+    }
+
+    /// Opens the directory that a controller made.
+    ///
+    /// # Errors
+    /// When it is missing, or others may write to it.
+    pub fn open_existing(root: &Path) -> io::Result<Self> {
         let mode = fs::metadata(root)?.permissions().mode();
         if mode & 0o022 != 0 {
             let text = format!(
@@ -206,5 +214,14 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         fs::set_permissions(state.path("key"), PermissionsExt::from_mode(0o644)).unwrap();
         assert!(state.read("key").is_err(), "a key that others can read is not used");
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_not_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("typo");
+        let error = StateDir::open_existing(&root).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(!root.exists());
     }
 }
