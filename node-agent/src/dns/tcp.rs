@@ -4,13 +4,14 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use mesh_dns::{DnsDecision, Transport};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -21,6 +22,9 @@ use super::{DnsDesk, PodDns, count, exchange};
 const IDLE: Duration = Duration::from_secs(30);
 /// Pause after an accept that failed, e.g. without a free descriptor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a resolver that owes nothing any more may be silent after the client's last query: an answer may be of many
+/// messages.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves connections for as long as the pod has a resolver.
 pub(super) async fn serve(desk: Arc<DnsDesk>, pod: Weak<PodDns>, mut listener: TcpListener) {
@@ -83,35 +87,69 @@ impl Drop for Upstream {
     }
 }
 
-/// Queries without an answer yet, by their ids; those left when the connection ends have failed.
+/// Queries without an answer yet.
 #[derive(Default)]
-struct Asked(std::sync::Mutex<BTreeMap<[u8; 2], (Instant, CountedQuery)>>);
+struct Asked {
+    queries: std::sync::Mutex<Queries>,
+    /// An answer went to the client.
+    heard: Notify,
+}
+
+#[derive(Default)]
+struct Queries {
+    /// By their ids; those left when the connection ends have failed.
+    timed: BTreeMap<[u8; 2], (Instant, CountedQuery)>,
+    /// How many of an id the client still waits for.
+    owed: BTreeMap<[u8; 2], usize>,
+}
 
 /// Queries of one connection that are timed at once; a further one is not.
 const MAX_TIMED: usize = 256;
 
 impl Asked {
+    fn lock(&self) -> MutexGuard<'_, Queries> {
+        self.queries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn note(&self, query: &[u8], counted: CountedQuery) {
         let Some(id) = query.first_chunk::<2>() else { return };
-        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if asked.len() < MAX_TIMED {
-            asked.insert(*id, (Instant::now(), counted));
+        let mut queries = self.lock();
+        *queries.owed.entry(*id).or_default() += 1;
+        if queries.timed.len() < MAX_TIMED {
+            queries.timed.insert(*id, (Instant::now(), counted));
         }
     }
 
     fn answered(&self, answer: &[u8]) {
         let Some(id) = answer.first_chunk::<2>() else { return };
-        let asked = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        let asked = self.lock().timed.remove(id);
         if let Some((since, counted)) = asked {
             counted.answered(since.elapsed());
         }
+    }
+
+    fn delivered(&self, answer: &[u8]) {
+        if let Some(id) = answer.first_chunk::<2>() {
+            let mut queries = self.lock();
+            match queries.owed.get_mut(id) {
+                Some(count) if *count > 1 => *count -= 1,
+                Some(_) | None => {
+                    queries.owed.remove(id);
+                }
+            }
+        }
+        self.heard.notify_one();
+    }
+
+    fn owes(&self) -> bool {
+        !self.lock().owed.is_empty()
     }
 }
 
 impl Drop for Asked {
     fn drop(&mut self) {
-        let asked = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for (_, counted) in asked.values() {
+        let queries = self.queries.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (_, counted) in queries.timed.values() {
             counted.failed();
         }
     }
@@ -128,7 +166,7 @@ async fn converse(
     let answers = Arc::new(Mutex::new(answers));
     let mut upstream: Option<Upstream> = None;
     loop {
-        let query = timeout(IDLE, exchange::read_message(&mut queries)).await??;
+        let Some(query) = next_query(&mut queries, &mut upstream).await? else { break };
         let (decision, counted) = desk.decide(pod, &query, Transport::Tcp);
         match decision {
             DnsDecision::Reply(answer) => {
@@ -141,7 +179,7 @@ async fn converse(
             }
             DnsDecision::Refuse(_why, None) => {
                 count("refused");
-                return Ok(());
+                break;
             }
             DnsDecision::Forward => {
                 count("forwarded");
@@ -160,6 +198,62 @@ async fn converse(
                 open.asked.note(&query, counted);
                 exchange::write_message(&mut open.writer, &query).await?;
             }
+        }
+    }
+    match upstream {
+        Some(open) => finish(open).await,
+        None => Ok(()),
+    }
+}
+
+/// The client's next query; none when it ended its side. A resolver that ends its own in between is let go.
+///
+/// # Errors
+/// Also when the resolver left without an answer it owed: the client asks again rather than wait.
+async fn next_query(
+    queries: &mut OwnedReadHalf,
+    upstream: &mut Option<Upstream>,
+) -> io::Result<Option<Vec<u8>>> {
+    let mut read = std::pin::pin!(timeout(IDLE, exchange::read_message(queries)));
+    while let Some(open) = upstream {
+        tokio::select! {
+            query = &mut read => return query_or_end(query?),
+            _ended = &mut open.reader => {
+                if open.asked.owes() {
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+                *upstream = None;
+            }
+        }
+    }
+    query_or_end(read.await?)
+}
+
+fn query_or_end(read: io::Result<Vec<u8>>) -> io::Result<Option<Vec<u8>>> {
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Carries what the resolver owes to a client that asks no more. The resolver learns of that only when it owes nothing: some
+/// drop their answers otherwise.
+async fn finish(mut open: Upstream) -> io::Result<()> {
+    let mut told = false;
+    loop {
+        let owes = open.asked.owes();
+        if !owes && !told {
+            open.writer.shutdown().await?;
+            told = true;
+        }
+        let patience = if owes { IDLE } else { LINGER };
+        tokio::select! {
+            _ended = &mut open.reader => return Ok(()),
+            heard = timeout(patience, open.asked.heard.notified()) => match heard {
+                Ok(()) => {}
+                Err(_silent) if !owes => return Ok(()),
+                Err(silent) => return Err(silent.into()),
+            },
         }
     }
 }
@@ -185,5 +279,6 @@ async fn carry(
         let answer = exchange::read_message(&mut from).await?;
         asked.answered(&answer);
         exchange::write_message(&mut *to.lock().await, &answer).await?;
+        asked.delivered(&answer);
     }
 }

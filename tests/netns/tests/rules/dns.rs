@@ -477,6 +477,34 @@ pub(crate) fn what_is_forwarded_is_whole(mesh: &mut Mesh) -> anyhow::Result<()> 
     })
 }
 
+/// A client that ends its side after its queries is still answered each of them, and then the connection ends.
+pub(crate) fn client_that_asks_no_more(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh = &*mesh;
+    Names::with(mesh, |_names| {
+        let server = SocketAddr::new(OUTSIDE_IP.parse()?, 53);
+        for count in [1_u8, 5] {
+            let query = query("half.unknown.example.", RecordType::A)?.to_vec()?;
+            let ids = inside(mesh.lab.pod("client").netns(), || {
+                let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
+                stream.set_read_timeout(Some(LIMIT))?;
+                for id in 0..count {
+                    let mut query = query.clone();
+                    query[1] = id;
+                    write_message(&mut stream, &query)?;
+                }
+                stream.shutdown(std::net::Shutdown::Write)?;
+                let mut ids = Vec::new();
+                while let Ok(answer) = read_message(&mut stream) {
+                    ids.push(answer[1]);
+                }
+                Ok(ids)
+            })?;
+            ensure!(ids == (0..count).collect::<Vec<_>>(), "{count} queries: {ids:?}");
+        }
+        Ok(())
+    })
+}
+
 /// A pod whose annotation leaves DNS alone asks its own resolver, also about names of the mesh.
 pub(crate) fn pod_that_keeps_its_own_names(mesh: &mut Mesh) -> anyhow::Result<()> {
     let spec = PodSpec::new("mesh", "own-names").annotation("culvert.dev/dns-capture", "false");

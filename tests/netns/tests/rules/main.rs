@@ -70,6 +70,7 @@ const STEPS: &[Named<Mesh>] = &[
     ("dns::other_names_are_forwarded", dns::other_names_are_forwarded),
     ("dns::names_of_the_clusters_own_dns", dns::names_of_the_clusters_own_dns),
     ("dns::what_is_forwarded_is_whole", dns::what_is_forwarded_is_whole),
+    ("dns::client_that_asks_no_more", dns::client_that_asks_no_more),
     ("dns::pod_that_keeps_its_own_names", dns::pod_that_keeps_its_own_names),
     ("dns::resolver_that_is_not_there", dns::resolver_that_is_not_there),
     ("dns::names_of_pods", dns::names_of_pods),
