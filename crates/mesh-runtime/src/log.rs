@@ -10,7 +10,7 @@ use mesh_telemetry::access_log::{early_denial_line, flow_line, is_failure};
 use mesh_telemetry::request::request_line;
 use mesh_telemetry::{EarlyDenial, FlowRecord, LogFormat, RequestRecord};
 use tracing::Level;
-use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
@@ -20,7 +20,10 @@ pub use writer::{FlushOnDrop, LineWriter, MAX_LINE_BYTES};
 /// How a program logs.
 #[derive(Clone, Debug)]
 pub struct LogConfig {
-    /// What is logged, as `tracing_subscriber::EnvFilter` reads it: `info`, `info,access=off`, `warn,culvert=debug`.
+    /// What is logged: a level, and other levels of single targets, as `tracing_subscriber::EnvFilter` reads them: `info`,
+    /// `info,access=off`, `warn,mesh_net=debug`. Without a level of its own it is `info`, so that a filter about one target
+    /// does not silence the others. Targets are modules of ours (`culvert_…`, `mesh_…`), `access`, `policy`, and the
+    /// libraries below that log.
     pub filter: String,
     /// How lines look.
     pub format: LogFormat,
@@ -38,13 +41,12 @@ impl Default for LogConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The filter cannot be read.
-    #[error("not a log filter: {filter:?}")]
+    #[error("not a log filter: {filter:?}: {problem}")]
     Filter {
         /// What was given.
         filter: String,
-        /// Where it goes wrong.
-        #[source]
-        source: ParseError,
+        /// Where it goes wrong, and what would be right.
+        problem: String,
     },
     /// The thread of the writer cannot be started.
     #[error("cannot start the log writer")]
@@ -108,10 +110,62 @@ impl Logging {
     }
 }
 
+/// Libraries of ours that log.
+const LIBRARIES: [&str; 13] = [
+    "aya",
+    "h2",
+    "hickory",
+    "hyper",
+    "kube",
+    "mio",
+    "notify",
+    "rustls",
+    "tokio",
+    "tonic",
+    "tower",
+    "tungstenite",
+    "want",
+];
+
 fn parse(filter: &str) -> Result<EnvFilter, LogError> {
-    EnvFilter::builder()
-        .parse(filter)
-        .map_err(|source| LogError::Filter { filter: filter.to_owned(), source })
+    let invalid = |problem: String| LogError::Filter { filter: filter.to_owned(), problem };
+    // Directives about spans have commas of their own, and are for those who know what they do.
+    let plain = !filter.contains('[');
+    let words = || filter.split(',').map(str::trim).filter(|word| !word.is_empty());
+    for word in words().filter(|_| plain) {
+        match word.split_once('=') {
+            None if word.parse::<LevelFilter>().is_err() => {
+                return Err(invalid(format!(
+                    "{word} is no level: off, error, warn, info, debug or trace, or TARGET=LEVEL"
+                )));
+            }
+            Some((target, _)) if !is_target(target) => {
+                return Err(invalid(format!(
+                    "nothing logs as {target}: access, policy, culvert_…, mesh_…, or one of {}",
+                    LIBRARIES.join(", ")
+                )));
+            }
+            None | Some(_) => {}
+        }
+    }
+    let has_level = words().any(|word| word.parse::<LevelFilter>().is_ok());
+    let level = if has_level { None } else { Some("info") };
+    let directives = words().filter(|_| plain).chain((!plain).then_some(filter));
+    let whole = level.into_iter().chain(directives).collect::<Vec<_>>().join(",");
+    EnvFilter::builder().parse(whole).map_err(|error| invalid(error.to_string()))
+}
+
+fn is_target(target: &str) -> bool {
+    let is_of = |name: &&str| target.strip_prefix(*name).is_some_and(is_rest_of_module);
+    matches!(target, "access" | "policy")
+        || target.starts_with("culvert_")
+        || target.starts_with("mesh_")
+        || LIBRARIES.iter().any(is_of)
+}
+
+/// As in `hyper_util` and `hyper::client` behind `hyper`.
+fn is_rest_of_module(rest: &str) -> bool {
+    rest.is_empty() || rest.starts_with(['_', ':'])
 }
 
 /// Changes what is logged; cheap to clone.
@@ -233,7 +287,17 @@ mod tests {
         tracing::info!(flow.id = 7, "shown");
         handle.set_filter("debug").unwrap();
         tracing::debug!("shown later");
-        assert!(matches!(handle.set_filter("a=b=c"), Err(LogError::Filter { .. })));
+        for wrong in ["a=b=c", "inof", "info,acess=off", "hyperion=debug", "mesh_net=loud"] {
+            let refused = handle.set_filter(wrong);
+            assert!(matches!(refused, Err(LogError::Filter { .. })), "{wrong}: {refused:?}");
+        }
+        for right in ["mesh_net=debug", "access=off", "WARN, hyper_util::client=trace", ""] {
+            handle.set_filter(right).unwrap();
+            let level = if right.starts_with("WARN") { "warn" } else { "info" };
+            let words = handle.filter().unwrap();
+            assert!(words.split(',').any(|word| word == level), "{right}: {words}");
+        }
+        handle.set_filter("debug").unwrap();
         assert_eq!(handle.filter().unwrap(), "debug");
         handle.set_filter("error").unwrap();
         let access = logging.access();
