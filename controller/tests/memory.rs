@@ -1,5 +1,6 @@
 //! What an agent's stream costs the controller's process: ten thousand pods, agents over TLS as real ones connect.
 
+#![allow(clippy::print_stdout, reason = "what was measured is to be read")]
 #![allow(clippy::unwrap_used, reason = "tests; the helpers too")]
 
 use std::collections::HashMap;

@@ -1,5 +1,7 @@
 //! The built program: what it says of its state directory, and how it ends.
 
+#![allow(clippy::unwrap_used, reason = "tests; the helpers too")]
+
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime};

@@ -86,10 +86,9 @@ fn remedy_of(path: &Path) -> String {
              then, and machines outside a cluster join again with new tokens"
         )
     } else {
-        format!(
-            "restore it from a backup, or remove it: join tokens and sessions that are out end then, and machines outside \
-             a cluster join again with new tokens"
-        )
+        "restore it from a backup, or remove it: join tokens and sessions that are out end then, and machines outside a \
+         cluster join again with new tokens"
+            .to_owned()
     }
 }
 
@@ -216,9 +215,12 @@ impl Tokens {
 
 /// Reads a file; one that is no text is damaged, like one with other text than ours.
 fn read(files: &StateDir, name: &str) -> Result<Option<String>, TokensError> {
-    files.read(name).map_err(|error| match error.kind() {
-        io::ErrorKind::InvalidData => TokensError::Format { path: files.path(name) },
-        _ => error.into(),
+    files.read(name).map_err(|error| {
+        if error.kind() == io::ErrorKind::InvalidData {
+            TokensError::Format { path: files.path(name) }
+        } else {
+            error.into()
+        }
     })
 }
 

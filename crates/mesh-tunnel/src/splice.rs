@@ -223,11 +223,12 @@ impl Lane {
         target: SockId,
         scratch: &mut [u8],
     ) -> LaneProgress {
-        match self.carry(io, source, target, scratch) {
-            // The target's room is not waited for: without a mesh, what its kernel has no room for is lost as well.
-            LaneProgress::Blocked if self.source_failed => LaneProgress::ReadFailed,
-            progress => progress,
+        let progress = self.carry(io, source, target, scratch);
+        // The target's room is not waited for: without a mesh, what its kernel has no room for is lost as well.
+        if progress == LaneProgress::Blocked && self.source_failed {
+            return LaneProgress::ReadFailed;
         }
+        progress
     }
 
     fn carry(

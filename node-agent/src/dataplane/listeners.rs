@@ -98,7 +98,7 @@ impl NodeWorker {
     }
 
     /// Notes that somebody ended a listener from inside its pod, to open it again.
-    pub(super) fn note_ended_listener(&mut self, ops: &mut Ops, id: ListenerId, tag: ListenerTag) {
+    pub(super) fn note_ended_listener(&mut self, ops: &Ops, id: ListenerId, tag: ListenerTag) {
         let (key, port) = PodKey::of(tag);
         let Some(served) = self.pods.get_mut(&key) else { return };
         let Some(place) = served.listeners.iter().position(|listener| listener.id == id) else {

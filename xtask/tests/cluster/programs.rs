@@ -160,7 +160,8 @@ fn an_order_to_the_authority(mesh: &Mesh) {
     let before = secret();
     let exec = ["exec", "-n", "culvert-system", "deployment/culvert-controller", "--"];
     let revoke = ["culvert-controller", "ca", "revoke", "--serial", "0a1b2c"];
-    mesh.cluster.kubectl(&[&exec[..], &revoke].concat());
+    let told = mesh.cluster.try_kubectl(&[&exec[..], &revoke].concat());
+    assert!(told.as_ref().is_err_and(|told| told.contains("never issued it")), "{told:?}");
     // Not shown when it fails: it holds keys.
     assert!(secret() != before, "the Secret does not hold the revocation");
 }

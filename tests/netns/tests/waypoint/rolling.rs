@@ -58,6 +58,15 @@ pub(crate) fn certified_anew(shop: &mut Shop) -> anyhow::Result<()> {
     shop.lab.controller_command(&["ca", "revoke", "--serial", issuer])?;
     shop.line(skip, &["the certificate was revoked"])?;
     shop.line(skip, &["certified", "/ns/shop/sa/waypoint"])?;
+    // The pods too, or whoever comes next is refused for that.
+    for node in ["a", "b"] {
+        until(&format!("node {node}'s pods being certified anew"), PATIENCE, || {
+            let certs = shop.lab.node(node).culvert(&["certs", "-o", "json"])?.output()?;
+            let certs: Vec<Value> = serde_json::from_str(&certs)?;
+            let is_old = |cert: &Value| cert["certChain"][1]["serialNumber"] == issuer;
+            Ok((!certs.iter().any(is_old)).then_some(()))
+        })?;
+    }
     until("requests going through the waypoint again", PATIENCE, || {
         Ok(shop.get("client", &format!("http://{CART}:83/anew"), &[])?.success().then_some(()))
     })
