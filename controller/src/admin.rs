@@ -4,7 +4,7 @@
 //! (`GET` shows the filter; `POST ?level=FILTER` or `?reset` changes it, over the Unix socket only).
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use http::StatusCode;
 use mesh_authorize::Policy;
@@ -115,7 +115,8 @@ fn explained(mesh: &SharedMesh, request: &Request) -> Reply {
         }
     });
     let question = Question { from: from.to_owned(), to: to.to_owned(), port, request: asked };
-    match answer(&mesh.picture(), &ResolveSettings::default(), &question, Instant::now()) {
+    let (now, wall) = (Instant::now(), SystemTime::now());
+    match answer(&mesh.picture(), &ResolveSettings::default(), &question, now, wall) {
         Ok(mut answer) => {
             answer.warnings.extend(mesh.warnings());
             Reply::json(&answer)
@@ -131,6 +132,7 @@ struct ConfigDump {
     policies: Vec<Arc<Policy>>,
     frontends: Vec<Value>,
     routes: Vec<Route>,
+    authentications: Vec<Arc<mesh_jwt::RequestAuthentication>>,
     pods: Vec<Value>,
     published: Vec<(String, usize)>,
 }
@@ -146,6 +148,7 @@ fn config_dump(mesh: &SharedMesh) -> ConfigDump {
             .map(|one| json!({ "config": one.config, "waypoints": one.waypoints }))
             .collect(),
         routes: index.routes().map(|one| one.route.clone()).collect(),
+        authentications: index.authentications().cloned().collect(),
         pods: index.pods().map(|pod| pod_dump(pod)).collect(),
         published: published
             .into_iter()

@@ -5,11 +5,12 @@
 mod capture;
 mod names;
 mod plain;
+mod tokens;
 mod waypoint;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use mesh_authorize::{Denial, Explanation, Outcome, explain, explain_egress};
 use mesh_model::{
@@ -102,7 +103,7 @@ pub enum InvalidQuestion {
     },
 }
 
-/// Answers a question. `now` only stamps the flow.
+/// Answers a question. `now` only stamps the flow; `wall` is the time by which tokens are judged.
 ///
 /// # Errors
 /// When source or destination cannot be found.
@@ -111,6 +112,7 @@ pub fn answer(
     settings: &ResolveSettings,
     question: &Question,
     now: Instant,
+    wall: SystemTime,
 ) -> Result<Answer, InvalidQuestion> {
     let index = &picture.index;
     let source = find_workload(index, &question.from)
@@ -152,6 +154,7 @@ pub fn answer(
             dialled: target,
             host: &question.to,
             now,
+            wall,
         };
         let answer = waypoint::through(&at, stages, &route, question.request.as_ref());
         return Ok(Answer { warnings, ..answer });

@@ -4,6 +4,7 @@
 //! different from before. Nothing here has a clock, a file or a socket, and everything but the enrolment (see
 //! `enrolment`) and addresses that are remembered (see `vip`) is a function of the set of objects: applying changes in any order and grouping ends in the same result.
 
+mod authentications;
 mod authorization;
 mod enrolment;
 mod frontends;
@@ -138,6 +139,10 @@ pub struct Delta {
     pub routes: Vec<Arc<PublishedRoute>>,
     /// Routes that are gone.
     pub removed_routes: Vec<RouteName>,
+    /// New and changed RequestAuthentications.
+    pub authentications: Vec<Arc<mesh_jwt::RequestAuthentication>>,
+    /// RequestAuthentications that are gone, as `namespace/name`.
+    pub removed_authentications: Vec<Arc<str>>,
 }
 
 impl Delta {
@@ -167,6 +172,7 @@ pub struct Index {
     pods: BTreeMap<WorkloadUid, Arc<PodSettings>>,
     egress: BTreeMap<Arc<str>, UnknownEgress>,
     pod_networks: Vec<IpPrefix>,
+    authentications: BTreeMap<Key, Arc<mesh_jwt::RequestAuthentication>>,
     l7: L7,
 }
 
@@ -179,6 +185,7 @@ struct Dirty {
     namespaces: BTreeSet<Arc<str>>,
     frontends: BTreeSet<FrontendSource>,
     routes: BTreeSet<RouteSource>,
+    authentications: BTreeSet<Key>,
     vips: bool,
     pod_networks: bool,
 }
@@ -204,6 +211,7 @@ impl Index {
             pods: BTreeMap::new(),
             egress: BTreeMap::new(),
             pod_networks,
+            authentications: BTreeMap::new(),
             l7: L7::default(),
         }
     }
@@ -308,6 +316,11 @@ impl Index {
         self.l7.routes()
     }
 
+    /// What waypoints are told of RequestAuthentications, by name.
+    pub fn authentications(&self) -> impl Iterator<Item = &Arc<mesh_jwt::RequestAuthentication>> {
+        self.authentications.values()
+    }
+
     /// What agents say they capture.
     #[must_use]
     pub fn captured(&self) -> Captured {
@@ -329,12 +342,15 @@ impl Index {
         let peers = self.objects.peers.iter().map(|(at, object)| {
             (key(Kind::PeerAuthentication, at), policies::peer_status(view, object))
         });
+        let tokens = self.objects.authentications.iter().map(|(at, object)| {
+            (key(Kind::RequestAuthentication, at), authentications::status(view, object))
+        });
         let unreadable = self
             .objects
             .unreadable
             .iter()
             .map(|(key, policy)| (key.clone(), unreadable::status(view, policy)));
-        authorizations.chain(peers).chain(unreadable).collect()
+        authorizations.chain(peers).chain(tokens).chain(unreadable).collect()
     }
 
     const fn view(&self) -> View<'_> {
@@ -471,6 +487,9 @@ impl Index {
                 dirty.policies.extend(below.cloned().map(PolicySource::Peer));
                 dirty.policies.insert(PolicySource::Peer(key));
             }
+            Object::RequestAuthentication(_) => {
+                dirty.authentications.insert(key);
+            }
             Object::Unreadable(policy) => {
                 dirty.workloads.extend(unreadable::workloads(view, policy));
                 dirty.policies.insert(PolicySource::Unreadable(policy.key()));
@@ -524,6 +543,7 @@ impl Index {
         self.settle_policies(dirty.policies, &mut delta);
         let view = View { objects: &self.objects, settings: &self.settings };
         self.l7.settle(view, dirty.frontends, dirty.routes, &mut delta);
+        self.settle_authentications(dirty.authentications, &mut delta);
         for name in dirty.namespaces {
             let new =
                 self.objects.namespaces.get(&name).and_then(|namespace| namespace.unknown_egress);
@@ -545,6 +565,26 @@ impl Index {
             }
         }
         delta
+    }
+
+    fn settle_authentications(&mut self, keys: BTreeSet<Key>, delta: &mut Delta) {
+        for key in keys {
+            let object = self.objects.authentications.get(&key);
+            match object.map(|object| authentications::published(object)) {
+                None => {
+                    if self.authentications.remove(&key).is_some() {
+                        delta.removed_authentications.push(key.to_string().into());
+                    }
+                }
+                Some(new) => {
+                    if self.authentications.get(&key).is_none_or(|old| **old != new) {
+                        let new = Arc::new(new);
+                        delta.authentications.push(Arc::clone(&new));
+                        self.authentications.insert(key, new);
+                    }
+                }
+            }
+        }
     }
 
     fn settle_vips(&mut self, dirty: &mut Dirty) {

@@ -3,6 +3,7 @@
 //! Each kind is trimmed to the fields that the mesh reads. Fields it does not know are ignored, except in policies, where
 //! an overlooked restriction would widen the policy: there they are refused.
 
+pub mod authentication;
 pub mod capture;
 pub mod core;
 pub mod document;
@@ -22,6 +23,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+pub use self::authentication::RequestAuthentication;
 pub use self::capture::{CaptureSettings, SameNode};
 pub use self::core::{Namespace, Node, ServiceAccount};
 pub use self::document::{Document, Format, InvalidDocument, Segment, documents, line_of};
@@ -57,6 +59,8 @@ pub enum Kind {
     AuthorizationPolicy,
     /// security.istio.io
     PeerAuthentication,
+    /// security.istio.io
+    RequestAuthentication,
     /// gateway.networking.k8s.io
     Gateway,
     /// gateway.networking.k8s.io
@@ -83,6 +87,7 @@ impl Kind {
             ("networking.istio.io", "ServiceEntry") => Self::ServiceEntry,
             ("security.istio.io", "AuthorizationPolicy") => Self::AuthorizationPolicy,
             ("security.istio.io", "PeerAuthentication") => Self::PeerAuthentication,
+            ("security.istio.io", "RequestAuthentication") => Self::RequestAuthentication,
             ("gateway.networking.k8s.io", "Gateway") => Self::Gateway,
             ("gateway.networking.k8s.io", "HTTPRoute") => Self::HttpRoute,
             ("gateway.networking.k8s.io", "GRPCRoute") => Self::GrpcRoute,
@@ -103,11 +108,16 @@ impl Kind {
         Self::ServiceEntry,
         Self::AuthorizationPolicy,
         Self::PeerAuthentication,
+        Self::RequestAuthentication,
         Self::Gateway,
         Self::HttpRoute,
         Self::GrpcRoute,
         Self::ReferenceGrant,
     ];
+
+    /// Those that refuse something, and fail closed when they cannot be read.
+    pub const POLICIES: [Self; 3] =
+        [Self::AuthorizationPolicy, Self::PeerAuthentication, Self::RequestAuthentication];
 
     /// The API group; empty for the core one.
     #[must_use]
@@ -116,7 +126,9 @@ impl Kind {
             Self::Namespace | Self::Node | Self::Pod | Self::ServiceAccount | Self::Service => "",
             Self::EndpointSlice => "discovery.k8s.io",
             Self::WorkloadEntry | Self::ServiceEntry => "networking.istio.io",
-            Self::AuthorizationPolicy | Self::PeerAuthentication => "security.istio.io",
+            Self::AuthorizationPolicy | Self::PeerAuthentication | Self::RequestAuthentication => {
+                "security.istio.io"
+            }
             Self::Gateway | Self::HttpRoute | Self::GrpcRoute | Self::ReferenceGrant => {
                 gateway::GATEWAY_GROUP
             }
@@ -131,7 +143,9 @@ impl Kind {
             }
             Self::EndpointSlice => &["v1", "v1beta1"],
             Self::WorkloadEntry | Self::ServiceEntry => &["v1", "v1beta1", "v1alpha3"],
-            Self::AuthorizationPolicy | Self::PeerAuthentication => &["v1", "v1beta1"],
+            Self::AuthorizationPolicy | Self::PeerAuthentication | Self::RequestAuthentication => {
+                &["v1", "v1beta1"]
+            }
             Self::Gateway | Self::HttpRoute | Self::ReferenceGrant => &["v1", "v1beta1"],
             Self::GrpcRoute => &["v1", "v1alpha2"],
         }
@@ -157,6 +171,7 @@ impl Kind {
             Self::ServiceEntry => "ServiceEntry",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
             Self::PeerAuthentication => "PeerAuthentication",
+            Self::RequestAuthentication => "RequestAuthentication",
             Self::Gateway => "Gateway",
             Self::HttpRoute => "HTTPRoute",
             Self::GrpcRoute => "GRPCRoute",
@@ -201,6 +216,7 @@ pub enum Object {
     ServiceEntry(Arc<ServiceEntry>),
     AuthorizationPolicy(Arc<AuthorizationPolicy>),
     PeerAuthentication(Arc<PeerAuthentication>),
+    RequestAuthentication(Arc<RequestAuthentication>),
     Gateway(Arc<Gateway>),
     HttpRoute(Arc<RouteObject>),
     GrpcRoute(Arc<RouteObject>),
@@ -224,6 +240,7 @@ impl Object {
             Self::ServiceEntry(object) => &object.meta,
             Self::AuthorizationPolicy(object) => &object.meta,
             Self::PeerAuthentication(object) => &object.meta,
+            Self::RequestAuthentication(object) => &object.meta,
             Self::Gateway(object) => &object.meta,
             Self::HttpRoute(object) | Self::GrpcRoute(object) => &object.meta,
             Self::ReferenceGrant(object) => &object.meta,
@@ -245,6 +262,7 @@ impl Object {
             Self::ServiceEntry(_) => Kind::ServiceEntry,
             Self::AuthorizationPolicy(_) => Kind::AuthorizationPolicy,
             Self::PeerAuthentication(_) => Kind::PeerAuthentication,
+            Self::RequestAuthentication(_) => Kind::RequestAuthentication,
             Self::Gateway(_) => Kind::Gateway,
             Self::HttpRoute(_) => Kind::HttpRoute,
             Self::GrpcRoute(_) => Kind::GrpcRoute,
@@ -385,6 +403,9 @@ fn body(kind: Kind, meta: Metadata, value: &Value) -> Result<Object, InvalidFiel
         )),
         Kind::PeerAuthentication => Object::PeerAuthentication(Arc::new(
             decode::<policy::RawPeerAuthentication>(value)?.parse(meta)?,
+        )),
+        Kind::RequestAuthentication => Object::RequestAuthentication(Arc::new(
+            decode::<authentication::RawRequestAuthentication>(value)?.parse(meta)?,
         )),
         Kind::Gateway => {
             Object::Gateway(Arc::new(decode::<gateway::RawGateway>(value)?.parse(meta)?))

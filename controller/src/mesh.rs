@@ -54,6 +54,8 @@ pub struct Picture {
     pub frontends: BTreeMap<FrontendName, Arc<Frontend>>,
     /// The routes at them.
     pub routes: RouteTable,
+    /// What tokens count, by `namespace/name`.
+    pub authentications: BTreeMap<Arc<str>, Arc<mesh_jwt::Rules>>,
 }
 
 /// The mesh.
@@ -338,6 +340,20 @@ impl Mesh {
 impl Picture {
     /// Takes over what waypoints are told.
     fn take_l7(&mut self, delta: &Delta) {
+        for name in &delta.removed_authentications {
+            self.authentications.remove(name);
+        }
+        for one in &delta.authentications {
+            match mesh_jwt::Rules::new(one) {
+                Ok(rules) => {
+                    self.authentications.insert(Arc::clone(&rules.name), Arc::new(rules));
+                }
+                // What cannot be used was refused when the manifest was read.
+                Err(error) => {
+                    tracing::error!(error = %format!("{:#}", anyhow::Error::from(error)), "an accepted RequestAuthentication cannot be used")
+                }
+            }
+        }
         let mut changes: Vec<RouteChange> = Vec::new();
         for name in &delta.removed_frontends {
             self.frontends.remove(name);

@@ -274,6 +274,7 @@ fn kind_label(type_url: &str) -> &'static str {
         Some(ResourceKind::Address) => "address",
         Some(ResourceKind::Frontend) => "frontend",
         Some(ResourceKind::Route) => "route",
+        Some(ResourceKind::Authentication) => "authentication",
         None => "unknown",
     }
 }

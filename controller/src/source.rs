@@ -84,16 +84,14 @@ impl Refusal {
     /// True when nothing stands in for it, and it may have been a policy that refuses.
     #[must_use]
     pub fn is_not_enforced(&self) -> bool {
-        let policies = ["AuthorizationPolicy", "PeerAuthentication"];
         !self.last_good_in_use
             && !self.denied
-            && self.kind.is_none_or(|kind| policies.contains(&kind))
+            && self.kind.is_none_or(|kind| Kind::POLICIES.iter().any(|one| one.as_str() == kind))
     }
 
     /// The policy object that it is about, when it is about one.
     pub(crate) fn policy(&self) -> Option<ObjectKey> {
-        let kinds = [Kind::AuthorizationPolicy, Kind::PeerAuthentication];
-        let kind = kinds.into_iter().find(|kind| Some(kind.as_str()) == self.kind)?;
+        let kind = Kind::POLICIES.into_iter().find(|kind| Some(kind.as_str()) == self.kind)?;
         let (_, name) = self.object.as_deref()?.split_once(' ')?;
         let (namespace, name) = name.split_once('/')?;
         Some(ObjectKey { kind, namespace: namespace.into(), name: name.into() })

@@ -416,7 +416,14 @@ async fn explain_names_the_rule_that_decides() {
     lab.mesh.synced().await;
     let ask = |to: &str, port| {
         let question = Question { from: "shop/web".into(), to: to.into(), port, request: None };
-        answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now()).unwrap()
+        answer(
+            &lab.mesh.picture(),
+            &ResolveSettings::default(),
+            &question,
+            Instant::now(),
+            SystemTime::now(),
+        )
+        .unwrap()
     };
     for to in ["cart", "cart.shop", "cart.shop.svc.cluster.local", "10.96.0.1"] {
         let answer = ask(to, 80);
@@ -461,7 +468,14 @@ async fn a_policy_that_cannot_be_read_denies_and_a_good_one_outlives_the_control
     let ask = |lab: &Lab| {
         let question =
             Question { from: "shop/web".into(), to: "cart".into(), port: 80, request: None };
-        answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now()).unwrap()
+        answer(
+            &lab.mesh.picture(),
+            &ResolveSettings::default(),
+            &question,
+            Instant::now(),
+            SystemTime::now(),
+        )
+        .unwrap()
     };
     let broken = POLICY.replace("rules:", "ruels:");
     write(&lab.manifest("policy.yaml"), &broken);
@@ -590,7 +604,13 @@ async fn explain_knows_what_pods_leave_out_and_where_plain_clients_end() {
     write(&lab.manifest("explained.yaml"), EXPLAINED);
     let ask = |from: &str, to: &str, port| {
         let question = Question { from: from.into(), to: to.into(), port, request: None };
-        answer(&lab.mesh.picture(), &ResolveSettings::default(), &question, Instant::now())
+        answer(
+            &lab.mesh.picture(),
+            &ResolveSettings::default(),
+            &question,
+            Instant::now(),
+            SystemTime::now(),
+        )
     };
     wait(|| ask("shop/web", "a.example.com", 443).is_ok()).await;
     let pods = |names: &[&str]| names.iter().map(|name| Key::new("shop", name)).collect();

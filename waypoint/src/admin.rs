@@ -9,6 +9,7 @@ use mesh_runtime::{LogHandle, Metrics, Readiness, Reply, Request, Routes};
 use mesh_telemetry::metric;
 use serde_json::json;
 
+use crate::keys::KeyStore;
 use crate::picture::Picture;
 use crate::worker::{Common, Worker};
 
@@ -16,6 +17,7 @@ use crate::worker::{Common, Worker};
 #[derive(Clone)]
 pub(crate) struct Parts {
     pub(crate) picture: Arc<Picture>,
+    pub(crate) keys: Arc<KeyStore>,
     pub(crate) common: Arc<Common>,
     pub(crate) workers: Vec<Arc<Worker>>,
     pub(crate) readiness: Readiness,
@@ -123,6 +125,8 @@ impl Parts {
         Reply::json(&json!({
             "frontends": snapshot.frontends().collect::<Vec<_>>(),
             "routes": snapshot.routes.routes().collect::<Vec<_>>(),
+            "authentications": snapshot.authentications().collect::<Vec<_>>(),
+            "keys": self.keys.dump(),
             "policies": snapshot.policies.policies().collect::<Vec<_>>(),
         }))
     }

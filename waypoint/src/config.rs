@@ -67,6 +67,9 @@ pub struct Settings {
     /// Leave the reason of a refusal out of its answer.
     #[arg(long, env = "CULVERT_HIDE_REASONS")]
     pub hide_reasons: bool,
+    /// File with authorities, PEM, that are trusted beside the web's when issuers' keys are read over https.
+    #[arg(long, env = "CULVERT_JWKS_CA")]
+    pub jwks_ca: Option<PathBuf>,
     /// Go on without another waypoint that is bound to a backend and is not ready, as agents with the same setting do.
     #[arg(long, env = "CULVERT_PREFER_WAYPOINTS")]
     pub prefer_waypoints: bool,

@@ -23,6 +23,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use crate::config::Settings;
+use crate::keys::KeyStore;
 use crate::picture::{Picture, World};
 
 /// What a certificate is asked for; the controller may give less.
@@ -47,7 +48,12 @@ pub(crate) struct Control {
 
 impl Control {
     /// A side that fills `picture`; `pending` is done once it is whole.
-    pub(crate) fn new(settings: &Settings, picture: Arc<Picture>, pending: Pending) -> Self {
+    pub(crate) fn new(
+        settings: &Settings,
+        picture: Arc<Picture>,
+        keys: Arc<KeyStore>,
+        pending: Pending,
+    ) -> Self {
         let config = settings.controller();
         let identity = NodeIdentity {
             ip: [127, 0, 0, 1].into(),
@@ -63,7 +69,7 @@ impl Control {
             node: (&identity).into(),
             service_account: settings.service_account().to_owned(),
             held: DeltaClientState::new(&ResourceKind::WAYPOINT),
-            world: World::new(settings.gateway.clone()),
+            world: World::new(settings.gateway.clone(), keys),
             rotation: RotationCore::new(random()),
             issued: None,
             wanted: None,

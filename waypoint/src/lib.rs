@@ -4,6 +4,7 @@
 //! worker: tunnel (mTLS, HTTP/2) ─► CONNECT ─► stream: what is spoken? ─┬─► request: check ─► judge ─► route ─► upstream
 //!                                                                       └─► bytes passed on, under L4 policy
 //! control: delta xDS and certificate ─► picture (snapshot, swapped whole)
+//! keys: issuers' key sets ─► the same picture's rules, by which requests are authenticated before they are judged
 //! ```
 //! One thread per core, each with its own listener, tunnels and connections to servers; nothing is shared on a request's way
 //! but the picture.
@@ -18,6 +19,7 @@ mod body;
 pub mod config;
 mod control;
 pub mod detect;
+mod keys;
 mod picture;
 mod refusal;
 mod request;

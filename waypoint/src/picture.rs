@@ -7,6 +7,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use mesh_authorize::PolicySet;
 use mesh_identity::{InvalidBundle, Svid, TrustBundle, tls};
+use mesh_jwt::{RequestAuthentication, Rules};
 use mesh_model::{NamespacedHostname, NetworkId, Service, SpiffeId, Workload};
 use mesh_resolve::{IndexDelta, ResolveSettings, WorkloadIndex};
 use mesh_route::{
@@ -20,6 +21,7 @@ use rustls::ServerConfig;
 use tokio::sync::watch;
 
 use crate::config::GatewayName;
+use crate::keys::{KeyStore, RemoteKeys};
 
 /// Everything a request is judged and routed by. A clone costs a few reference counts.
 #[derive(Clone)]
@@ -34,6 +36,11 @@ pub(crate) struct Snapshot {
     by_host: imbl::OrdMap<NamespacedHostname, Arc<Served>>,
     /// Of the waypoint itself: what holds for all it serves. None while nothing is known of its Gateway.
     gateway_policies: Option<Arc<[Arc<str>]>>,
+    /// What tokens count, by `namespace/name`.
+    pub(crate) authentications: imbl::OrdMap<Arc<str>, Arc<Authentication>>,
+    /// Those that hold for workloads that are dialled themselves: of the waypoint's own namespace, and of others.
+    workload_authentications: [Arc<[Arc<str>]>; 2],
+    own_namespace: Arc<str>,
     /// Whom to trust.
     pub(crate) trust: Arc<TrustBundle>,
     /// What this waypoint proves to be.
@@ -55,12 +62,21 @@ pub(crate) struct Identity {
 }
 
 /// What the waypoint serves, ready for requests.
-#[derive(Debug)]
 pub(crate) struct Served {
     /// As the controller says.
     pub(crate) config: FrontendConfig,
     /// The policies attached to it and to the waypoint.
     pub(crate) policies: Arc<[Arc<str>]>,
+    /// The RequestAuthentications that hold at it.
+    pub(crate) authentications: Arc<[Arc<str>]>,
+}
+
+/// A RequestAuthentication, ready for requests.
+pub(crate) struct Authentication {
+    pub(crate) rules: Rules,
+    /// For each rule the keys that are not written in it.
+    pub(crate) keys: Vec<Option<Arc<RemoteKeys>>>,
+    source: RequestAuthentication,
 }
 
 impl Served {
@@ -72,7 +88,7 @@ impl Served {
 }
 
 impl Snapshot {
-    fn new() -> Self {
+    fn new(own_namespace: Arc<str>) -> Self {
         Self {
             index: WorkloadIndex::default(),
             policies: PolicySet::default(),
@@ -80,6 +96,9 @@ impl Snapshot {
             frontends: imbl::OrdMap::new(),
             by_host: imbl::OrdMap::new(),
             gateway_policies: None,
+            authentications: imbl::OrdMap::new(),
+            workload_authentications: [Arc::default(), Arc::default()],
+            own_namespace,
             trust: Arc::default(),
             identity: None,
             cluster_domain: "cluster.local".into(),
@@ -95,6 +114,17 @@ impl Snapshot {
     /// The policies of the waypoint itself; none while nothing is known of its Gateway, and so of what is attached to that.
     pub(crate) const fn gateway_policies(&self) -> Option<&Arc<[Arc<str>]>> {
         self.gateway_policies.as_ref()
+    }
+
+    /// The RequestAuthentications that hold for a workload that is dialled itself.
+    pub(crate) fn of_workload(&self, workload: &Workload) -> &Arc<[Arc<str>]> {
+        let [own, other] = &self.workload_authentications;
+        if workload.namespace == self.own_namespace { own } else { other }
+    }
+
+    /// RequestAuthentications, in the order of their names.
+    pub(crate) fn authentications(&self) -> impl Iterator<Item = &RequestAuthentication> {
+        self.authentications.values().map(|one| &one.source)
     }
 
     /// This waypoint's own workload, by an address of the machine.
@@ -126,6 +156,7 @@ impl Snapshot {
             ("policies", self.policies.policies().len()),
             ("frontends", self.frontends.len()),
             ("routes", self.routes.routes().len()),
+            ("authentications", self.authentications.len()),
         ])
     }
 
@@ -145,7 +176,7 @@ pub(crate) struct Picture {
 
 impl Picture {
     pub(crate) fn new(resolving: ResolveSettings) -> Self {
-        let current = ArcSwap::from_pointee(Snapshot::new());
+        let current = ArcSwap::from_pointee(Snapshot::new(Arc::default()));
         Self { current, changed: watch::Sender::new(0), resolving }
     }
 
@@ -172,11 +203,13 @@ pub(crate) struct World {
     /// Settings of the mesh, once they are known.
     pub(crate) mesh: Option<MeshConfig>,
     stamp: u64,
+    keys: Arc<KeyStore>,
 }
 
 impl World {
-    pub(crate) fn new(gateway: GatewayName) -> Self {
-        Self { gateway, next: Snapshot::new(), mesh: None, stamp: 0 }
+    pub(crate) fn new(gateway: GatewayName, keys: Arc<KeyStore>) -> Self {
+        let next = Snapshot::new(gateway.namespace.clone());
+        Self { gateway, next, mesh: None, stamp: 0, keys }
     }
 
     /// Applies one response, all at once.
@@ -210,6 +243,9 @@ impl World {
                     routes.push(RouteChange::RemoveFrontend(name));
                 }
                 RemovedResource::Route(name) => routes.push(RouteChange::Remove(name)),
+                RemovedResource::Authentication(name) => {
+                    self.next.authentications.remove(&name);
+                }
             }
         }
         for unreadable in update.unreadable {
@@ -231,11 +267,16 @@ impl World {
                 Resource::Frontend(config) => {
                     frontends = true;
                     routes.push(RouteChange::Frontend(frontend(&config)));
-                    let served = Served { policies: Arc::default(), config };
+                    let served = Served {
+                        policies: Arc::default(),
+                        authentications: Arc::default(),
+                        config,
+                    };
                     let name = served.config.frontend.clone();
                     self.next.frontends.insert(name, Arc::new(served));
                 }
                 Resource::Route(route) => routes.push(RouteChange::Upsert(*route)),
+                Resource::Authentication(source) => self.authenticate(*source),
             }
         }
         self.next.index.apply(delta);
@@ -247,6 +288,22 @@ impl World {
         }
         if frontends {
             self.attach();
+        }
+    }
+
+    fn authenticate(&mut self, source: RequestAuthentication) {
+        match Rules::new(&source) {
+            Ok(rules) => {
+                let keys =
+                    rules.rules.iter().map(|rule| Some(self.keys.at(rule.place()?))).collect();
+                let name = Arc::clone(&rules.name);
+                let one = Arc::new(Authentication { rules, keys, source });
+                self.next.authentications.insert(name, one);
+            }
+            Err(error) => tracing::error!(
+                name = %format!("{}/{}", source.namespace, source.name), error = %format!("{:#}", anyhow::Error::from(error)),
+                "a RequestAuthentication cannot be used; the version before it stays in force, and without one everything is refused where it is attached"
+            ),
         }
     }
 
@@ -312,14 +369,26 @@ impl World {
             self.next.frontends.get(&own).map(|served| served.config.policies.as_slice().into());
         self.next.gateway_policies.clone_from(&of_gateway);
         let of_gateway: &[Arc<str>] = of_gateway.as_deref().unwrap_or_default();
+        let own = self.next.frontends.get(&own).cloned();
+        let own = own.as_ref().map(|served| &served.config);
+        let for_all = own.map(|own| own.authentications.as_slice()).unwrap_or_default();
+        let for_workloads =
+            own.map(|own| own.workload_authentications.as_slice()).unwrap_or_default();
+        self.next.workload_authentications = [joined(for_all, for_workloads), joined(for_all, &[])];
         let mut by_host = imbl::OrdMap::new();
         let all: Vec<_> = self.next.frontends.values().cloned().collect();
         for served in all {
             let policies: Arc<[Arc<str>]> =
                 served.config.policies.iter().chain(of_gateway).cloned().collect();
-            let served = match *served.policies == *policies {
+            let authentications = joined(&served.config.authentications, for_all);
+            let is_same =
+                *served.policies == *policies && *served.authentications == *authentications;
+            let served = match is_same {
                 true => served,
-                false => Arc::new(Served { config: served.config.clone(), policies }),
+                false => {
+                    let config = served.config.clone();
+                    Arc::new(Served { config, policies, authentications })
+                }
             };
             for host in &served.config.hosts {
                 let namespace = served.config.frontend.namespace.clone();
@@ -334,6 +403,12 @@ impl World {
 
 fn trust_of(config: &MeshConfig) -> Result<TrustBundle, InvalidBundle> {
     TrustBundle::from_pem(&config.trust_domain, &config.root_pem, &config.crl_pem)
+}
+
+/// Both lists, each name once.
+fn joined(first: &[Arc<str>], second: &[Arc<str>]) -> Arc<[Arc<str>]> {
+    let further = second.iter().filter(|name| !first.contains(name));
+    first.iter().chain(further).cloned().collect()
 }
 
 fn frontend(config: &FrontendConfig) -> Frontend {
@@ -357,5 +432,6 @@ const fn kind_name(kind: ResourceKind) -> &'static str {
         ResourceKind::Address => "address",
         ResourceKind::Frontend => "frontend",
         ResourceKind::Route => "route",
+        ResourceKind::Authentication => "authentication",
     }
 }

@@ -1,6 +1,6 @@
 //! What is answered in a server's place, and why.
 
-use http::header::{CONTENT_TYPE, HeaderValue};
+use http::header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, Response, StatusCode};
 use mesh_authorize::Denial;
 use mesh_telemetry::PolicyRef;
@@ -87,6 +87,14 @@ impl Refusal {
         } else {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         }
+        if self.status == StatusCode::UNAUTHORIZED {
+            // Source: RFC 6750 §3.
+            let plain = HeaderValue::from_static("Bearer error=\"invalid_token\"");
+            let why =
+                format!("Bearer error=\"invalid_token\", error_description=\"{}\"", self.reason);
+            let told = HeaderValue::from_str(&why).ok().filter(|_| !hide_reasons);
+            headers.insert(WWW_AUTHENTICATE, told.unwrap_or(plain));
+        }
         if !hide_reasons {
             self.headers(headers);
         }
@@ -100,6 +108,7 @@ impl Refusal {
     pub(crate) fn grpc_status(&self) -> u16 {
         match self.status.as_u16() {
             400 => 13,
+            401 => 16,
             403 => 7,
             404 => 12,
             429 => 8,

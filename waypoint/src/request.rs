@@ -1,10 +1,12 @@
 //! One request: judged, routed, sent on, answered.
 
+mod authenticate;
 mod head;
 mod judge;
 mod outline;
 mod upgrade;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -16,6 +18,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version as Htt
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
+use mesh_jwt::redacted;
 use mesh_model::RequestPath;
 use mesh_resolve::{ResolvedFlow, Route};
 use mesh_route::{
@@ -25,6 +28,7 @@ use mesh_route::{
 use mesh_telemetry::{RequestFacts, RequestRecord, WorkloadLabels, metric};
 use mesh_wire::AppProtocol;
 
+use self::authenticate::{Authenticated, authenticate, headers_for};
 use self::head::{Head, XFCC, check, hop_by_hop, hops, strip};
 use self::outline::{Content, Outline};
 use self::upgrade::Switch;
@@ -144,6 +148,7 @@ fn record(
         detail: None,
         flags: "-",
         policy: None,
+        request_principal: None,
     })
 }
 
@@ -170,6 +175,7 @@ struct Exchange<'e> {
 struct Sending<'s> {
     /// The waypoints before this one.
     hops: u8,
+    authenticated: Authenticated,
     /// A backend; none for what was dialled.
     backend: Option<&'s ServiceRef>,
     path: Option<String>,
@@ -191,20 +197,31 @@ impl Exchange<'_> {
     ) -> Result<Outcome, Refusal> {
         let head = check(&request)?;
         head.authority.clone_into(&mut record.authority);
-        let target = record.raw_path.clone();
-        let path = RequestPath::parse(&target, self.dialled.worker.common.settings.paths())
-            .map_err(|error| Refusal::bad_request("bad_path", error.to_string()))?;
-        let normal = path.target();
-        if *normal != *target {
-            record.path = Some(normal.into_owned());
-        }
+        let mut target = record.raw_path.clone();
         let (served, policies) = self.dialled.attached(self.snapshot)?;
-        let switch = Switch::of(&mut request, &head.authority);
+        let mut switch = Switch::of(&mut request, &head.authority);
         let (mut parts, body) = request.into_parts();
         let hops = hops(&parts.headers)?;
         strip(&mut parts.headers);
+        let names = self.dialled.authentications(self.snapshot, served.as_deref());
+        let headers = &mut parts.headers;
+        let (authenticated, changed) =
+            Box::pin(authenticate(self.snapshot, Arc::clone(&names), headers, &target, record))
+                .await?;
+        if let Some(changed) = changed {
+            target = changed;
+        }
+        if let Some(switch) = &mut switch {
+            switch.authenticated(&target, &parts.headers, &authenticated);
+        }
+        let path = self.path(&target)?;
+        let normal = path.target();
+        if *normal != *target {
+            record.path = Some(self.without_tokens(&names, &normal));
+        }
         let judged =
-            mesh_authorize::Request::new(&head.authority, &parts.method, &path, &parts.headers);
+            mesh_authorize::Request::new(&head.authority, &parts.method, &path, &parts.headers)
+                .with_claims(authenticated.at(&names));
         judge::dialled(self.dialled, self.snapshot, &policies, &judged)?;
         let seen = RequestHead {
             method: &parts.method,
@@ -223,6 +240,7 @@ impl Exchange<'_> {
             Selection::Unrouted => {
                 let sending = Sending {
                     hops,
+                    authenticated,
                     backend: None,
                     path: None,
                     host: None,
@@ -248,6 +266,7 @@ impl Exchange<'_> {
                     Plan::Forward(forward) => {
                         let sending = Sending {
                             hops,
+                            authenticated,
                             backend: Some(forward.backend),
                             path: forward.path.clone(),
                             host: forward.host,
@@ -260,6 +279,19 @@ impl Exchange<'_> {
                 }
             }
         }
+    }
+
+    /// A path and query for logs, in which tokens have no place.
+    fn without_tokens(&self, names: &[Arc<str>], target: &str) -> String {
+        let known = names.iter().filter_map(|name| self.snapshot.authentications.get(name));
+        let rules: Vec<_> = known.map(|one| &one.rules).collect();
+        redacted(&rules, target).unwrap_or_else(|| target.to_owned())
+    }
+
+    /// A path and query in the form that is judged, routed and sent.
+    fn path<'t>(&self, target: &'t str) -> Result<RequestPath<'t>, Refusal> {
+        RequestPath::parse(target, self.dialled.worker.common.settings.paths())
+            .map_err(|error| Refusal::bad_request("bad_path", error.to_string()))
     }
 
     #[expect(clippy::too_many_arguments, reason = "what a request is made of, taken apart once")]
@@ -294,6 +326,7 @@ impl Exchange<'_> {
             headers: parts.headers,
             client_version,
             hops: sending.hops,
+            authenticated: sending.authenticated.clone(),
         };
         if let Content::Kept(bytes) = &content {
             for mirror in mirrors {
@@ -463,7 +496,8 @@ impl Exchange<'_> {
             Ok(way) => way,
             Err(refusal) => return Err(AttemptFailed::unknown(refusal)),
         };
-        let request = match outline.request(&resolved.route, version, body) {
+        let headers = self.headers_at(backend, outline);
+        let request = match outline.request(&headers, &resolved.route, version, body) {
             Ok(request) => request,
             Err(refusal) => return Err(AttemptFailed::unknown(refusal)),
         };
@@ -525,6 +559,19 @@ impl Exchange<'_> {
         Ok((resolved, version))
     }
 
+    /// The headers that what a request is sent to may see.
+    fn headers_at<'o>(
+        &self,
+        backend: Option<&ServiceRef>,
+        outline: &'o Outline,
+    ) -> Cow<'o, HeaderMap> {
+        let service = backend.and_then(|backend| self.snapshot.backend(backend));
+        match service {
+            Some(service) => headers_for(self.snapshot, &service.key, outline),
+            None => Cow::Borrowed(&outline.headers),
+        }
+    }
+
     /// Sends a copy elsewhere; nobody sees its answer.
     fn mirror(&self, mirror: &ServiceRef, outline: &Outline, bytes: &Bytes) {
         let Ok(place) = Arc::clone(&self.dialled.worker.mirrors).try_acquire_owned() else {
@@ -548,8 +595,9 @@ impl Exchange<'_> {
             let copy = async {
                 let (resolved, version) = exchange.target(Some(&mirror), &outline, None).await?;
                 let way = Way::of(&resolved.route)?;
-                let request =
-                    outline.request(&resolved.route, version, RequestBody::whole(bytes))?;
+                let headers = exchange.headers_at(Some(&mirror), &outline);
+                let body = RequestBody::whole(bytes);
+                let request = outline.request(&headers, &resolved.route, version, body)?;
                 let pool = &dialled.worker.pool;
                 let forwarded = dialled.forwarded();
                 let sent = pool.send(&snapshot, &way, version, &forwarded, request).await;

@@ -19,6 +19,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::admin;
 use crate::config::{ListenAddress, Settings};
 use crate::control::Control;
+use crate::keys::KeyStore;
 use crate::picture::Picture;
 use crate::worker::{Common, Worker};
 
@@ -56,6 +57,7 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
         .with_context(|| format!("making {}", settings.state_dir.display()))?;
     let (trigger, drain) = Drain::new();
     let picture = Arc::new(Picture::new(settings.resolving()));
+    let keys = Arc::new(key_store(&settings)?);
     let common = Arc::new(Common {
         picture: Arc::clone(&picture),
         access: logging.access(),
@@ -72,10 +74,12 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
         start_worker(number, worker, settings.hbone_address)?;
     }
     runtime()?.block_on(async {
-        let control = Control::new(&settings, Arc::clone(&picture), pending);
+        let control = Control::new(&settings, Arc::clone(&picture), Arc::clone(&keys), pending);
+        tokio::spawn(Arc::clone(&keys).run());
         tokio::spawn(control.run());
         let parts = admin::Parts {
             picture,
+            keys,
             common: Arc::clone(&common),
             workers: own,
             readiness: readiness.clone(),
@@ -89,6 +93,12 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
         );
         end(&settings, &trigger, drain, &readiness, &common).await
     })
+}
+
+fn key_store(settings: &Settings) -> anyhow::Result<KeyStore> {
+    let Some(file) = &settings.jwks_ca else { return Ok(KeyStore::new(None)?) };
+    let read = || Ok::<_, anyhow::Error>(KeyStore::new(Some(&std::fs::read_to_string(file)?))?);
+    read().with_context(|| format!("authorities in {} (--jwks-ca)", file.display()))
 }
 
 fn runtime() -> anyhow::Result<Runtime> {

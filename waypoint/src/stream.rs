@@ -116,6 +116,19 @@ impl Dialled {
         }
     }
 
+    /// The RequestAuthentications that hold for requests to what was dialled.
+    pub(crate) fn authentications(
+        &self,
+        snapshot: &Snapshot,
+        served: Option<&Served>,
+    ) -> Arc<[Arc<str>]> {
+        match (&self.addressed, served) {
+            (Addressed::Workload(workload), _) => Arc::clone(snapshot.of_workload(workload)),
+            (Addressed::Service(_), Some(served)) => Arc::clone(&served.authentications),
+            (Addressed::Service(_), None) => Arc::default(),
+        }
+    }
+
     /// What is spoken at the port that was dialled.
     fn protocol(
         &self,

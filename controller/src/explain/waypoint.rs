@@ -1,9 +1,10 @@
 //! What a waypoint makes of a connection or a request: its own policies and route table, then the endpoint's agent.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::str::FromStr as _;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use mesh_authorize::{Connection, Request, explain_connection, explain_request};
@@ -22,6 +23,7 @@ use mesh_route::{
 use mesh_wire::AppProtocol;
 use serde::{Deserialize, Serialize};
 
+use super::tokens::{Authenticated, authenticate};
 use super::{Answer, Side, Stage, denial, done, inbound_stage, refused};
 use crate::index::Frontend;
 use crate::mesh::Picture;
@@ -47,6 +49,8 @@ pub(super) struct At<'a> {
     /// The host as it was asked for.
     pub(super) host: &'a str,
     pub(super) now: Instant,
+    /// The time by which tokens are judged.
+    pub(super) wall: SystemTime,
 }
 
 /// Goes on at the waypoint that `route` leads to.
@@ -117,7 +121,12 @@ pub(super) fn through(
             }
         }
         Some(request) => {
-            let here = Here { waypoint: &waypoint, frontend, policies: &policies };
+            let of_workload = match &addressed {
+                Addressed::Workload(workload) => Some(&**workload),
+                Addressed::Service(_) => None,
+            };
+            let authentications = authentications(at.picture, &waypoint, frontend, of_workload);
+            let here = Here { waypoint: &waypoint, frontend, policies: &policies, authentications };
             judged(at, &mut stage, &here, &connection, request)
         }
     };
@@ -197,6 +206,7 @@ struct Here<'a> {
     waypoint: &'a Workload,
     frontend: Option<&'a Frontend>,
     policies: &'a [Arc<str>],
+    authentications: BTreeSet<Arc<str>>,
 }
 
 fn judged(
@@ -223,7 +233,12 @@ fn judged(
             .map_err(|_source| bad(format!("{value:?} is no header's value")))?;
         headers.append(name, value);
     }
-    let seen = Request::new(&authority, &method, &path, &headers);
+    let target = path.target().into_owned();
+    let names = &here.authentications;
+    let token = authenticate(at.picture, names, &mut headers, &target, at.wall)?;
+    let path = RequestPath::parse(&token.target, PathNormalization::default())
+        .map_err(|error| bad(error.to_string()))?;
+    let seen = Request::new(&authority, &method, &path, &headers).with_claims(token.at(names));
     let explanation = explain_request(&at.picture.policies, here.policies, connection, &seen);
     let refusal = denial(&explanation);
     stage.authorize = Some(explanation);
@@ -231,8 +246,8 @@ fn judged(
         return Err((denial.reason, format!("refused with 403: {denial}")));
     }
     let normal = match path.target() {
-        target if *target == *asked.path => String::new(),
-        target => format!("as {target}, "),
+        target if *target == *asked.path => token.said.clone(),
+        target => format!("{}as {target}, ", token.said),
     };
     let Some(frontend) = here.frontend else {
         return Ok((None, format!("{normal}passed on to the workload")));
@@ -251,7 +266,7 @@ fn judged(
             match selected.plan(&head, RedirectScheme::Http, &mut || 0) {
                 Plan::Forward(forward) => {
                     let to = forward.backend;
-                    let refusal = at_backend(at, here, connection, &forward, &head);
+                    let refusal = at_backend(at, here, connection, &forward, &head, &token);
                     if let Some((reason, text)) = refusal {
                         return Err((reason, format!("{normal}{rule}: {text}")));
                     }
@@ -300,6 +315,7 @@ fn at_backend(
     connection: &Connection<'_>,
     forward: &Forward<'_>,
     head: &RequestHead<'_>,
+    token: &Authenticated,
 ) -> Option<(CloseReason, String)> {
     let service = backend_service(at.picture, forward.backend)
         .filter(|service| is_fronted(&at.picture.index, here.waypoint, service))?;
@@ -322,7 +338,9 @@ fn at_backend(
         Ok(path) => path,
         Err(error) => return Some((CloseReason::ProtocolError, format!("as it is sent: {error}"))),
     };
-    let seen = Request::new(forward.host.unwrap_or(head.authority), head.method, &path, &headers);
+    let names = authentications(at.picture, here.waypoint, Some(frontend), None);
+    let seen = Request::new(forward.host.unwrap_or(head.authority), head.method, &path, &headers)
+        .with_claims(token.at(&names));
     let port = forward.backend.port;
     let ip = service.vips.first().map_or_else(|| connection.destination.ip(), |vip| vip.ip);
     let port = at.picture.index.target_port(service, port).unwrap_or(port);
@@ -352,18 +370,43 @@ fn attached(
     waypoint: &Workload,
     frontend: Option<&Frontend>,
 ) -> Option<Vec<Arc<str>>> {
-    let gateways = waypoint.services.keys().filter_map(|key| {
+    let gateways = gateways(picture, waypoint);
+    let of_gateways: Vec<_> = gateways.map(|gateway| &gateway.config.policies).collect();
+    let own = frontend.iter().flat_map(|frontend| frontend.config.policies.iter());
+    let of_all = own.chain(of_gateways.iter().copied().flatten());
+    (!of_gateways.is_empty()).then(|| of_all.cloned().collect())
+}
+
+/// The RequestAuthentications of a frontend, of the waypoint's Gateway, and of its namespace where a workload is dialled itself.
+fn authentications(
+    picture: &Picture,
+    waypoint: &Workload,
+    frontend: Option<&Frontend>,
+    dialled: Option<&Workload>,
+) -> BTreeSet<Arc<str>> {
+    let own = frontend.iter().flat_map(|frontend| &frontend.config.authentications);
+    let of_gateways = gateways(picture, waypoint).flat_map(|gateway| {
+        let config = &gateway.config;
+        let is_own = dialled.is_some_and(|one| one.namespace == config.frontend.namespace);
+        let of_workloads = config.workload_authentications.iter().filter(move |_| is_own);
+        config.authentications.iter().chain(of_workloads)
+    });
+    own.chain(of_gateways).cloned().collect()
+}
+
+/// The Gateways that a workload stands for.
+fn gateways<'p>(
+    picture: &'p Picture,
+    waypoint: &'p Workload,
+) -> impl Iterator<Item = &'p Arc<Frontend>> {
+    waypoint.services.keys().filter_map(|key| {
         let name = FrontendName {
             kind: FrontendKind::Gateway,
             namespace: key.namespace.clone(),
             name: key.hostname.split('.').next().unwrap_or_default().into(),
         };
         picture.frontends.get(&name)
-    });
-    let of_gateways: Vec<_> = gateways.map(|gateway| &gateway.config.policies).collect();
-    let own = frontend.iter().flat_map(|frontend| frontend.config.policies.iter());
-    let of_all = own.chain(of_gateways.iter().copied().flatten());
-    (!of_gateways.is_empty()).then(|| of_all.cloned().collect())
+    })
 }
 
 fn backend_service<'p>(picture: &'p Picture, backend: &ServiceRef) -> Option<&'p Arc<Service>> {

@@ -12,8 +12,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mesh_authorize::{
-    Action, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin,
-    PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch,
+    Action, ClaimMatch, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName,
+    PolicyOrigin, PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch,
 };
 
 use super::objects::Key;
@@ -160,13 +160,20 @@ fn convert_for(policy: &AuthorizationPolicy, judge: Judge) -> Converted {
 /// What of a rule `judge` cannot judge.
 fn l7_fields(rule: &PolicyRule, judge: Judge) -> BTreeSet<&str> {
     let is_agent = judge == Judge::Agent;
-    let sources = rule.from.iter().flat_map(|source| source.l7_fields.iter().copied());
+    let unjudged = rule.from.iter().flat_map(|source| source.unjudged.iter().copied());
+    let sources = rule.from.iter().filter(|_| is_agent);
+    let sources = sources.flat_map(|source| source.l7_fields.iter().copied());
     let operations = rule.to.iter().filter(|_| is_agent);
     let operations = operations.flat_map(|operation| operation.l7_fields.iter().copied());
     let conditions = rule.when.iter().filter_map(|condition| match condition {
         Condition::L7(key) => Some(key.as_str()),
-        Condition::Header { key, .. } if is_agent => Some(key.as_str()),
+        Condition::Header { key, .. } | Condition::Claim { key, .. } if is_agent => {
+            Some(key.as_str())
+        }
+        Condition::RequestPrincipal(_) if is_agent => Some("request.auth.principal"),
         Condition::Header { .. }
+        | Condition::Claim { .. }
+        | Condition::RequestPrincipal(_)
         | Condition::SourceIp(_)
         | Condition::DestinationIp(_)
         | Condition::DestinationPort(_)
@@ -175,7 +182,7 @@ fn l7_fields(rule: &PolicyRule, judge: Judge) -> BTreeSet<&str> {
         | Condition::ServiceAccount(_)
         | Condition::TrustDomain(_) => None,
     });
-    sources.chain(operations).chain(conditions).collect()
+    unjudged.chain(sources).chain(operations).chain(conditions).collect()
 }
 
 /// Clauses in the order that peers use: `to`, `from`, then each of `when`.
@@ -187,7 +194,9 @@ fn strict_rule(rule: &PolicyRule, judge: Judge) -> Rule {
         });
     }
     if !rule.from.is_empty() {
-        clauses.push(Clause { matches: rule.from.iter().map(source_match).collect() });
+        clauses.push(Clause {
+            matches: rule.from.iter().map(|from| source_match(from, judge)).collect(),
+        });
     }
     clauses.extend(
         rule.when
@@ -218,7 +227,7 @@ fn operation_match(operation: &Operation, judge: Judge) -> Match {
                 not_methods,
                 paths: operation.paths.any_of.iter().map(|text| path_match(text)).collect(),
                 not_paths: operation.paths.none_of.iter().map(|text| path_match(text)).collect(),
-                headers: Vec::new(),
+                ..RequestMatch::default()
             }
         }
     };
@@ -238,7 +247,11 @@ fn path_match(text: &str) -> PathMatch {
     }
 }
 
-fn source_match(source: &Source) -> Match {
+fn source_match(source: &Source, judge: Judge) -> Match {
+    let request = match judge {
+        Judge::Agent => RequestMatch::default(),
+        Judge::Waypoint => of_principals(&source.request_principals),
+    };
     let (principals, not_principals) = strings(&source.principals);
     let (namespaces, not_namespaces) = strings(&source.namespaces);
     let (trust_domains, not_trust_domains) = strings(&source.trust_domains);
@@ -254,8 +267,14 @@ fn source_match(source: &Source) -> Match {
         not_service_accounts,
         source_ips: source.ip_blocks.any_of.clone(),
         not_source_ips: source.ip_blocks.none_of.clone(),
+        request,
         ..Match::default()
     }
+}
+
+fn of_principals(names: &Twin<String>) -> RequestMatch {
+    let (principals, not_principals) = strings(names);
+    RequestMatch { principals, not_principals, ..RequestMatch::default() }
 }
 
 fn condition_match(condition: &Condition, judge: Judge) -> Option<Match> {
@@ -298,7 +317,19 @@ fn condition_match(condition: &Condition, judge: Judge) -> Option<Match> {
             let request = RequestMatch { headers: vec![header], ..RequestMatch::default() };
             Match { request, ..blank }
         }
-        Condition::Header { .. } | Condition::L7(_) => return None,
+        Condition::RequestPrincipal(names) if judge == Judge::Waypoint => {
+            Match { request: of_principals(names), ..blank }
+        }
+        Condition::Claim { path, values, .. } if judge == Judge::Waypoint => {
+            let (values, not_values) = strings(values);
+            let claim = ClaimMatch { path: Arc::clone(path), values, not_values };
+            let request = RequestMatch { claims: vec![claim], ..RequestMatch::default() };
+            Match { request, ..blank }
+        }
+        Condition::Header { .. }
+        | Condition::RequestPrincipal(_)
+        | Condition::Claim { .. }
+        | Condition::L7(_) => return None,
     })
 }
 

@@ -7,11 +7,13 @@ use mesh_model::{GatewayDestination, NamespacedHostname};
 use mesh_route::{FrontendKind, FrontendName};
 use mesh_wire::{AppProtocol, FrontendConfig, FrontendPortConfig, waypoint_node};
 
+use super::authentications;
 use super::objects::{Key, in_namespace};
 use super::policies::Target;
 use super::services::{kubernetes_hostname, waypoint};
 use super::unreadable;
 use super::workloads::View;
+use crate::manifest::Kind;
 use crate::manifest::gateway::{ISTIO_WAYPOINT_CLASS, WAYPOINT_CLASS};
 use crate::manifest::metadata::Metadata;
 use crate::manifest::policy::PolicyTarget;
@@ -73,6 +75,8 @@ fn of_target(view: View<'_>, target: &Target) -> Option<Frontend> {
         hosts,
         ports: ports.iter().map(port).collect(),
         policies: attached.collect(),
+        authentications: authentications::of_target(view, target),
+        workload_authentications: Vec::new(),
     };
     Some(Frontend { config, waypoints: [caller(&gateway)].into() })
 }
@@ -98,7 +102,8 @@ fn of_gateway(view: View<'_>, key: &Key) -> Option<Frontend> {
         .filter(|(at, policy)| policy.targets.iter().any(|one| is_meant(one, &at.namespace)))
         .map(|(at, _)| at.to_string().into())
         .collect();
-    for policy in view.objects.unreadable.values() {
+    let unreadable = view.objects.unreadable.values();
+    for policy in unreadable.filter(|policy| policy.kind != Kind::RequestAuthentication) {
         if unreadable::gateways(policy).any(|target| is_meant(target, &policy.meta.namespace)) {
             policies.insert(unreadable::name(view, policy, None).to_string().into());
         }
@@ -107,7 +112,11 @@ fn of_gateway(view: View<'_>, key: &Key) -> Option<Frontend> {
     if gateway.is_none() && !named(view).contains(key) {
         return None;
     }
+    let (authentications, workload_authentications) =
+        authentications::of_gateway(view, key, &is_meant);
     let config = FrontendConfig {
+        authentications,
+        workload_authentications,
         frontend: FrontendSource::Gateway(key.clone()).name(),
         hosts: Vec::new(),
         ports: Vec::new(),
@@ -162,7 +171,10 @@ fn named(view: View<'_>) -> BTreeSet<Key> {
         let targets: Vec<_> = unreadable::gateways(policy).cloned().collect();
         of(&targets, &policy.meta.namespace)
     });
-    readable.chain(unreadable).collect()
+    let authentications = view.objects.authentications.values();
+    let authentications =
+        authentications.flat_map(|object| of(&object.targets, &object.meta.namespace));
+    readable.chain(unreadable).chain(authentications).collect()
 }
 
 /// Where a Gateway that is a waypoint may be named by policies: the sources whose policies change with `policy`'s targets.

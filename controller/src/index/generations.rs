@@ -19,6 +19,9 @@ impl Index {
                 objects.authorizations.get(&at).map(|policy| &policy.meta)
             }
             (None, Kind::PeerAuthentication) => objects.peers.get(&at).map(|policy| &policy.meta),
+            (None, Kind::RequestAuthentication) => {
+                objects.authentications.get(&at).map(|object| &object.meta)
+            }
             (None, _) => None,
         };
         meta.map(|meta| meta.generation)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mesh_route::{FrontendName, RouteKind, RouteName};
 
 use super::Delta;
+use super::authentications;
 use super::frontends::{self, Frontend, FrontendSource};
 use super::objects::{Key, in_namespace};
 use super::policies::Target;
@@ -13,7 +14,7 @@ use super::routes::{self, PublishedRoute, Resolved, RouteStatus};
 use super::unreadable;
 use super::workloads::View;
 use crate::manifest::route::ParentKind;
-use crate::manifest::{Object, RouteObject};
+use crate::manifest::{Kind, Object, RouteObject};
 
 /// A route object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -112,6 +113,13 @@ impl L7 {
             Object::AuthorizationPolicy(policy) => {
                 frontends.extend(Target::of(policy).map(FrontendSource::Target));
                 frontends.extend(frontends::gateways_of(view, &policy.targets, &key.namespace));
+            }
+            Object::RequestAuthentication(object) => {
+                let namespace = &key.namespace;
+                frontends.extend(authentications::frontends_of(view, namespace, &object.targets));
+            }
+            Object::Unreadable(policy) if policy.kind == Kind::RequestAuthentication => {
+                frontends.extend(authentications::frontends_of_unreadable(view, policy));
             }
             Object::Unreadable(policy) => {
                 frontends.extend(unreadable::targets(policy).map(FrontendSource::Target));

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::workloads::gateway_network;
 use crate::manifest::{
     AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, Node, Object, ObjectKey,
-    PeerAuthentication, Pod, ReferenceGrant, RouteObject, Service, ServiceAccount, ServiceEntry,
-    UnreadablePolicy, WorkloadEntry,
+    PeerAuthentication, Pod, ReferenceGrant, RequestAuthentication, RouteObject, Service,
+    ServiceAccount, ServiceEntry, UnreadablePolicy, WorkloadEntry,
 };
 
 /// Namespace and name.
@@ -66,6 +66,7 @@ pub(super) struct Objects {
     pub(super) service_entries: Table<ServiceEntry>,
     pub(super) authorizations: Table<AuthorizationPolicy>,
     pub(super) peers: Table<PeerAuthentication>,
+    pub(super) authentications: Table<RequestAuthentication>,
     pub(super) gateway_objects: Table<Gateway>,
     pub(super) http_routes: Table<RouteObject>,
     pub(super) grpc_routes: Table<RouteObject>,
@@ -132,6 +133,9 @@ impl Objects {
             Object::PeerAuthentication(new) => {
                 self.peers.insert(key, Arc::clone(new)).map(Object::PeerAuthentication)
             }
+            Object::RequestAuthentication(new) => {
+                self.authentications.insert(key, Arc::clone(new)).map(Object::RequestAuthentication)
+            }
             Object::Gateway(new) => {
                 self.gateway_objects.insert(key, Arc::clone(new)).map(Object::Gateway)
             }
@@ -180,6 +184,9 @@ impl Objects {
                 self.authorizations.remove(&id).map(Object::AuthorizationPolicy)
             }
             Kind::PeerAuthentication => self.peers.remove(&id).map(Object::PeerAuthentication),
+            Kind::RequestAuthentication => {
+                self.authentications.remove(&id).map(Object::RequestAuthentication)
+            }
             Kind::Gateway => self.gateway_objects.remove(&id).map(Object::Gateway),
             Kind::HttpRoute => self.http_routes.remove(&id).map(Object::HttpRoute),
             Kind::GrpcRoute => self.grpc_routes.remove(&id).map(Object::GrpcRoute),
@@ -211,6 +218,9 @@ impl Objects {
             }
             Kind::PeerAuthentication => {
                 self.peers.get(&id).cloned().map(Object::PeerAuthentication)
+            }
+            Kind::RequestAuthentication => {
+                self.authentications.get(&id).cloned().map(Object::RequestAuthentication)
             }
             Kind::Gateway => self.gateway_objects.get(&id).cloned().map(Object::Gateway),
             Kind::HttpRoute => self.http_routes.get(&id).cloned().map(Object::HttpRoute),

@@ -323,7 +323,7 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
     }
     for target in &policy.targets {
         if let PolicyTarget::Gateway(kind, name) = target {
-            match gateway_place(view, policy, kind, name) {
+            match gateway_place(view, &policy.meta.namespace, kind, name) {
                 Ok(place) => places.push(place),
                 Err(note) => notes.push(note),
             }
@@ -341,13 +341,12 @@ pub(super) fn authorization_status(view: View<'_>, policy: &AuthorizationPolicy)
 }
 
 /// Where a policy with this Gateway or GatewayClass as its target is enforced, or why nowhere.
-fn gateway_place(
+pub(super) fn gateway_place(
     view: View<'_>,
-    policy: &AuthorizationPolicy,
+    namespace: &Arc<str>,
     kind: &str,
     name: &str,
 ) -> Result<String, String> {
-    let namespace = &policy.meta.namespace;
     if kind == "GatewayClass" {
         let root = &view.settings.root_namespace;
         return if *namespace != *root {

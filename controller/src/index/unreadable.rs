@@ -1,7 +1,8 @@
 //! Policies that stand in the place of objects that cannot be read: they refuse whatever those may have refused.
 //!
 //! An AuthorizationPolicy may have refused anything, also one that allows: it allows nobody then. A PeerAuthentication can
-//! refuse nothing but what proves no identity. At a target that has a waypoint they hold at the endpoints, since nobody
+//! refuse nothing but what proves no identity. A RequestAuthentication holds at waypoints, which refuse everything where one is
+//! attached that they do not know (see `authentications`). At a target that has a waypoint they hold at the endpoints, since nobody
 //! knows what the waypoint would have to refuse.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +38,9 @@ pub(super) fn gateways(policy: &UnreadablePolicy) -> impl Iterator<Item = &Polic
 
 /// The workloads that list its policies, or stop to.
 pub(super) fn workloads(view: View<'_>, policy: &UnreadablePolicy) -> Vec<WorkloadSource> {
+    if policy.kind == Kind::RequestAuthentication {
+        return Vec::new();
+    }
     match &policy.reach {
         Reach::Mesh | Reach::Namespace => Vec::new(),
         Reach::Selected(selector) => {
@@ -56,7 +60,8 @@ pub(super) fn of_workload(
     attached: &BTreeSet<Target>,
 ) -> Vec<Arc<str>> {
     let mut names = Vec::new();
-    for policy in view.objects.unreadable.values() {
+    let all = view.objects.unreadable.values();
+    for policy in all.filter(|policy| policy.kind != Kind::RequestAuthentication) {
         match &policy.reach {
             Reach::Mesh | Reach::Namespace => {}
             Reach::Selected(selector) => {
@@ -77,6 +82,9 @@ pub(super) fn of_workload(
 
 /// The policies that stand in its place.
 pub(super) fn policies(view: View<'_>, policy: &UnreadablePolicy) -> Vec<Policy> {
+    if policy.kind == Kind::RequestAuthentication {
+        return Vec::new();
+    }
     let (kind, clauses) = if policy.kind == Kind::PeerAuthentication {
         let clause = Clause { matches: vec![peer::without_identity()] };
         (PolicyKind::PeerAuthentication, vec![clause])
@@ -136,6 +144,24 @@ pub(super) fn status(view: View<'_>, policy: &UnreadablePolicy) -> PolicyStatus 
             targets.join("; ")
         }
     };
+    if policy.kind == Kind::RequestAuthentication {
+        let place = match &policy.reach {
+            Reach::Mesh => "every waypoint".to_owned(),
+            Reach::Namespace | Reach::Selected(_) if in_root => "every waypoint".to_owned(),
+            Reach::Namespace | Reach::Selected(_) => {
+                format!("the waypoints of namespace {namespace}")
+            }
+            Reach::Attached(_) => "the waypoints of its targets".to_owned(),
+        };
+        let refused =
+            format!("it cannot be read ({}): every request is refused there", policy.reason);
+        return PolicyStatus {
+            enforced_as_written: false,
+            denying: true,
+            place,
+            notes: vec![refused],
+        };
+    }
     let refused = if policy.kind == Kind::PeerAuthentication {
         "connections without a proven identity are refused"
     } else {

@@ -98,8 +98,12 @@ pub struct Source {
     pub trust_domains: Twin<String>,
     /// Addresses.
     pub ip_blocks: Twin<IpPrefix>,
+    /// `issuer/subject` of the request's token.
+    pub request_principals: Twin<String>,
     /// Fields that only a waypoint can judge.
     pub l7_fields: Vec<&'static str>,
+    /// Fields that nobody judges yet.
+    pub unjudged: Vec<&'static str>,
 }
 
 /// Attributes of the request; AND-ed.
@@ -143,6 +147,17 @@ pub enum Condition {
         /// Its values.
         values: Twin<String>,
     },
+    /// `request.auth.principal`, which only a waypoint can judge.
+    RequestPrincipal(Twin<String>),
+    /// `request.auth.audiences`, `.presenter` or `.claims[A][B]`, which only a waypoint can judge.
+    Claim {
+        /// The key as written.
+        key: String,
+        /// The claim's name, and the names inside it.
+        path: Arc<[Arc<str>]>,
+        /// Its values.
+        values: Twin<String>,
+    },
     /// A key that nobody judges yet.
     L7(String),
 }
@@ -166,13 +181,13 @@ struct RawSpec {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct RawSelector {
-    match_labels: Option<BTreeMap<String, String>>,
+pub(super) struct RawSelector {
+    pub(super) match_labels: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct RawTargetRef {
+pub(super) struct RawTargetRef {
     group: Option<String>,
     kind: String,
     name: String,
@@ -338,7 +353,7 @@ pub(super) fn readable_targets(
     targets(one, many, meta).ok().filter(|targets| !targets.is_empty())
 }
 
-fn targets(
+pub(super) fn targets(
     one: Option<RawTargetRef>,
     many: Option<Vec<RawTargetRef>>,
     meta: &Metadata,
@@ -404,20 +419,26 @@ fn source(raw: RawSource, path: &str, meta: &Metadata) -> Result<Source, Invalid
     let l7_fields = [
         ("requestPrincipals", &raw.request_principals),
         ("notRequestPrincipals", &raw.not_request_principals),
+    ];
+    let unjudged = [
         ("remoteIpBlocks", &raw.remote_ip_blocks),
         ("notRemoteIpBlocks", &raw.not_remote_ip_blocks),
-    ]
-    .into_iter()
-    .filter(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty()))
-    .map(|(name, _)| name)
-    .collect();
+    ];
+    let (l7_fields, unjudged) = (given(l7_fields), given(unjudged));
     let source = Source {
         principals: strings(raw.principals, raw.not_principals, path, "rincipals")?,
         namespaces: strings(raw.namespaces, raw.not_namespaces, path, "amespaces")?,
         service_accounts: accounts(raw.service_accounts, raw.not_service_accounts, path, meta)?,
         trust_domains: strings(raw.trust_domains, raw.not_trust_domains, path, "rustDomains")?,
         ip_blocks: blocks(raw.ip_blocks, raw.not_ip_blocks, path)?,
+        request_principals: strings(
+            raw.request_principals,
+            raw.not_request_principals,
+            path,
+            "equestPrincipals",
+        )?,
         l7_fields,
+        unjudged,
     };
     if !source.service_accounts.is_empty()
         && (!source.principals.is_empty() || !source.namespaces.is_empty())
@@ -438,6 +459,12 @@ fn source(raw: RawSource, path: &str, meta: &Metadata) -> Result<Source, Invalid
     Ok(source)
 }
 
+/// The fields that say something.
+fn given<const N: usize>(fields: [(&'static str, &Strings); N]) -> Vec<&'static str> {
+    let said = |list: &Strings| list.as_ref().is_some_and(|list| !list.is_empty());
+    fields.into_iter().filter(|(_, list)| said(list)).map(|(name, _)| name).collect()
+}
+
 fn operation(raw: RawOperation, path: &str) -> Result<Operation, InvalidField> {
     let l7_fields = [
         ("hosts", &raw.hosts),
@@ -446,11 +473,8 @@ fn operation(raw: RawOperation, path: &str) -> Result<Operation, InvalidField> {
         ("notMethods", &raw.not_methods),
         ("paths", &raw.paths),
         ("notPaths", &raw.not_paths),
-    ]
-    .into_iter()
-    .filter(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty()))
-    .map(|(name, _)| name)
-    .collect();
+    ];
+    let l7_fields = given(l7_fields);
     let operation = Operation {
         ports: ports(texts(raw.ports), texts(raw.not_ports), path)?,
         hosts: strings(raw.hosts, raw.not_hosts, path, "osts")?,
@@ -502,17 +526,27 @@ fn condition(raw: RawCondition, path: &str, meta: &Metadata) -> Result<Condition
             let values = strings(values, not_values, path, "alues")?;
             Condition::Header { key: raw.key, name, values }
         }
-        key if [
-            "remote.ip",
-            "connection.sni",
-            "request.auth.principal",
-            "request.auth.audiences",
-            "request.auth.presenter",
-        ]
-        .contains(&key)
-            || ["request.auth.claims[", "experimental.envoy.filters."]
-                .iter()
-                .any(|prefix| key.starts_with(prefix)) =>
+        "request.auth.principal" => {
+            Condition::RequestPrincipal(strings(values, not_values, path, "alues")?)
+        }
+        "request.auth.audiences" | "request.auth.presenter" => {
+            let name = if raw.key.ends_with("audiences") { "aud" } else { "azp" };
+            let values = strings(values, not_values, path, "alues")?;
+            Condition::Claim { path: [Arc::from(name)].into(), key: raw.key, values }
+        }
+        key if key.starts_with("request.auth.claims[") => {
+            let claim = claim_path(key).ok_or_else(|| {
+                InvalidField::new(
+                    &format!("{path}.key"),
+                    format!("{key:?} names no claim"),
+                    "write request.auth.claims[NAME], or request.auth.claims[NAME][NAME]",
+                )
+            })?;
+            let values = strings(values, not_values, path, "alues")?;
+            Condition::Claim { path: claim, key: raw.key, values }
+        }
+        key if ["remote.ip", "connection.sni"].contains(&key)
+            || key.starts_with("experimental.envoy.filters.") =>
         {
             Condition::L7(raw.key)
         }
@@ -524,6 +558,14 @@ fn condition(raw: RawCondition, path: &str, meta: &Metadata) -> Result<Condition
             ));
         }
     })
+}
+
+/// The names in `request.auth.claims[A][B]`.
+fn claim_path(key: &str) -> Option<Arc<[Arc<str>]>> {
+    let inside = key.strip_prefix("request.auth.claims[")?.strip_suffix(']')?;
+    let names: Vec<Arc<str>> = inside.split("][").map(Arc::from).collect();
+    let is_name = |name: &Arc<str>| !name.is_empty() && !name.contains(['[', ']']);
+    (names.len() <= 16 && names.iter().all(is_name)).then(|| names.into())
 }
 
 /// `tail` names the field after its first letter, so that the path is right for the plain and for the `not` form.

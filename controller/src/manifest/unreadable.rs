@@ -18,7 +18,7 @@ const MAX_REASON: usize = 160;
 /// Stands for a field whose value cannot be read.
 const ILLEGIBLE: Value = Value::Bool(false);
 
-/// An AuthorizationPolicy or PeerAuthentication that is refused and has no good version.
+/// An AuthorizationPolicy, PeerAuthentication or RequestAuthentication that is refused and has no good version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnreadablePolicy {
     /// What kind of object it is.
@@ -121,14 +121,15 @@ fn kind(value: &Value) -> Option<Kind> {
         Some(Value::String(text)) => text.as_str(),
         Some(_) | None => "security.istio.io/v1",
     };
-    Kind::of(api_version, name)
-        .filter(|kind| matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication))
+    Kind::of(api_version, name).filter(|kind| Kind::POLICIES.contains(kind))
 }
 
 fn reach(kind: Kind, spec: Option<&Value>, meta: &Metadata) -> Reach {
     let Some(Value::Object(spec)) = spec else { return Reach::Namespace };
     let known: &[&str] = if kind == Kind::PeerAuthentication {
         &["selector", "mtls", "portLevelMtls"]
+    } else if kind == Kind::RequestAuthentication {
+        &["selector", "targetRef", "targetRefs", "jwtRules"]
     } else {
         &["selector", "targetRef", "targetRefs", "rules", "action", "provider"]
     };

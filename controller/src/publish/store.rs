@@ -47,6 +47,8 @@ enum Audience {
     Namespace(Arc<str>),
     /// Nodes with a workload, and waypoints with a frontend, that lists the policy.
     Listed,
+    /// Waypoints with a frontend that lists the RequestAuthentication.
+    Authenticating,
     /// These waypoints.
     Waypoints(BTreeSet<Arc<str>>),
 }
@@ -71,6 +73,7 @@ struct Inner {
     frontends: BTreeMap<FrontendName, Arc<Frontend>>,
     namespaces: Needs,
     listed: Needs,
+    authenticating: Needs,
 }
 
 /// The published resources.
@@ -134,6 +137,10 @@ impl Store {
             let audience = Audience::Waypoints(route.waypoints.clone());
             inner.put(&Resource::Route(Box::new(route.route.clone())), audience);
         }
+        for one in &delta.authentications {
+            let resource = Resource::Authentication(Box::new(one.as_ref().clone()));
+            inner.put(&resource, Audience::Authenticating);
+        }
         for name in &delta.removed_frontends {
             if let Some(old) = inner.frontends.remove(name) {
                 inner.need_frontend(&old, false);
@@ -161,6 +168,9 @@ impl Store {
         }
         for name in &delta.removed_policies {
             inner.remove((ResourceKind::Authorization, name.to_string().into()));
+        }
+        for name in &delta.removed_authentications {
+            inner.remove((ResourceKind::Authentication, Arc::clone(name)));
         }
         self.wake(&inner, before)
     }
@@ -307,6 +317,9 @@ impl Inner {
             Audience::Listed => {
                 self.listed.get(node).is_some_and(|needs| needs.contains_key(&name.1))
             }
+            Audience::Authenticating => {
+                self.authenticating.get(node).is_some_and(|needs| needs.contains_key(&name.1))
+            }
             Audience::Waypoints(waypoints) => waypoints.contains(node),
         }
     }
@@ -328,6 +341,12 @@ impl Inner {
             for policy in &frontend.config.policies {
                 if count(&mut self.listed, waypoint, policy, more) {
                     self.note((ResourceKind::Authorization, policy.clone()));
+                }
+            }
+            let config = &frontend.config;
+            for one in config.authentications.iter().chain(&config.workload_authentications) {
+                if count(&mut self.authenticating, waypoint, one, more) {
+                    self.note((ResourceKind::Authentication, one.clone()));
                 }
             }
         }

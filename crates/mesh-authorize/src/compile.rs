@@ -6,9 +6,10 @@ use std::sync::Arc;
 use mesh_model::{IpPrefix, SpiffeId, path_text};
 use serde::{Deserialize, Serialize};
 
+use crate::claims::RequestClaims;
 use crate::policy::{
-    Action, HeaderMatch, Match, PathMatch, PathTemplate, Policy, PolicyScope, RequestMatch,
-    ServiceAccountMatch, StringMatch,
+    Action, ClaimMatch, HeaderMatch, Match, PathMatch, PathTemplate, Policy, PolicyScope,
+    RequestMatch, ServiceAccountMatch, StringMatch,
 };
 use crate::request::Request;
 use crate::set::Judged;
@@ -22,6 +23,12 @@ pub(crate) struct Subject<'a> {
     pub(crate) destination: SocketAddr,
     /// None at an agent, which sees connections.
     pub(crate) request: Option<&'a Request<'a>>,
+}
+
+impl Subject<'_> {
+    fn claims(&self) -> Option<&RequestClaims> {
+        self.request.and_then(Request::claims)
+    }
 }
 
 /// A policy and its compiled rules.
@@ -145,6 +152,8 @@ enum Test {
     Method(TextSet),
     Path(TextSet, Box<[PathTemplate]>),
     Header(Arc<str>, TextSet),
+    RequestPrincipal(TextSet),
+    Claim(Arc<[Arc<str>]>, TextSet),
 }
 
 /// A condition of a match that does not hold.
@@ -182,6 +191,10 @@ pub enum Attribute {
     Path,
     /// A header of the request.
     Header,
+    /// The principal of the request's token.
+    RequestPrincipal,
+    /// A claim of the request's token.
+    Claim,
     /// The request, of which nothing is known.
     Request,
     /// Nothing: an empty match never holds.
@@ -204,6 +217,8 @@ impl Attribute {
             Self::Method => "method",
             Self::Path => "path",
             Self::Header => "request header",
+            Self::RequestPrincipal => "request principal",
+            Self::Claim => "claim of the request's token",
             Self::Request => "request (only a waypoint sees it)",
             Self::Nothing => "nothing (an empty match never holds)",
         }
@@ -272,12 +287,17 @@ fn request_conditions(of: &RequestMatch) -> Box<[Condition]> {
     let headers = of.headers.iter().flat_map(|HeaderMatch { name, values, not_values }| {
         twins(values, not_values, |list| Test::Header(Arc::clone(name), TextSet::new(list)))
     });
+    let claims = of.claims.iter().flat_map(|ClaimMatch { path, values, not_values }| {
+        twins(values, not_values, |list| Test::Claim(Arc::clone(path), TextSet::new(list)))
+    });
+    let principals = |list: &[StringMatch]| Test::RequestPrincipal(TextSet::new(list));
     let conditions = [
         twins(&of.methods, &of.not_methods, methods),
         twins(&of.hosts, &of.not_hosts, hosts),
         twins(&of.paths, &of.not_paths, paths),
+        twins(&of.principals, &of.not_principals, principals),
     ];
-    conditions.into_iter().flatten().chain(headers).flatten().collect()
+    conditions.into_iter().flatten().chain(headers).chain(claims).flatten().collect()
 }
 
 fn twins<T>(any_of: &[T], none_of: &[T], test: impl Fn(&[T]) -> Test) -> [Option<Condition>; 2] {
@@ -321,6 +341,13 @@ impl Test {
                 .request
                 .and_then(|request| request.header(name))
                 .is_some_and(|value| texts.contains(&value)),
+            Self::RequestPrincipal(texts) => subject
+                .claims()
+                .and_then(RequestClaims::principal)
+                .is_some_and(|principal| texts.contains(principal)),
+            Self::Claim(path, texts) => subject
+                .claims()
+                .is_some_and(|claims| claims.any(path, &|text| texts.contains(text))),
         }
     }
 
@@ -337,6 +364,8 @@ impl Test {
             Self::Method(_) => Attribute::Method,
             Self::Path(..) => Attribute::Path,
             Self::Header(..) => Attribute::Header,
+            Self::RequestPrincipal(_) => Attribute::RequestPrincipal,
+            Self::Claim(..) => Attribute::Claim,
         }
     }
 }

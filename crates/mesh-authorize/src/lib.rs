@@ -20,6 +20,7 @@
 
 #![forbid(unsafe_code)]
 
+mod claims;
 mod compile;
 mod evaluate;
 pub mod explain;
@@ -29,10 +30,11 @@ pub mod set;
 mod template;
 pub mod verdict;
 
+pub use claims::RequestClaims;
 pub use evaluate::{authorize, authorize_egress};
 pub use explain::{Explanation, Outcome, PolicyStep, RuleStep, explain, explain_egress};
 pub use policy::{
-    Action, Clause, HeaderMatch, InvalidPolicyName, InvalidTemplate, Match, PathMatch,
+    Action, ClaimMatch, Clause, HeaderMatch, InvalidPolicyName, InvalidTemplate, Match, PathMatch,
     PathTemplate, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, RequestMatch, Rule,
     ServiceAccountMatch, StringMatch,
 };

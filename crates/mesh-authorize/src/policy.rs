@@ -241,6 +241,16 @@ pub struct RequestMatch {
     pub not_paths: Vec<PathMatch>,
     /// Headers, each of which must meet its conditions.
     pub headers: Vec<HeaderMatch>,
+    /// Who sent it, by its verified token: `issuer/subject`. A request without one meets no positive condition on tokens and
+    /// every negative one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub principals: Vec<StringMatch>,
+    /// Not these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_principals: Vec<StringMatch>,
+    /// Claims of its token, each of which must meet its conditions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub claims: Vec<ClaimMatch>,
 }
 
 impl RequestMatch {
@@ -266,6 +276,17 @@ pub enum PathMatch {
 pub struct HeaderMatch {
     /// The header, in lower case.
     pub name: Arc<str>,
+    /// One of these; empty for any.
+    pub values: Vec<StringMatch>,
+    /// None of these.
+    pub not_values: Vec<StringMatch>,
+}
+
+/// Conditions on a claim of a verified token: on its text, or on any of its list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ClaimMatch {
+    /// Its name, and the names inside it.
+    pub path: Arc<[Arc<str>]>,
     /// One of these; empty for any.
     pub values: Vec<StringMatch>,
     /// None of these.

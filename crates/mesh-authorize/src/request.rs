@@ -7,6 +7,7 @@ use std::sync::Arc;
 use http::{HeaderMap, Method};
 use mesh_model::{RequestPath, SpiffeId};
 
+use crate::claims::RequestClaims;
 use crate::compile::Subject;
 use crate::evaluate::decide;
 use crate::explain::{Explanation, Steps, explanation};
@@ -34,6 +35,7 @@ pub struct Request<'r> {
     method: &'r Method,
     path: &'r RequestPath<'r>,
     headers: &'r HeaderMap,
+    claims: Option<&'r RequestClaims>,
 }
 
 impl<'r> Request<'r> {
@@ -52,7 +54,18 @@ impl<'r> Request<'r> {
         let mut authority = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
         let host_bytes = authority.len();
         authority.push_str(port);
-        Self { authority, host_bytes, method, path, headers }
+        Self { authority, host_bytes, method, path, headers, claims: None }
+    }
+
+    /// The same request with the claims of its verified token.
+    #[must_use]
+    pub const fn with_claims(mut self, claims: Option<&'r RequestClaims>) -> Self {
+        self.claims = claims;
+        self
+    }
+
+    pub(crate) const fn claims(&self) -> Option<&RequestClaims> {
+        self.claims
     }
 
     pub(crate) fn authority(&self) -> &str {

@@ -9,10 +9,10 @@ use std::time::Instant;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use mesh_authorize::{
-    Action, Clause, Connection, Decision, HeaderMatch, Match, NoteKind, Outcome, PathMatch, Policy,
-    PolicyKind, PolicyName, PolicyOrigin, PolicyScope, PolicySet, Request, RequestMatch, Rule,
-    RuleRef, ServiceAccountMatch, StringMatch, UnknownEgress, Verdict, authorize, authorize_egress,
-    authorize_request, explain, explain_request,
+    Action, ClaimMatch, Clause, Connection, Decision, HeaderMatch, Match, NoteKind, Outcome,
+    PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin, PolicyScope, PolicySet, Request,
+    RequestClaims, RequestMatch, Rule, RuleRef, ServiceAccountMatch, StringMatch, UnknownEgress,
+    Verdict, authorize, authorize_egress, authorize_request, explain, explain_request,
 };
 use mesh_model::{
     ClientAddr, CloseReason, Direction, Flow, FlowId, IpPrefix, OrigDst, PathNormalization, PodUid,
@@ -94,7 +94,7 @@ fn account(random: &mut Random) -> ServiceAccountMatch {
 fn one_match(random: &mut Random, texts: &Texts) -> Match {
     let mut one = Match::default();
     for _ in 0..random.one(&[0, 1, 1, 1, 1, 1, 1, 2, 3]) {
-        match random.below(18) {
+        match random.below(20) {
             0 => one.namespaces = random.up_to(3, |r| text_match(r, &texts.namespaces)),
             1 => one.not_namespaces = random.up_to(2, |r| text_match(r, &texts.namespaces)),
             2 => one.principals = random.up_to(4, |r| text_match(r, &texts.principals)),
@@ -119,6 +119,9 @@ const HOSTS: [&str; 4] = ["s", "S.org", "s.org:80", "other.org"];
 const METHODS: [&str; 3] = ["GET", "PUT", "get"];
 const PATHS: [&str; 6] = ["/", "/a", "/a/b", "/a/b/c", "/ab", "/a/"];
 const TEMPLATES: [&str; 5] = ["/a/{*}", "/{*}/b/{**}", "/{**}", "/a/{**}/c", "/{*}"];
+const TOKEN_PRINCIPALS: [&str; 4] = ["i/s", "i/t", "j/s", "i"];
+const CLAIM_PATHS: [&[&str]; 5] = [&["aud"], &["azp"], &["scope"], &["r", "g"], &["r"]];
+const CLAIM_VALUES: [&str; 7] = ["a", "ab", "b", "true", "7", "a b", ""];
 const VALUES: [&str; 4] = ["1", "12", "1,2", ""];
 
 fn texts(of: &[&str]) -> Vec<String> {
@@ -133,13 +136,22 @@ fn request_match(random: &mut Random, one: &mut RequestMatch) {
             PathMatch::Text(text_match(random, &texts(&PATHS)))
         }
     };
-    match random.below(7) {
+    match random.below(10) {
         0 => one.hosts = random.up_to(2, |r| text_match(r, &texts(&HOSTS))),
         1 => one.not_hosts = random.up_to(2, |r| text_match(r, &texts(&HOSTS))),
         2 => one.methods = random.up_to(2, |r| text_match(r, &texts(&METHODS))),
         3 => one.not_methods = random.up_to(2, |r| text_match(r, &texts(&METHODS))),
         4 => one.paths = random.up_to(3, path),
         5 => one.not_paths = random.up_to(2, path),
+        6 => one.principals = random.up_to(2, |r| text_match(r, &texts(&TOKEN_PRINCIPALS))),
+        7 => one.not_principals = random.up_to(2, |r| text_match(r, &texts(&TOKEN_PRINCIPALS))),
+        8 => {
+            one.claims = random.up_to(2, |r| ClaimMatch {
+                path: r.one(&CLAIM_PATHS).iter().copied().map(Arc::from).collect(),
+                values: r.up_to(2, |r| text_match(r, &texts(&CLAIM_VALUES))),
+                not_values: r.up_to(1, |r| text_match(r, &texts(&CLAIM_VALUES))),
+            });
+        }
         _ => {
             one.headers = random.up_to(2, |r| HeaderMatch {
                 name: r.one(&["x-a", "x-b"]).into(),
@@ -220,6 +232,54 @@ struct RequestFacts {
     method: String,
     path: String,
     headers: Vec<(&'static str, String)>,
+    /// The claims of its token.
+    claims: Option<serde_json::Value>,
+}
+
+/// A claim's value: a text, a list, a number, a truth value, something nested, or null.
+fn claim_value(random: &mut Random, deep: bool) -> serde_json::Value {
+    match random.below(if deep { 8 } else { 5 }) {
+        0..=2 => random.one(&CLAIM_VALUES).into(),
+        3 => 7.into(),
+        4 => true.into(),
+        5 => serde_json::Value::Null,
+        6 => random.up_to(3, |r| claim_value(r, false)).into(),
+        _ => serde_json::json!({"g": claim_value(random, false), "a": "a"}),
+    }
+}
+
+fn claims(random: &mut Random) -> serde_json::Value {
+    let mut claims = serde_json::Map::new();
+    for name in ["aud", "azp", "scope", "r"] {
+        if random.chance(70) {
+            claims.insert(name.into(), claim_value(random, true));
+        }
+    }
+    if random.chance(80) {
+        claims.insert("iss".into(), random.one(&["i", "j"]).into());
+        claims.insert("sub".into(), random.one(&["s", "t", ""]).into());
+    }
+    claims.into()
+}
+
+/// Everything that a claim says, as texts: the whole, and each of a list.
+fn claim_texts(claims: &serde_json::Value, path: &[Arc<str>]) -> Vec<String> {
+    let text = |value: &serde_json::Value| match value {
+        serde_json::Value::String(text) => Some(text.clone()),
+        serde_json::Value::Bool(_) | serde_json::Value::Number(_) => Some(value.to_string()),
+        serde_json::Value::Null | serde_json::Value::Array(_) | serde_json::Value::Object(_) => {
+            None
+        }
+    };
+    let pointer: String = path.iter().map(|name| format!("/{name}")).collect();
+    let Some(value) = claims.pointer(&pointer) else { return Vec::new() };
+    let mut found: Vec<String> = text(value).into_iter().collect();
+    if path.len() == 1 && *path[0] == *"scope" {
+        let words: Vec<_> = value.as_str().unwrap_or("").split(' ').map(String::from).collect();
+        found.extend(words.into_iter().filter(|word| !word.is_empty()));
+    }
+    found.extend(value.as_array().into_iter().flatten().filter_map(text));
+    found
 }
 
 fn request_facts(random: &mut Random) -> RequestFacts {
@@ -228,6 +288,7 @@ fn request_facts(random: &mut Random) -> RequestFacts {
         method: random.one(&METHODS).to_owned(),
         path: random.one(&PATHS).to_owned(),
         headers: random.up_to(3, |r| (r.one(&["x-a", "x-b"]), r.one(&VALUES).to_owned())),
+        claims: random.chance(60).then(|| claims(random)),
     }
 }
 
@@ -257,7 +318,13 @@ fn lower(one: &StringMatch) -> StringMatch {
 
 fn request_holds(one: &RequestMatch, action: Action, request: Option<&RequestFacts>) -> bool {
     let asks = one.headers.iter().any(|h| !h.values.is_empty() || !h.not_values.is_empty())
-        || *one != RequestMatch { headers: one.headers.clone(), ..RequestMatch::default() };
+        || one.claims.iter().any(|c| !c.values.is_empty() || !c.not_values.is_empty())
+        || *one
+            != RequestMatch {
+                headers: one.headers.clone(),
+                claims: one.claims.clone(),
+                ..RequestMatch::default()
+            };
     let Some(request) = request else { return !asks || action == Action::Deny };
     let authority = request.authority.to_lowercase();
     let host = authority.split(':').next().unwrap();
@@ -273,6 +340,17 @@ fn request_holds(one: &RequestMatch, action: Action, request: Option<&RequestFac
         text_holds(&lower(m), &authority) || text_holds(&lower(m), host)
     }) && lists(&one.methods, &one.not_methods, |m| text_holds(m, &request.method))
         && lists(&one.paths, &one.not_paths, path)
+        && lists(&one.principals, &one.not_principals, |m| {
+            let text =
+                |name: &str| request.claims.as_ref()?[name].as_str().filter(|t| !t.is_empty());
+            let both = text("iss").zip(text("sub"));
+            both.is_some_and(|(issuer, subject)| text_holds(m, &format!("{issuer}/{subject}")))
+        })
+        && one.claims.iter().all(|wanted| {
+            let said = request.claims.as_ref().map(|all| claim_texts(all, &wanted.path));
+            let said = said.unwrap_or_default();
+            lists(&wanted.values, &wanted.not_values, |m| said.iter().any(|one| text_holds(m, one)))
+        })
         && one.headers.iter().all(|wanted| {
             let values = request.headers.iter().filter(|(name, _)| *name == &*wanted.name);
             let values: Vec<&str> = values.map(|(_, value)| &**value).collect();
@@ -299,6 +377,7 @@ fn lists<T>(positive: &[T], negative: &[T], holds: impl Fn(&T) -> bool) -> bool 
 fn match_holds(one: &Match, action: Action, facts: &Facts<'_>) -> bool {
     let mut plain = one.clone();
     plain.request.headers.retain(|h| !h.values.is_empty() || !h.not_values.is_empty());
+    plain.request.claims.retain(|c| !c.values.is_empty() || !c.not_values.is_empty());
     if plain == Match::default() {
         return false;
     }
@@ -700,7 +779,11 @@ fn engine_and_interpreter_agree_on_generated_policies_and_requests() {
                 let value = HeaderValue::from_str(value).unwrap();
                 map.append(HeaderName::from_static(name), value);
             }
-            let request = Request::new(&one.authority, &method, &path, &map);
+            let claims = one.claims.as_ref().map(|claims| {
+                RequestClaims::new(claims.as_object().unwrap().clone(), &["scope".into()])
+            });
+            let request =
+                Request::new(&one.authority, &method, &path, &map).with_claims(claims.as_ref());
             let verdict = authorize_request(&set, &attached, &connection, &request);
             assert_eq!(found(&verdict), (kind, rule), "{:?}", (seed, number));
             *seen.entry(kind).or_default() += 1;

@@ -222,6 +222,8 @@ metrics! {
     WAYPOINT_STREAMS_REFUSED = "culvert_waypoint_streams_refused_total", Counter, "streams of tunnels refused by the waypoint";
     /// Labels: `reason` (too_many, body_too_large).
     WAYPOINT_MIRRORS_SKIPPED = "culvert_waypoint_mirrors_skipped_total", Counter, "copies of requests that were not sent";
+    /// Labels: `outcome` (read, failed).
+    WAYPOINT_KEY_READS = "culvert_waypoint_key_reads_total", Counter, "readings of issuers' keys";
     /// No labels.
     WAYPOINT_STREAMS = "culvert_waypoint_streams", Gauge, "streams of tunnels open now";
     /// Labels: `kind` (tunnel, http1, http2).

@@ -125,6 +125,8 @@ pub struct RequestRecord {
     pub flags: &'static str,
     /// The policy that refused it, or that allowed it.
     pub policy: Option<PolicyRef>,
+    /// Who sent it, by its token: `issuer/subject`.
+    pub request_principal: Option<String>,
 }
 
 impl RequestRecord {
@@ -144,6 +146,7 @@ pub fn request_line(record: &RequestRecord, ended_at: SystemTime, format: LogFor
     fields.quoted("src.workload", Some(&facts.source.pod));
     fields.quoted("src.namespace", Some(&facts.source.namespace));
     fields.quoted("src.identity", facts.source_principal.as_ref().map(SpiffeId::as_str));
+    fields.quoted("request.principal", record.request_principal.as_deref());
     fields.bare("dst.addr", &record.dialled);
     fields.quoted("dst.service", Some(&facts.service.hostname));
     fields.quoted("method", Some(&record.method));
@@ -217,6 +220,7 @@ mod tests {
                 problem: None,
                 rule: Some(1),
             }),
+            request_principal: None,
         };
         let line = request_line(&record, SystemTime::UNIX_EPOCH, LogFormat::Text);
         assert_eq!(line.lines().count(), 1, "{line}");

@@ -59,6 +59,7 @@ enum Content {
     Service,
     Frontend,
     Route,
+    Authentication,
 }
 
 /// What one response changes: removals first, then what is unreadable, then resources, each replacing what bore its key.
@@ -94,6 +95,8 @@ pub enum RemovedResource {
     Frontend(FrontendName),
     /// A route.
     Route(RouteName),
+    /// What tokens counted, as `namespace/name`.
+    Authentication(Arc<str>),
 }
 
 /// A resource that did not convert.
@@ -299,6 +302,7 @@ impl Content {
             Resource::Service(_) => Self::Service,
             Resource::Frontend(_) => Self::Frontend,
             Resource::Route(_) => Self::Route,
+            Resource::Authentication(_) => Self::Authentication,
         }
     }
 
@@ -315,6 +319,7 @@ impl Content {
             }),
             Self::Frontend => waypoint::parse_frontend(name).map(RemovedResource::Frontend),
             Self::Route => waypoint::parse_route(name).map(RemovedResource::Route),
+            Self::Authentication => Some(RemovedResource::Authentication(name.into())),
         }
     }
 }

@@ -9,6 +9,8 @@ pub enum ResourceKind {
     Pod,
     /// Policies.
     Authorization,
+    /// What tokens count at the asking waypoint; Culvert's own.
+    Authentication,
     /// Workloads and services.
     Address,
     /// [`FrontendConfig`](crate::FrontendConfig) of the asking waypoint; Culvert's own.
@@ -19,15 +21,28 @@ pub enum ResourceKind {
 
 impl ResourceKind {
     /// Every kind, in the order in which changes are sent: what others depend on comes first.
-    pub const ALL: [Self; 6] =
-        [Self::Mesh, Self::Pod, Self::Authorization, Self::Address, Self::Frontend, Self::Route];
+    pub const ALL: [Self; 7] = [
+        Self::Mesh,
+        Self::Pod,
+        Self::Authorization,
+        Self::Authentication,
+        Self::Address,
+        Self::Frontend,
+        Self::Route,
+    ];
 
     /// The kinds that an agent asks for.
     pub const AGENT: [Self; 4] = [Self::Mesh, Self::Pod, Self::Authorization, Self::Address];
 
     /// The kinds that a waypoint asks for.
-    pub const WAYPOINT: [Self; 5] =
-        [Self::Mesh, Self::Authorization, Self::Address, Self::Frontend, Self::Route];
+    pub const WAYPOINT: [Self; 6] = [
+        Self::Mesh,
+        Self::Authorization,
+        Self::Authentication,
+        Self::Address,
+        Self::Frontend,
+        Self::Route,
+    ];
 
     /// The kinds that every ambient control plane serves.
     pub const ISTIO: [Self; 2] = [Self::Authorization, Self::Address];
@@ -42,6 +57,7 @@ impl ResourceKind {
             Self::Address => "type.googleapis.com/istio.workload.Address",
             Self::Frontend => "type.googleapis.com/culvert.mesh.v1.Frontend",
             Self::Route => "type.googleapis.com/culvert.mesh.v1.Route",
+            Self::Authentication => "type.googleapis.com/culvert.mesh.v1.Authentication",
         }
     }
 

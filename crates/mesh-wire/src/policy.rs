@@ -8,8 +8,9 @@
 //! may have been about.
 
 use mesh_authorize::{
-    Action, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin,
-    PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch, UnreadablePolicy,
+    Action, ClaimMatch, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName,
+    PolicyOrigin, PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch,
+    UnreadablePolicy,
 };
 use mesh_model::IpPrefix;
 use prost::Message as _;
@@ -208,6 +209,19 @@ fn request(wire: &mesh::RequestMatch) -> Result<RequestMatch, InvalidResource> {
             }
             Ok(header)
         })?,
+        principals: strings("request.principals", &wire.principals)?,
+        not_principals: strings("request.not_principals", &wire.not_principals)?,
+        claims: each("request.claims", &wire.claims, |wire| {
+            let claim = ClaimMatch {
+                path: each("path", &wire.path, |name| Ok(required("", name)?.into()))?.into(),
+                values: strings("values", &wire.values)?,
+                not_values: strings("not_values", &wire.not_values)?,
+            };
+            if claim.path.is_empty() || (claim.values.is_empty() && claim.not_values.is_empty()) {
+                return Err(InvalidResource::new("values", Problem::Missing));
+            }
+            Ok(claim)
+        })?,
     })
 }
 
@@ -366,6 +380,17 @@ fn request_to_wire(request: &RequestMatch) -> mesh::RequestMatch {
                 name: text(&header.name),
                 values: strings(&header.values),
                 not_values: strings(&header.not_values),
+            })
+            .collect(),
+        principals: strings(&request.principals),
+        not_principals: strings(&request.not_principals),
+        claims: request
+            .claims
+            .iter()
+            .map(|claim| mesh::ClaimMatch {
+                path: claim.path.iter().map(text).collect(),
+                values: strings(&claim.values),
+                not_values: strings(&claim.not_values),
             })
             .collect(),
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use mesh_authorize::Policy;
+use mesh_jwt::RequestAuthentication;
 use mesh_model::{Service, Workload};
 use mesh_route::Route;
 use prost::Message as _;
@@ -32,6 +33,8 @@ pub enum Resource {
     Frontend(FrontendConfig),
     /// A route of the asking waypoint.
     Route(Box<Route>),
+    /// What tokens count at the asking waypoint.
+    Authentication(Box<RequestAuthentication>),
 }
 
 impl Resource {
@@ -45,6 +48,7 @@ impl Resource {
             Self::Workload(_) | Self::Service(_) => ResourceKind::Address,
             Self::Frontend(_) => ResourceKind::Frontend,
             Self::Route(_) => ResourceKind::Route,
+            Self::Authentication(_) => ResourceKind::Authentication,
         }
     }
 
@@ -59,6 +63,7 @@ impl Resource {
             Self::Service(service) => service.key.to_string(),
             Self::Frontend(config) => waypoint::frontend_name(&config.frontend),
             Self::Route(route) => route.name.to_string(),
+            Self::Authentication(one) => format!("{}/{}", one.namespace, one.name),
         }
     }
 
@@ -114,6 +119,9 @@ impl Resource {
             ResourceKind::Route => {
                 Self::Route(waypoint::from_json(&message::<mesh::Route>(bytes)?.json)?)
             }
+            ResourceKind::Authentication => Self::Authentication(waypoint::from_json(
+                &message::<mesh::Authentication>(bytes)?.json,
+            )?),
         })
     }
 
@@ -132,6 +140,9 @@ impl Resource {
                 mesh::Frontend { json: waypoint::to_json(config) }.encode_to_vec()
             }
             Self::Route(route) => mesh::Route { json: waypoint::to_json(route) }.encode_to_vec(),
+            Self::Authentication(one) => {
+                mesh::Authentication { json: waypoint::to_json(one) }.encode_to_vec()
+            }
         }
     }
 }

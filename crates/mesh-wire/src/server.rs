@@ -199,7 +199,9 @@ impl DeltaServerState {
 
     fn poll_kinds(&mut self, view: &impl NodeView) -> Option<DeltaDiscoveryResponse> {
         for kind in ResourceKind::ALL {
-            let removals_wait = kind == ResourceKind::Authorization && self.addresses_pending();
+            let may_be_named =
+                matches!(kind, ResourceKind::Authorization | ResourceKind::Authentication);
+            let removals_wait = may_be_named && self.addresses_pending();
             let Some(subscription) = self.kinds.get_mut(&kind) else { continue };
             let Some(mut response) = subscription.respond(kind, view, removals_wait) else {
                 continue;

@@ -21,6 +21,12 @@ pub struct FrontendConfig {
     pub ports: Vec<FrontendPortConfig>,
     /// The policies attached to it, as `namespace/name`. One that is not known refuses every request.
     pub policies: Vec<Arc<str>>,
+    /// The RequestAuthentications that hold there, as `namespace/name`. One that is not known refuses every request.
+    #[serde(default)]
+    pub authentications: Vec<Arc<str>>,
+    /// Of a Gateway: those that hold for workloads of its namespace that are dialled themselves, besides.
+    #[serde(default)]
+    pub workload_authentications: Vec<Arc<str>>,
 }
 
 /// A port of what a waypoint serves.

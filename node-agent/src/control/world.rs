@@ -89,7 +89,9 @@ impl World {
                 RemovedResource::Workload(uid) => delta.removed_workloads.push(uid),
                 RemovedResource::Service(key) => delta.removed_services.push(key),
                 // Only waypoints ask for these.
-                RemovedResource::Frontend(_) | RemovedResource::Route(_) => {}
+                RemovedResource::Frontend(_)
+                | RemovedResource::Route(_)
+                | RemovedResource::Authentication(_) => {}
             }
         }
         for unreadable in update.unreadable {
@@ -113,7 +115,7 @@ impl World {
                 }
                 Resource::Workload(workload) => delta.workloads.push(workload),
                 Resource::Service(service) => delta.services.push(service),
-                Resource::Frontend(_) | Resource::Route(_) => {}
+                Resource::Frontend(_) | Resource::Route(_) | Resource::Authentication(_) => {}
             }
         }
         if touched.pods {
@@ -158,7 +160,7 @@ impl World {
                 let key = NamespacedHostname::new(namespace, hostname);
                 self.index.service(&key).map(|service| Resource::Service((**service).clone()))
             }
-            ResourceKind::Frontend | ResourceKind::Route => None,
+            ResourceKind::Frontend | ResourceKind::Route | ResourceKind::Authentication => None,
         }
     }
 
@@ -243,6 +245,7 @@ pub(crate) const fn kind_name(kind: ResourceKind) -> &'static str {
         ResourceKind::Address => "address",
         ResourceKind::Frontend => "frontend",
         ResourceKind::Route => "route",
+        ResourceKind::Authentication => "authentication",
     }
 }
 

@@ -13,6 +13,7 @@ mod fixture;
 pub mod handover;
 pub mod http2;
 mod input;
+pub mod jwt;
 pub mod manifest;
 mod net;
 pub mod packet;
@@ -74,6 +75,9 @@ pub const TARGETS: &[Target] = &[
     target("manifest_json", manifest::json, manifest::json_seeds),
     target("token", token::token, token::token_seeds),
     target("token_claims", token::claims, token::claims_seeds),
+    target("jwt_token", jwt::token, jwt::token_seeds),
+    target("jwt_request", jwt::request, jwt::request_seeds),
+    target("jwt_keys", jwt::keys, jwt::keys_seeds),
     target("certificate", certificate::chain, certificate::chain_seeds),
     target("trust_bundle", certificate::trust_bundle, certificate::trust_bundle_seeds),
     target("revocation_list", certificate::revocation_list, certificate::revocation_list_seeds),

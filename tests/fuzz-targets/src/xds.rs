@@ -77,7 +77,11 @@ impl World {
             Resource::Workload(workload) => delta.workloads.push(workload.clone()),
             Resource::Service(service) => delta.services.push(service.clone()),
             Resource::Policy(policy) => drop(self.policies.upsert(policy.clone())),
-            Resource::Mesh(_) | Resource::Pod(_) | Resource::Frontend(_) | Resource::Route(_) => {}
+            Resource::Mesh(_)
+            | Resource::Pod(_)
+            | Resource::Frontend(_)
+            | Resource::Route(_)
+            | Resource::Authentication(_) => {}
         }
         assert!(self.index.apply(delta) >= before, "the revision went back");
         self.held.insert((resource.kind(), resource.name()), resource.clone());
@@ -89,7 +93,11 @@ impl World {
             Resource::Workload(workload) => delta.removed_workloads.push(workload.uid.clone()),
             Resource::Service(service) => delta.removed_services.push(service.key.clone()),
             Resource::Policy(policy) => drop(self.policies.remove(&policy.name)),
-            Resource::Mesh(_) | Resource::Pod(_) | Resource::Frontend(_) | Resource::Route(_) => {}
+            Resource::Mesh(_)
+            | Resource::Pod(_)
+            | Resource::Frontend(_)
+            | Resource::Route(_)
+            | Resource::Authentication(_) => {}
         }
         self.index.apply(delta);
         self.held.remove(&(resource.kind(), resource.name()));
@@ -131,6 +139,7 @@ fn removed_name(removed: &mesh_wire::RemovedResource) -> String {
             format!("{kind} {}/{}", name.namespace, name.name)
         }
         Gone::Route(name) => name.to_string(),
+        Gone::Authentication(name) => name.to_string(),
     }
 }
 
@@ -181,6 +190,8 @@ fn samples() -> Vec<Resource> {
             protocol: mesh_wire::AppProtocol::Http1,
         }],
         policies: vec!["shop/p".into()],
+        authentications: vec!["shop/jwt".into()],
+        workload_authentications: Vec::new(),
     };
     let mut samples = vec![
         Resource::Workload(workload),
@@ -189,6 +200,7 @@ fn samples() -> Vec<Resource> {
         Resource::Pod(pod),
         Resource::Frontend(frontend),
         Resource::Route(Box::new(crate::route::sample())),
+        Resource::Authentication(Box::new(crate::jwt::sample())),
     ];
     samples.extend(policies.into_iter().map(Resource::Policy));
     samples

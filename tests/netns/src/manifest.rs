@@ -134,3 +134,12 @@ pub fn peer_authentication(namespace: &str, name: &str, spec: &Value) -> Value {
         "metadata": { "name": name, "namespace": namespace }, "spec": spec,
     })
 }
+
+/// A RequestAuthentication from its `spec`.
+#[must_use]
+pub fn request_authentication(namespace: &str, name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "RequestAuthentication",
+        "metadata": { "name": name, "namespace": namespace }, "spec": spec,
+    })
+}

@@ -9,6 +9,7 @@ use mesh_resolve::is_fronted;
 use mesh_route::ServiceRef;
 use mesh_telemetry::metric;
 
+use super::authenticate::headers_for;
 use super::outline::Outline;
 use crate::picture::Snapshot;
 use crate::refusal::Refusal;
@@ -67,7 +68,9 @@ pub(super) fn backend<'s>(
     let paths = dialled.worker.common.settings.paths();
     let path = RequestPath::parse(&outline.target, paths)
         .map_err(|error| Refusal::bad_request("bad_path", format!("as it is sent: {error}")))?;
-    let request = Request::new(&outline.authority, &outline.method, &path, &outline.headers);
+    let headers = headers_for(snapshot, &service.key, outline);
+    let request = Request::new(&outline.authority, &outline.method, &path, &headers)
+        .with_claims(outline.authenticated.at(&served.authentications));
     let connection = dialled.connection(snapshot, service, backend.port);
     match authorize_request(&snapshot.policies, policies, &connection, &request).decision {
         Decision::Allow(_permit) => Ok(service),

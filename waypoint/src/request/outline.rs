@@ -6,6 +6,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version as HttpVersion}
 use http_body::Body as _;
 use mesh_resolve::Route;
 
+use super::authenticate::Authenticated;
 use super::head::HOPS;
 use crate::body::RequestBody;
 use crate::refusal::Refusal;
@@ -21,12 +22,15 @@ pub(super) struct Outline {
     pub(super) client_version: HttpVersion,
     /// The waypoints before this one.
     pub(super) hops: u8,
+    /// What its tokens proved.
+    pub(super) authenticated: Authenticated,
 }
 
 impl Outline {
-    /// The request with a body, in the form of `version`, for a way by `route`.
+    /// The request with `headers` and a body, in the form of `version`, for a way by `route`.
     pub(super) fn request(
         &self,
+        headers: &HeaderMap,
         route: &Route,
         version: Version,
         body: RequestBody,
@@ -36,7 +40,7 @@ impl Outline {
         };
         let mut request = Request::new(body);
         *request.method_mut() = self.method.clone();
-        request.headers_mut().clone_from(&self.headers);
+        request.headers_mut().clone_from(headers);
         if let Route::ViaWaypoint { .. } = route {
             request.headers_mut().insert(HOPS, HeaderValue::from(u16::from(self.hops) + 1));
         }

@@ -12,7 +12,7 @@ use mesh_model::{RequestPath, error_chain};
 use mesh_route::ServiceRef;
 use tokio::io::copy_bidirectional_with_sizes;
 
-use super::head::strip;
+use super::authenticate::Authenticated;
 use super::judge;
 use super::outline::Outline;
 use crate::picture::Snapshot;
@@ -29,18 +29,14 @@ pub(super) struct Switch {
     asked: Asked,
 }
 
-/// The request by which it asked, which policies judge again for as long as the connection lasts.
+/// The request by which it asked, as [`Switch::authenticated`] left it, which policies judge again for as long as the connection
+/// lasts.
 struct Asked {
     method: Method,
     authority: String,
     target: String,
     headers: HeaderMap,
-}
-
-fn as_servers_see(headers: &HeaderMap) -> HeaderMap {
-    let mut headers = headers.clone();
-    strip(&mut headers);
-    headers
+    authenticated: Authenticated,
 }
 
 impl Switch {
@@ -68,10 +64,23 @@ impl Switch {
         let asked = Asked {
             method: request.method().clone(),
             authority: authority.to_owned(),
-            target: request.uri().path_and_query().map_or("/", |target| target.as_str()).to_owned(),
-            headers: as_servers_see(headers),
+            target: String::new(),
+            headers: HeaderMap::new(),
+            authenticated: Authenticated::default(),
         };
         Some(Self { wanted, client: hyper::upgrade::on(request), asked })
+    }
+
+    /// The request as it is once its tokens are judged.
+    pub(super) fn authenticated(
+        &mut self,
+        target: &str,
+        headers: &HeaderMap,
+        authenticated: &Authenticated,
+    ) {
+        target.clone_into(&mut self.asked.target);
+        self.asked.headers.clone_from(headers);
+        self.asked.authenticated = authenticated.clone();
     }
 
     /// Asks the server for it.
@@ -144,8 +153,10 @@ impl Asked {
     ) -> Result<(), Refusal> {
         let path = RequestPath::parse(&self.target, dialled.worker.common.settings.paths())
             .map_err(|error| Refusal::bad_request("bad_path", error.to_string()))?;
-        let request = Request::new(&self.authority, &self.method, &path, &self.headers);
-        let (_, policies) = dialled.attached(snapshot)?;
+        let (served, policies) = dialled.attached(snapshot)?;
+        let names = dialled.authentications(snapshot, served.as_deref());
+        let request = Request::new(&self.authority, &self.method, &path, &self.headers)
+            .with_claims(self.authenticated.at(&names));
         judge::dialled(dialled, snapshot, &policies, &request)?;
         if let Some((backend, outline)) = onward {
             judge::backend(dialled, snapshot, backend, outline)?;

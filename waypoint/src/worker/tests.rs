@@ -12,6 +12,7 @@ use rustls_pki_types::ServerName;
 use tokio_rustls::TlsConnector;
 
 use super::*;
+use crate::keys::KeyStore;
 use crate::picture::World;
 
 struct Mesh {
@@ -35,7 +36,7 @@ impl Mesh {
         });
         let settings = Settings::parse_from(["culvert-waypoint", "--gateway", "shop/waypoint"]);
         let picture = Arc::new(Picture::new(settings.resolving()));
-        let world = World::new(settings.gateway.clone());
+        let world = World::new(settings.gateway.clone(), Arc::new(KeyStore::new(None).unwrap()));
         let (trigger, drain) = Drain::new();
         let common = Arc::new(Common {
             picture: Arc::clone(&picture),

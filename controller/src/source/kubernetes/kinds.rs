@@ -37,6 +37,7 @@ pub(super) const fn built_in(kind: Kind) -> bool {
         | Kind::ServiceEntry
         | Kind::AuthorizationPolicy
         | Kind::PeerAuthentication
+        | Kind::RequestAuthentication
         | Kind::Gateway
         | Kind::HttpRoute
         | Kind::GrpcRoute
@@ -57,6 +58,7 @@ pub(super) const fn plural(kind: Kind) -> &'static str {
         Kind::ServiceEntry => "serviceentries",
         Kind::AuthorizationPolicy => "authorizationpolicies",
         Kind::PeerAuthentication => "peerauthentications",
+        Kind::RequestAuthentication => "requestauthentications",
         Kind::Gateway => "gateways",
         Kind::HttpRoute => "httproutes",
         Kind::GrpcRoute => "grpcroutes",

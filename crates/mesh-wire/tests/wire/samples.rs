@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_authorize::{
-    Action, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName, PolicyOrigin,
-    PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch, UnknownEgress,
+    Action, ClaimMatch, Clause, HeaderMatch, Match, PathMatch, Policy, PolicyKind, PolicyName,
+    PolicyOrigin, PolicyScope, RequestMatch, Rule, ServiceAccountMatch, StringMatch, UnknownEgress,
 };
 use mesh_model::{
     ApplicationTunnel, ApplicationTunnelProtocol, GatewayAddress, GatewayDestination, HealthPolicy,
@@ -140,6 +140,13 @@ impl Dice {
             not_paths: self.list(Self::path_match),
             headers: self.list(|dice| HeaderMatch {
                 name: dice.name(),
+                values: dice.list(Self::string_match),
+                not_values: vec![dice.string_match()],
+            }),
+            principals: self.list(Self::string_match),
+            not_principals: self.list(Self::string_match),
+            claims: self.list(|dice| ClaimMatch {
+                path: [dice.name(), dice.name()].into(),
                 values: dice.list(Self::string_match),
                 not_values: vec![dice.string_match()],
             }),

@@ -36,7 +36,8 @@ fn check<M: Message + Clone>(
             | ResourceKind::Pod
             | ResourceKind::Authorization
             | ResourceKind::Frontend
-            | ResourceKind::Route => refusal(kind, name, &bad),
+            | ResourceKind::Route
+            | ResourceKind::Authentication => refusal(kind, name, &bad),
         };
         assert_eq!((error.field.as_str(), &error.problem), (*field, problem));
         assert!(error.to_string().contains(problem.remedy()), "{error}");

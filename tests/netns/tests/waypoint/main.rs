@@ -3,6 +3,7 @@
 //! One lab; the trials run in order, each leaves the lab as it found it.
 
 mod bypass;
+mod jwt;
 mod policy;
 mod programs;
 mod rolling;
@@ -41,6 +42,13 @@ const STEPS: &[Named<Shop>] = &[
     ("policy::of_the_gateway", policy::of_the_gateway),
     ("policy::allow_by_identity_and_method", policy::allow_by_identity_and_method),
     ("policy::explained", policy::explained),
+    ("jwt::matrix", jwt::matrix),
+    ("jwt::claims_judge", jwt::claims_judge),
+    ("jwt::what_the_server_sees", jwt::what_the_server_sees),
+    ("jwt::nobody_else_is_trusted", jwt::nobody_else_is_trusted),
+    ("jwt::keys_from_elsewhere", jwt::keys_from_elsewhere),
+    ("jwt::keys_by_discovery_over_tls", jwt::keys_by_discovery_over_tls),
+    ("jwt::explained", jwt::explained),
     ("rolling::replaced_under_traffic", rolling::replaced_under_traffic),
     ("rolling::certified_anew_after_a_revocation", rolling::certified_anew),
     ("bypass::by_pod_address", bypass::by_pod_address),

@@ -146,6 +146,11 @@ impl Shop {
 
     /// Starts the waypoint in its pod and waits until it is ready.
     pub(crate) fn start_waypoint(&mut self, name: &str) -> anyhow::Result<()> {
+        self.start_waypoint_with(name, &[])
+    }
+
+    /// The same with further arguments.
+    pub(crate) fn start_waypoint_with(&mut self, name: &str, extra: &[&str]) -> anyhow::Result<()> {
         let token =
             self.lab.controller_command(&["token", "create", "--waypoint", "shop/waypoint"])?;
         let pod = self.lab.pod(name);
@@ -163,6 +168,7 @@ impl Shop {
             .arg("--state-dir")
             .arg(pod.folder().join("state"))
             .args(["--detect-ms", "1000", "--drain-seconds", "5"])
+            .args(extra)
             .env("RUST_BACKTRACE", "1");
         let process = pod.start("waypoint", &mut command)?;
         self.waypoints.insert(name.to_owned(), process);
