@@ -110,9 +110,8 @@ impl Engine {
                 Poll::Pending => return,
                 Poll::Ready(Ok(())) => self.connected(key),
                 Poll::Ready(Err(error)) if is_later_reset(&error) => {
-                    stream.flags.failed = true;
-                    stream.flags.readable = true;
                     self.connected(key);
+                    return self.app_refuses(key);
                 }
                 Poll::Ready(Err(error)) => {
                     let reason = connect_reason(error.kind());
