@@ -205,7 +205,8 @@ impl Tree {
     fn look(&mut self, events: &Sender<SourceEvent>, first: bool) -> bool {
         let mut walk = Walk::default();
         walk.directory(&self.root, 0);
-        walk.find_replaced(&self.files_before(first));
+        let known = self.files_before(first);
+        walk.find_replaced(&known);
         walk.find_unmounted(&mut self.devices);
         self.unsettled = false;
         let missing = self.missing(&walk, first);
@@ -215,7 +216,6 @@ impl Tree {
             let content = self.content(&path, &metadata);
             files.insert(path, content);
         }
-        let known = self.files_before(first && !walk.unreadable.is_empty());
         for (directory, _) in &walk.unreadable {
             for path in known.iter().filter(|path| path.starts_with(directory)) {
                 files.entry(path.clone()).or_insert(FileContent::OutOfSight);
@@ -281,9 +281,9 @@ impl Tree {
     }
 
     /// Files of the look before; of an earlier run only the records know.
-    fn files_before(&self, recorded: bool) -> BTreeSet<PathBuf> {
+    fn files_before(&self, first: bool) -> BTreeSet<PathBuf> {
         let mut files = self.remembered.clone();
-        if recorded {
+        if first {
             files.append(&mut self.records.files(&self.root));
         }
         files
