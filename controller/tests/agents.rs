@@ -11,7 +11,7 @@ use clap::Parser;
 use mesh_controller::ca::authority::Authority;
 use mesh_controller::ca::tokens::Tokens;
 use mesh_controller::cli::{Cli, Command, RunArgs};
-use mesh_controller::explain::{Question, answer};
+use mesh_controller::explain::{Answer, InvalidQuestion, Question, answer};
 use mesh_controller::index::{Key, NodeReport};
 use mesh_controller::mesh::SharedMesh;
 use mesh_controller::run::Controller;
@@ -71,6 +71,13 @@ struct Lab {
 }
 
 impl Lab {
+    /// How a connection would go.
+    fn explain(&self, from: &str, to: &str, port: u16) -> Result<Answer, InvalidQuestion> {
+        let question = Question { from: from.into(), to: to.into(), port, request: None };
+        let (picture, settings) = (self.mesh.picture(), ResolveSettings::default());
+        answer(&picture, &settings, &question, Instant::now(), SystemTime::now())
+    }
+
     async fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("manifests")).unwrap();
@@ -414,17 +421,7 @@ async fn revocations_and_a_new_root_reach_agents() {
 async fn explain_names_the_rule_that_decides() {
     let lab = Lab::start().await;
     lab.mesh.synced().await;
-    let ask = |to: &str, port| {
-        let question = Question { from: "shop/web".into(), to: to.into(), port, request: None };
-        answer(
-            &lab.mesh.picture(),
-            &ResolveSettings::default(),
-            &question,
-            Instant::now(),
-            SystemTime::now(),
-        )
-        .unwrap()
-    };
+    let ask = |to: &str, port| lab.explain("shop/web", to, port).unwrap();
     for to in ["cart", "cart.shop", "cart.shop.svc.cluster.local", "10.96.0.1"] {
         let answer = ask(to, 80);
         assert!(answer.allowed, "{to}: {answer:?}");
@@ -465,18 +462,7 @@ async fn explain_names_the_rule_that_decides() {
 async fn a_policy_that_cannot_be_read_denies_and_a_good_one_outlives_the_controller() {
     let lab = Lab::start().await;
     lab.mesh.synced().await;
-    let ask = |lab: &Lab| {
-        let question =
-            Question { from: "shop/web".into(), to: "cart".into(), port: 80, request: None };
-        answer(
-            &lab.mesh.picture(),
-            &ResolveSettings::default(),
-            &question,
-            Instant::now(),
-            SystemTime::now(),
-        )
-        .unwrap()
-    };
+    let ask = |lab: &Lab| lab.explain("shop/web", "cart", 80).unwrap();
     let broken = POLICY.replace("rules:", "ruels:");
     write(&lab.manifest("policy.yaml"), &broken);
     wait(|| !ask(&lab).allowed).await;
@@ -602,16 +588,7 @@ async fn explain_knows_what_pods_leave_out_and_where_plain_clients_end() {
     let lab = Lab::start().await;
     lab.mesh.synced().await;
     write(&lab.manifest("explained.yaml"), EXPLAINED);
-    let ask = |from: &str, to: &str, port| {
-        let question = Question { from: from.into(), to: to.into(), port, request: None };
-        answer(
-            &lab.mesh.picture(),
-            &ResolveSettings::default(),
-            &question,
-            Instant::now(),
-            SystemTime::now(),
-        )
-    };
+    let ask = |from: &str, to: &str, port| lab.explain(from, to, port);
     wait(|| ask("shop/web", "a.example.com", 443).is_ok()).await;
     let pods = |names: &[&str]| names.iter().map(|name| Key::new("shop", name)).collect();
     lab.mesh.report("node-a", NodeReport::Enrolled(pods(&["cart", "cart-2"])));
